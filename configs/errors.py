@@ -1,0 +1,39 @@
+"""The errors a user can mend and the exit codes scripts may rely on. Torch-free; knows nothing of what failed."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every `launch/` entry point; `torchrun` and SLURM scripts branch on them."""
+
+    DONE = 0
+    BAD_INPUT = 2
+    STOPPED_AFTER_SAVING = 3
+    NON_FINITE = 4
+    PEER_LOST = 5
+
+
+class ShardwrightError(Exception):
+    """An error that ends the run with one clear sentence instead of a traceback."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class BadInput(ShardwrightError):
+    """A config, file or command-line value is wrong; the message names it and a value that would work."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class NonFinite(ShardwrightError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+    exit_code = ExitCode.NON_FINITE
+
+
+class PeerLost(ShardwrightError):
+    """Another rank died or did not answer within `parallel.timeout_seconds`."""
+
+    exit_code = ExitCode.PEER_LOST
