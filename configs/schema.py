@@ -207,7 +207,7 @@ class PrecisionConfig(Section):
 
     compute: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Format of weights and activations in forward and backward."""
-    initial_loss_scale: PositiveFloat = 65536.0
+    initial_loss_scale: PositiveFloat = 4096.0
     """fp16 only: first dynamic loss scale."""
     min_loss_scale: PositiveFloat = 1.0
     """fp16 only: smallest dynamic loss scale."""
@@ -323,7 +323,8 @@ class CheckpointConfig(Section):
     async_save: bool = True
     """Write in the background while training goes on."""
     resume: str = "auto"
-    """auto: continue from `<run.dir>/checkpoints/latest` if there is one; never: refuse to continue; or a checkpoint's path."""
+    """auto: continue from `<run.dir>/checkpoints/latest` if there is one; never: refuse to continue;
+    or a checkpoint's path."""
     init_from: str | None = None
     """Warm start: weights alone from this checkpoint (or run directory); step, optimizer and data start anew."""
 

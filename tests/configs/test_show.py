@@ -1,0 +1,68 @@
+"""What --help and --dry-run print: complete, and what they show of a config loads back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from configs.derive import derive_layout
+from configs.fields import schema_fields
+from configs.load import load_config
+from configs.show import describe, field_help
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_names_every_field_with_a_default_and_a_doc() -> None:
+    lines = field_help().splitlines()
+    fields = [field for field in schema_fields() if field.section is None]
+    assert len(fields) > 100
+    for field in fields:
+        position = next(number for number, line in enumerate(lines) if line.startswith(f"  {field.path} = "))
+        assert field.default_text in lines[position]
+        assert lines[position + 1].strip() == field.doc != ""
+
+
+def test_every_example_value_in_help_is_accepted(tmp_path: Path) -> None:
+    """The value offered in "a value that would work" must itself pass the field's rules."""
+    tiny = str(ROOT / "configs" / "models" / "tiny.yaml")
+    whole = {"model.moe": "{num_experts: 8, ffn_hidden_size: 64}"}
+    whole["model.mla"] = "{kv_lora_rank: 8, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"
+    whole["train.batch_ramp"] = "{start: 1, increment: 1, num_samples: 1}"
+    fields = [field for field in schema_fields() if field.section is None]
+    for field in fields:
+        parent = field.path.rpartition(".")[0]
+        overrides = ["train.num_steps=1", *([f"{parent}={whole[parent]}"] if parent in whole else [])]
+        load_config(tiny, [*overrides, f"{field.path}={field.example}"])
+
+
+def test_dry_run_text_holds_config_and_consequences(tmp_path: Path) -> None:
+    config = load_config(
+        str(ROOT / "configs" / "pretrain" / "llama3_1_70b.yaml"),
+        ["train.batch_ramp={start: 128, increment: 128, num_samples: 1000000}"],
+    )
+    text = describe(config, derive_layout(config, 512))
+    resolved, _, derived = text.partition("# What follows from it")
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved, encoding="utf-8")
+    assert load_config(str(again)) == config
+    for expected in (
+        "512 = dp 16 x tp 4 x pp 8 x cp 1",
+        "10 (0-1, 16-17, 32-33, 48-49, 64-65)",
+        "8 rising to 32 of 1 x 8192 tokens",
+        "4,194,304 at the full batch",
+        "70,553,706,496 (2,101,346,304 in the vocabulary)",
+        "model TFLOPs per step",
+        "  gradients ",
+    ):
+        assert expected in derived, expected
+
+
+def test_configs_and_topology_import_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; import configs.show, configs.check, configs.load, parallel.topology;"
+        "print(any(name.split('.')[0] in ('megatron', 'transformers', 'numpy') for name in sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
