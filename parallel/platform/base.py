@@ -1,0 +1,50 @@
+"""The protocol every platform fulfils: what the rest of the code may ask of a device. Knows no device by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Platform(Protocol):
+    """A kind of device with its collective backend; one instance a process."""
+
+    name: str
+    """Name in configs, reports and `environment.json`."""
+    backend: str
+    """`torch.distributed` backend of the collectives."""
+    fuses_kernels: bool
+    """Whether run-time compiled fusions (bias + activation, RoPE) pay on this device."""
+    overlaps_communication: bool
+    """Whether collectives run beside compute, so that overlapping them pays."""
+
+    def activate(self, local_rank: int) -> torch.device:
+        """Make the device of `local_rank` current, apply what Megatron-Core needs, and return the device."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all queued device work is done."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory this process has held: on the device, or resident where there is none."""
+        ...
+
+    def peak_tflops(self) -> Mapping[str, float]:
+        """Return the dense peak in TFLOP/s by number format (`bf16`, `fp8`), empty where unknown."""
+        ...
+
+    def check_precision(self, compute: str) -> str | None:
+        """Return one sentence if the device cannot compute in this format, else None."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Return what was found: device name, library versions, backend."""
+        ...
+
+    def is_peer_failure(self, error: BaseException) -> bool:
+        """Return whether `error` says that another rank died or did not answer."""
+        ...

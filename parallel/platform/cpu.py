@@ -1,0 +1,57 @@
+"""CPU with gloo: the same code as on a cluster, for laptops, tests and rehearsals."""
+
+from __future__ import annotations
+
+import os
+import platform as host_platform
+import resource
+from collections.abc import Mapping
+
+import torch
+
+PEER_FAILURE_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+
+
+class CpuPlatform:
+    """Runs every rank as a CPU process; one instance a process."""
+
+    name = "cpu"
+    backend = "gloo"
+    fuses_kernels = False
+    overlaps_communication = False
+
+    def activate(self, local_rank: int) -> torch.device:
+        """Apply the CPU patches to torch and Megatron-Core and return the device."""
+        # Megatron-Core decorates small functions with torch.compile, which takes a minute of C++ building here.
+        torch._dynamo.config.disable = True
+        from parallel.platform.cpu_patches import apply_cpu_patches
+
+        apply_cpu_patches()
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Do nothing: CPU work is done when the call returns."""
+
+    def peak_memory_bytes(self) -> int:
+        """Return the largest resident set of this process so far, in bytes."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_tflops(self) -> Mapping[str, float]:
+        """Return nothing: no vendor states a peak for this CPU that MFU could be measured against."""
+        return {}
+
+    def check_precision(self, compute: str) -> str | None:
+        """Accept every format: the CPU computes bf16 and fp16 natively or by widening."""
+        return None
+
+    def describe(self) -> dict[str, str]:
+        """Return processor, cores, threads a rank and torch version."""
+        return {
+            "device": f"CPU {host_platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank",
+            "torch": torch.__version__,
+            "collectives": "gloo",
+        }
+
+    def is_peer_failure(self, error: BaseException) -> bool:
+        """Return whether gloo says that a peer closed its connection or did not answer in time."""
+        return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_FAILURE_WORDS)

@@ -1,0 +1,68 @@
+"""NVIDIA GPUs with NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+# Dense peaks in TFLOP/s, from the vendor's datasheets, by a part of the device's name; first match wins.
+PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("B200", {"bf16": 2250.0, "fp8": 4500.0}),
+    ("H200", {"bf16": 989.0, "fp8": 1979.0}),
+    ("H100 PCIe", {"bf16": 756.0, "fp8": 1513.0}),
+    ("H100", {"bf16": 989.0, "fp8": 1979.0}),
+    ("H800", {"bf16": 989.0, "fp8": 1979.0}),
+    ("A100", {"bf16": 312.0}),
+    ("A800", {"bf16": 312.0}),
+    ("L40S", {"bf16": 362.0, "fp8": 733.0}),
+    ("4090", {"bf16": 165.2, "fp8": 660.6}),
+    ("A10", {"bf16": 125.0}),
+)
+
+
+class CudaPlatform:
+    """Runs every rank on one GPU; one instance a process."""
+
+    name = "cuda"
+    backend = "nccl"
+    fuses_kernels = True
+    overlaps_communication = True
+
+    def activate(self, local_rank: int) -> torch.device:
+        """Make GPU `local_rank` current and return it."""
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+
+    def synchronize(self) -> None:
+        """Wait until all queued work of the current GPU is done."""
+        torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most GPU memory allocated so far, in bytes."""
+        return torch.cuda.max_memory_allocated()
+
+    def peak_tflops(self) -> Mapping[str, float]:
+        """Return the datasheet's dense peaks of this GPU, empty for an unknown one."""
+        name = torch.cuda.get_device_name()
+        return next((peaks for part, peaks in PEAK_TFLOPS if part in name), {})
+
+    def check_precision(self, compute: str) -> str | None:
+        """Refuse bf16 before Ampere, which computes it very slowly."""
+        if compute == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+            return f"precision.compute: {torch.cuda.get_device_name()} has no bf16 units; use fp16 or fp32."
+        return None
+
+    def describe(self) -> dict[str, str]:
+        """Return the GPU, its memory and the CUDA and NCCL versions."""
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+        return {
+            "device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {torch.cuda.device_count()} on host",
+            "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
+            "collectives": f"NCCL {nccl}",
+        }
+
+    def is_peer_failure(self, error: BaseException) -> bool:
+        """Return whether NCCL or the store says that a peer died or did not answer."""
+        return isinstance(error, torch.distributed.DistError)

@@ -1,0 +1,43 @@
+"""Seeds of weights and dropout for a layout; the data order has its own, independent of the layout."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int, pp_rank: int) -> None:
+    """Seed Python, NumPy, torch and Megatron-Core's per-axis trackers; pipeline stages differ, tp ranks by tracker."""
+    from megatron.core import tensor_parallel
+
+    stage_seed = seed + 100 * pp_rank
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def get_rng_state() -> dict[str, object]:
+    """Return the states of all generators of this rank."""
+    from megatron.core import tensor_parallel
+
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "trackers": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: dict[str, object]) -> None:
+    """Restore what `get_rng_state` returned."""
+    from megatron.core import tensor_parallel
+
+    random.setstate(state["python"])  # type: ignore[arg-type]
+    np.random.set_state(state["numpy"])  # type: ignore[arg-type]
+    torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
+    torch.cuda.set_rng_state(state["device"])  # type: ignore[arg-type]
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["trackers"])

@@ -1,0 +1,17 @@
+"""Next-token cross-entropy from per-token losses."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.losses.loss import Loss
+
+
+def compute_cross_entropy(token_losses: torch.Tensor, loss_mask: torch.Tensor) -> Loss:
+    """Sum the per-token negative log-likelihoods in nats where the mask is 1; both `[batch, seq]`.
+
+    Masked positions count for nothing even where their loss is not finite.
+    """
+    counted = loss_mask > 0
+    total = torch.where(counted, token_losses.float(), 0.0).sum()
+    return Loss(total, counted.sum(dtype=torch.int32))

@@ -1,0 +1,98 @@
+"""Core attention on `scaled_dot_product_attention`: causal, grouped-query, documents; never a seq x seq tensor.
+
+Used where Transformer Engine is not installed, on CPU and GPU alike. Knows nothing of batches or layouts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
+
+
+class SdpaCoreAttention(MegatronModule):
+    """softmax(Q K^T * scale) V with Megatron-Core's core-attention interface (Vaswani et al. 2017, eq. 1)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend within each row, or within each document when `packed_seq_params` gives their boundaries.
+
+        query `[sq, batch, heads/tp, dim]`, key and value `[sk, batch, groups/tp, dim]` -> `[sq, batch, heads/tp * dim_v]`;
+        packed: the same without the batch dimension -> `[total, heads/tp * dim_v]`. Explicit masks and biases raise
+        NotImplementedError: they would need a seq x seq tensor.
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise NotImplementedError("SdpaCoreAttention takes document boundaries, not attention masks or biases")
+        causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
+        if packed_seq_params is None:
+            # [s, b, h, d] -> [b, h, s, d]
+            out = self._attend(*(part.permute(1, 2, 0, 3) for part in (query, key, value)), causal)
+            return out.permute(2, 0, 1, 3).flatten(2)
+        # [t, h, d] -> [1, h, t, d]
+        heads_first = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        documents = [
+            self._attend(*(part[:, :, start:end] for part in heads_first), causal)
+            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            if end > start
+        ]
+        return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
+        """Attend over `[batch, heads, seq, dim]`; the last query sees all keys when causal."""
+        dim_v = value.shape[-1]
+        if dim_v != query.shape[-1]:
+            # MLA: the fused kernels want equal sizes, and zero columns change nothing.
+            value = F.pad(value, (0, query.shape[-1] - dim_v))
+        if key.shape[1] != query.shape[1]:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        same_length = query.shape[2] == key.shape[2]
+        mask = None
+        if causal and not same_length and query.shape[2] > 1:
+            mask = causal_lower_right(query.shape[2], key.shape[2])
+        dropout = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {
+            "attn_mask": mask,
+            "dropout_p": dropout,
+            "is_causal": causal and same_length and query.shape[2] > 1,
+            "scale": self.softmax_scale,
+        }
+        if dropout == 0.0:
+            return F.scaled_dot_product_attention(query, key, value, **options)[..., :dim_v]
+        if self.config.sequence_parallel:  # the block has already forked the tp-specific generator
+            return F.scaled_dot_product_attention(query, key, value, **options)[..., :dim_v]
+        with get_cuda_rng_tracker().fork():
+            return F.scaled_dot_product_attention(query, key, value, **options)[..., :dim_v]

@@ -1,0 +1,100 @@
+"""Config -> the model chunks of this rank; the only user of `GPTModel` and of the layer specs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from configs.derive import padded_vocab_size
+from configs.schema import Config, ModelConfig
+from parallel.mesh import Mesh
+from trainer.model.attention import SdpaCoreAttention
+from trainer.model.config import build_transformer_config
+from trainer.model.norm import LayerNorm, RMSNorm
+from trainer.model.rope import compute_inverse_frequencies
+
+
+def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTModel]:
+    """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights."""
+    transformer = build_transformer_config(config, mesh, use_te=use_te)
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
+    return [_build_chunk(config.model, transformer, mesh, vpp_rank, use_te) for vpp_rank in range(mesh.vpp_size)]
+
+
+def _build_chunk(
+    model: ModelConfig, transformer: TransformerConfig, mesh: Mesh, vpp_rank: int, use_te: bool
+) -> GPTModel:
+    vp_stage = vpp_rank if mesh.vpp_size > 1 else None
+    spec = get_gpt_decoder_block_spec(
+        transformer, use_transformer_engine=use_te, normalization=transformer.normalization, vp_stage=vp_stage
+    )
+    if not use_te:
+        _use_torch_kernels(spec, transformer)
+    chunk = GPTModel(
+        config=transformer,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(model),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=mesh.is_first_pp_stage and vpp_rank == 0,
+        post_process=mesh.is_last_pp_stage and vpp_rank == mesh.vpp_size - 1,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="yarn" if model.rope.scaling == "yarn" and model.mla is None else "rope",
+        rotary_percent=model.rope.fraction,
+        rotary_base=model.rope.base,
+        vp_stage=vp_stage,
+    ).to(mesh.device)
+    _set_rotary_frequencies(chunk, model, mesh.device)
+    _hide_vocabulary_padding(chunk, model, mesh)
+    return chunk
+
+
+def _use_torch_kernels(spec: TransformerBlockSubmodules, transformer: TransformerConfig) -> None:
+    """Put our norm and core attention into the local spec, whose own refuse sp and MLA and hold seq x seq scores."""
+    norm = RMSNorm if transformer.normalization == "RMSNorm" else LayerNorm
+    spec.layer_norm = norm
+    for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
+        attention: Any = layer.submodules.self_attention.submodules
+        attention.core_attention = SdpaCoreAttention
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, IdentityOp) is not IdentityOp:
+                setattr(attention, name, norm)
+
+
+def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.device) -> None:
+    """Set the frequencies of the scaling kinds that Megatron-Core has no fields for, or only with fixed constants."""
+    if model.rope.scaling == "yarn":
+        return
+    if model.mla is None:
+        head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+        embeddings = [chunk.rotary_pos_emb]
+    else:
+        head_dim = model.mla.qk_rope_head_dim
+        embeddings = [layer.self_attention.rotary_pos_emb for layer in chunk.decoder.layers]
+    for embedding in embeddings:
+        embedding.inv_freq = compute_inverse_frequencies(model.rope, head_dim).to(device)
+
+
+def _hide_vocabulary_padding(chunk: GPTModel, model: ModelConfig, mesh: Mesh) -> None:
+    """Give padded ids no probability, so that loss, sampling and gradients do not depend on the padding."""
+    if not chunk.post_process:
+        return
+    shard_size = padded_vocab_size(model) // mesh.tp_size
+    num_real = model.vocab_size - mesh.tp_rank * shard_size
+    if num_real >= shard_size:
+        return
+
+    def mask_padding(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        logits, bias = output  # [seq, batch, vocab/tp]
+        logits[..., max(num_real, 0) :] = torch.finfo(logits.dtype).min
+        return logits, bias
+
+    chunk.output_layer.register_forward_hook(mask_padding)

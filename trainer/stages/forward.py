@@ -1,0 +1,29 @@
+"""Batch -> language model: the forward pass that pretraining, long context and SFT share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from trainer.data.batch import Batch
+
+
+def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
+    """Return per-token losses `[batch, seq]` in nats from the last chunk, hidden states from the others.
+
+    With document boundaries the rows are laid end to end (`[1, batch * seq]`) and each document is attended alone,
+    with its own positions.
+    """
+    if batch.cu_seqlens is None:
+        return model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    documents = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+    flat = [part.reshape(1, -1) for part in (batch.tokens, batch.position_ids, batch.labels)]
+    return model(flat[0], flat[1], None, labels=flat[2], packed_seq_params=documents)
