@@ -1,0 +1,52 @@
+# The commands of everyday work. `make` alone lists them; every one that needs the environment builds it first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON := .venv/bin/python
+TORCHRUN := .venv/bin/torchrun
+STAMP := .venv/.installed
+CODE := configs parallel trainer launch tools tests
+
+# One thread a rank: CPU ranks that each start a thread per core fight for the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup pretrain test test-fast bench lint format types clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## build .venv from constraints.txt (again only when that or pyproject.toml changes)
+
+$(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
+	@tools/make_venv.sh
+	@touch $@
+
+pretrain: setup  ## train a small language model on 4 CPU ranks, tensor x pipeline parallel
+	$(PYTHON) tools/prepare_corpus.py --out data/stdlib
+	$(TORCHRUN) --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml
+
+test: setup  ## run every test
+	$(PYTHON) -m pytest
+
+test-fast: setup  ## run the tests that take seconds
+	$(PYTHON) -m pytest -m "not slow"
+
+bench: setup  ## measure tokens/s against bare megatron-core and Hugging Face Trainer
+	$(PYTHON) tools/bench/throughput.py
+
+lint: setup  ## check style and formatting
+	$(PYTHON) -m ruff check $(CODE)
+	$(PYTHON) -m ruff format --check $(CODE)
+
+format: setup  ## rewrite the code in the project's format
+	$(PYTHON) -m ruff check --fix $(CODE)
+	$(PYTHON) -m ruff format $(CODE)
+
+types: setup  ## check the types
+	$(PYTHON) -m mypy
+
+clean:  ## remove environments and caches (data/ and runs/ stay)
+	rm -rf .venv .venv-bootstrap .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

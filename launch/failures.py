@@ -1,0 +1,80 @@
+"""How a failed rank says why and leaves: one sentence on stderr, torchrun's error file, the documented exit code.
+
+Torch-free. Which errors a device's collectives raise is the platform's knowledge, handed in as a function.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+# torch.distributed's own errors, by name so that this file needs no torch.
+_PEER_ERROR_NAMES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
+_OWN_FAULT_WORDS = ("EADDRINUSE", "address already in use")
+_PATIENCE_SECONDS = 10.0
+
+
+def is_peer_loss(error: BaseException, is_peer_failure: Callable[[BaseException], bool]) -> bool:
+    """Return whether `error`, or what it was raised from, says that another rank died or did not answer."""
+    return any(_is_one_peer_loss(link, is_peer_failure) for link in _chain(error))
+
+
+def report(sentence: str, exit_code: int, *, rank: int = 0) -> None:
+    """Write `sentence` to stderr (with the rank unless it is 0) and into torchrun's error file, if there is one."""
+    prefix = f"rank {rank}: " if rank else ""
+    print(f"{prefix}{sentence}", file=sys.stderr, flush=True)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        # What torchrun reads back: its closing table then shows the sentence and takes the earliest as root cause.
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": sentence, "timestamp": int(time.time()), "exitCode": exit_code}, file)
+
+
+def let_rank_zero_speak(rank: int, seconds: float = _PATIENCE_SECONDS) -> None:
+    """Wait, on every rank but 0, so that an error all ranks share is told once.
+
+    Every launcher ends the remaining ranks when the first one fails: a rank that left sooner than rank 0 would have
+    rank 0 ended before it could speak, and a rank that waits is ended here without a word.
+    """
+    if rank == 0:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process with `exit_code`.
+
+    A failed rank leaves without the interpreter's clean-up: destructors of process groups wait for peers that may be
+    gone, and `atexit` would join writer processes that have nothing left to write.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code == 0:
+        sys.exit(0)
+    logging.shutdown()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(exit_code)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _is_one_peer_loss(error: BaseException, is_peer_failure: Callable[[BaseException], bool]) -> bool:
+    if any(word in str(error) for word in _OWN_FAULT_WORDS):
+        return False
+    return type(error).__name__ in _PEER_ERROR_NAMES or is_peer_failure(error)

@@ -1,0 +1,119 @@
+"""Start ranks on this machine and return the exit code of the rank that failed first, which torchrun hides behind 1.
+
+Run: python -m launch.local --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml [key=value ...]
+For scripts, tests and rehearsals; torch-free, no restarts. SIGTERM, SIGINT and SIGUSR1 are handed on to every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from configs.errors import BadInput, ExitCode
+from launch.environment import find_free_port
+from launch.failures import report
+from parallel.environment import Environment
+
+_USAGE = "usage: python -m launch.local --nproc-per-node N launch/STAGE.py CONFIG [the entry point's own options]"
+_POLL_SECONDS = 0.1
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line `argv` and return the exit code for the shell."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return ExitCode.DONE if argv else ExitCode.BAD_INPUT
+    try:
+        num_ranks, entry_point, rest = _parse(argv)
+    except BadInput as error:
+        report(str(error), error.exit_code)
+        return error.exit_code
+    return run_ranks([sys.executable, str(entry_point), *rest], num_ranks)
+
+
+def run_ranks(command: Sequence[str], num_ranks: int, *, patience_seconds: float = 20.0) -> int:
+    """Run `command` as `num_ranks` ranks of one world until all have ended and return the exit code of them all.
+
+    That is the code of the first rank that failed; 128 + n if signal n, handed on by us, ended it; PEER_LOST if any
+    other signal did. Once a rank has failed the others get SIGTERM, `patience_seconds` to leave, then SIGKILL.
+    """
+    port = find_free_port()
+    ranks = [_start_rank(command, rank, num_ranks, port) for rank in range(num_ranks)]
+    handed_on: set[int] = set()
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        handed_on.add(number)
+        _send(ranks, number)
+
+    previous = {number: signal.signal(number, hand_on) for number in _FORWARDED}
+    try:
+        code = _wait_for_failure(ranks)
+        if code is None:
+            return ExitCode.DONE
+        _end(ranks, patience_seconds)
+        if code > 0:
+            return code
+        return 128 - code if -code in handed_on else ExitCode.PEER_LOST
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _end(ranks, 0.0)
+
+
+def _parse(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
+    if len(argv) < 3 or argv[0] != "--nproc-per-node":
+        raise BadInput(_USAGE)
+    if not argv[1].isdigit() or int(argv[1]) < 1:
+        raise BadInput(f"--nproc-per-node: '{argv[1]}' is not a number of ranks; a value that would work: 4")
+    entry_point = Path(argv[2])
+    if not entry_point.is_file():
+        raise BadInput(f"{entry_point}: no such file; a value that would work: launch/pretrain.py")
+    return int(argv[1]), entry_point, list(argv[3:])
+
+
+def _start_rank(command: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
+    place = Environment(
+        rank=rank, world_size=num_ranks, local_rank=rank, local_world_size=num_ranks, master_port=port
+    ).as_variables()
+    # A session of its own: Ctrl-C must reach a rank once, through us, not a second time from the terminal.
+    return subprocess.Popen(command, env=os.environ | place | {"SHARDWRIGHT_LAUNCHER": "local"}, start_new_session=True)
+
+
+def _wait_for_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Return the first exit code that is not 0 (negative: killed by that signal), or None when all ranks ended well."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        # Between two polls several ranks may end: a cause says more than the lost peer or the signal that followed.
+        failures = sorted((code for code in codes if code), key=lambda code: (code < 0, code == ExitCode.PEER_LOST))
+        if failures:
+            return failures[0]
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(_POLL_SECONDS)
+
+
+def _send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]], patience_seconds: float) -> None:
+    _send(ranks, signal.SIGTERM)
+    deadline = time.monotonic() + patience_seconds
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(_POLL_SECONDS)
+    _send(ranks, signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,13 @@
+"""Entry point of pretraining. Run: torchrun --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    folder = Path(__file__).resolve().parent
+    if Path(sys.path[0]).resolve() == folder:  # run as a script: Python put launch/ first, the packages are beside it
+        sys.path[0] = str(folder.parent)
+    from launch.failures import leave
+    from launch.main import main
+
+    leave(main("pretrain", sys.argv[1:]))

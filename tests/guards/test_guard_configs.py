@@ -1,0 +1,56 @@
+"""Every YAML that is shipped loads, and every run among them passes all checks at the world size it states."""
+
+import re
+
+import pytest
+import yaml
+
+from configs.check import check_config
+from configs.load import load_config
+from configs.schema import ModelConfig
+
+NOT_RUNS = {"models", "clusters"}
+
+
+def world_size_of(text):
+    """Return nodes x ranks a node of the torchrun line in the comment at the top, or None."""
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    ranks, nodes = re.search(r"--nproc-per-node[ =](\d+)", head), re.search(r"--nnodes[ =](\d+)", head)
+    return int(ranks.group(1)) * (int(nodes.group(1)) if nodes else 1) if ranks else None
+
+
+@pytest.fixture(scope="session")
+def run_files(root):
+    files = [path for path in sorted((root / "configs").rglob("*.yaml")) if path.parent.name not in NOT_RUNS]
+    assert {"pretrain", "demo"} <= {path.parent.name for path in files}
+    return files
+
+
+def test_every_run_states_its_size_and_passes_all_checks(run_files, root):
+    problems = []
+    for path in run_files:
+        name = path.relative_to(root).as_posix()
+        text = path.read_text(encoding="utf-8")
+        world_size = world_size_of(text)
+        if world_size is None or name not in text:
+            problems.append(f"{name}: the comment at the top lacks its torchrun line with --nproc-per-node")
+            continue
+        on_cpu = path.parent.name == "demo"
+        config = load_config(str(path), ())
+        found = check_config(config, world_size, platform="cpu" if on_cpu else "cuda", has_te=not on_cpu)
+        problems += [f"{name} on {world_size} ranks: {one}" for one in found]
+    assert not problems, "\n".join(problems)
+
+
+def test_every_architecture_is_a_model_section_and_nothing_else(root):
+    files = sorted((root / "configs" / "models").glob("*.yaml"))
+    assert len(files) >= 11
+    for path in files:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert content.keys() == {"model"}, f"{path.name}: {set(content)}"
+        assert ModelConfig(**content["model"]).num_layers > 0
+
+
+def test_every_yaml_is_in_a_known_folder(root):
+    folders = {path.parent.name for path in (root / "configs").rglob("*.yaml")}
+    assert folders <= {"models", "pretrain", "long_context", "sft", "grpo", "demo", "clusters"}, folders

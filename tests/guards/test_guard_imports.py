@@ -1,0 +1,95 @@
+"""Imports go one way, commands start without torch, and what is called torch-free is."""
+
+import subprocess
+import sys
+
+ALLOWED = {
+    "configs": {"configs"},
+    "parallel": {"configs", "parallel"},
+    "trainer": {"configs", "parallel", "trainer"},
+    "launch": {"configs", "parallel", "trainer", "launch"},
+    "tools": {"configs", "parallel", "trainer", "tools"},
+}
+
+# The order inside trainer; a module may import its own level and those below. One that is not listed is at level 1,
+# so is the protocol that stages fulfil: the engine calls it.
+TRAINER_LEVELS = {
+    "log": 0, "model": 0, "data": 0, "losses": 0,
+    "checkpoint": 1, "optimizer": 1, "metrics": 1, "state": 1,
+    "engine": 2, "rollout": 3, "stages": 4, "hooks": 5, "loop": 5, "run": 6,
+}  # fmt: skip
+STRANGERS = {"model", "data", "losses"}
+SLOW_TO_IMPORT = {"torch", "megatron", "trainer", "transformers", "tensorboard"}
+
+IMPORT_WITHOUT_TORCH = """
+import importlib, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "megatron", "transformers", "trainer"):
+            raise ImportError(f"{name} must not be imported here")
+
+sys.meta_path.insert(0, Refuse())
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        sys.exit(f"{name}: {error}")
+"""
+
+
+def part_of_trainer(module):
+    parts = module.split(".")
+    if parts[1:3] == ["stages", "base"]:
+        return "stages.base"
+    return parts[1] if len(parts) > 1 else ""
+
+
+def test_packages_import_one_way(product_files):
+    wrong, seen = [], 0
+    for file in product_files:
+        for one in file.imports:
+            target = one.module.split(".")[0]
+            if target in ALLOWED:
+                seen += 1
+                if target not in ALLOWED[file.package]:
+                    wrong.append(f"{file.name}:{one.line} imports {one.module}")
+    assert seen > 50
+    assert not wrong, "against configs <- parallel <- trainer <- launch | tools:\n" + "\n".join(wrong)
+
+
+def test_trainer_imports_in_its_inner_order(product_files):
+    wrong, seen = [], 0
+    for file in (file for file in product_files if file.package == "trainer"):
+        source = part_of_trainer(file.module)
+        for one in (one for one in file.imports if one.module.startswith("trainer.")):
+            target = part_of_trainer(one.module)
+            seen += 1
+            if source != target and {source, target} <= STRANGERS:
+                wrong.append(f"{file.name}:{one.line}: {source} and {target} are strangers to each other")
+            if TRAINER_LEVELS.get(target, 1) > TRAINER_LEVELS.get(source, 1):
+                wrong.append(f"{file.name}:{one.line}: {source} comes before {target}")
+    assert seen > 20
+    assert not wrong, "\n".join(wrong)
+
+
+def test_commands_import_slow_packages_only_inside_functions(product_files):
+    commands = [file for file in product_files if file.package in ("launch", "tools")]
+    assert len(commands) > 8
+    wrong = [
+        f"{file.name}:{one.line} imports {one.module}"
+        for file in commands
+        for one in file.imports
+        if one.module.split(".")[0] in SLOW_TO_IMPORT and not one.in_function and not one.for_types_only
+    ]
+    assert not wrong, "--help would take seconds:\n" + "\n".join(wrong)
+
+
+def test_torch_free_modules_import_where_torch_cannot_be(product_files, root):
+    free = [file.module for file in product_files if file.package in ("configs", "launch", "tools")]
+    free += ["parallel.topology", "parallel.environment", "parallel.platform"]
+    assert {"configs.check", "launch.main", "tools.compare_runs"} <= set(free)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *free], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,71 @@
+"""How a failed rank says why: torchrun's error file, recognising a lost peer, leaving at once."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.failures import is_peer_loss, let_rank_zero_speak, report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class DistBackendError(RuntimeError):
+    """Stands for torch.distributed's error of the same name."""
+
+
+def says_closed(error: BaseException) -> bool:
+    return "closed by peer" in str(error)
+
+
+def test_report_names_the_rank_and_fills_torchruns_error_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    report("data.train: no such file", 2, rank=3)
+    assert capsys.readouterr().err == "rank 3: data.train: no such file\n"
+    written = json.loads((tmp_path / "error.json").read_text())
+    assert (written["message"], written["exitCode"]) == ("data.train: no such file", 2)
+    assert abs(written["timestamp"] - time.time()) < 10
+
+
+def test_rank_zero_has_no_prefix(monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    report("wrong", 2)
+    assert capsys.readouterr().err == "wrong\n"
+
+
+def test_a_lost_peer_is_found_through_the_chain():
+    try:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError as error:
+            raise ValueError("while saving") from error
+    except ValueError as outer:
+        assert is_peer_loss(outer, says_closed)
+    assert is_peer_loss(DistBackendError("watchdog"), says_closed)
+
+
+@pytest.mark.parametrize("error", [ValueError("shape mismatch"), DistBackendError("EADDRINUSE: port 29500")])
+def test_other_errors_are_not_a_lost_peer(error):
+    assert not is_peer_loss(error, says_closed)
+
+
+def test_rank_zero_does_not_wait_and_others_do():
+    start = time.monotonic()
+    let_rank_zero_speak(0, seconds=5.0)
+    assert time.monotonic() - start < 1.0
+    let_rank_zero_speak(1, seconds=0.2)
+    assert time.monotonic() - start >= 0.2
+
+
+def test_leave_does_not_wait_for_threads_or_children():
+    code = (
+        "import multiprocessing, threading, time\n"
+        "from launch.failures import leave\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)).start()\n"
+        "leave(5)\n"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=20).returncode == 5

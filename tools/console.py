@@ -1,0 +1,81 @@
+"""What the data commands share at the console: progress of long work, and one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from configs.errors import ExitCode, ShardwrightError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Progress of one piece of work: a bar on a terminal, else a plain line every few seconds."""
+
+    def __init__(self, title: str, total: float) -> None:
+        """Begin work called `title` of `total` units; `show` says how many are done."""
+        self._title = title
+        self._total = max(total, 1)
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            columns = (
+                "{task.description}",
+                progress.BarColumn(),
+                progress.TaskProgressColumn(),
+                "{task.fields[detail]}",
+            )
+            self._bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=Console(stderr=True))
+            self._task = self._bar.add_task(self._title, total=self._total, detail="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: float, detail: str = "") -> None:
+        """Show that `done` units are done; `detail` is free text such as a rate."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, detail=detail)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"{self._title}: {min(done / self._total, 1):4.0%}  {detail}", file=sys.stderr, flush=True)
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command and return its exit code; what the user can mend is one sentence on stderr."""
+    # importing megatron-core tells that optional GPU packages are missing, which no data command would use
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)(\.|$)")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    try:
+        command()
+    except ShardwrightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except OSError as error:
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return int(ExitCode.BAD_INPUT)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        return 130
+    return int(ExitCode.DONE)

@@ -1,0 +1,109 @@
+"""Make the embedded default corpus from text that is on every machine: the sources of Python's standard library.
+
+    python tools/prepare_corpus.py --out data/stdlib
+
+Writes DIR/tokenizer, DIR/train.{bin,idx,meta.json} and DIR/validation.{bin,idx,meta.json}; needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import BadInput
+from tools.console import run_command
+from tools.preprocess_data import preprocess
+from tools.train_tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from trainer.data.documents import InputFile
+
+VALIDATION_SHARE = 50  # one file in this many is held out
+_FORMAT = 1  # raise it when the same settings give other files
+
+
+def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bool:
+    """Make the corpus in `out`; False when it was complete already. Raises BadInput when another one is there.
+
+    `library` is the directory of `.py` files to read, the running Python's standard library by default.
+    """
+    directory = Path(out)
+    settings = {"format": _FORMAT, "vocab_size": vocab_size}
+    marker = directory / "corpus.json"
+    if marker.is_file():
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise BadInput(f"--out {out}: a corpus with {found['settings']} is there; delete it or choose another")
+        return False
+    train, validation, num_skipped = split_library(library or Path(sysconfig.get_path("stdlib")))
+    num_bytes = sum(file.num_bytes for file in train)
+    print(
+        f"{len(train)} files ({num_bytes / 1e6:.1f} MB) of Python {platform.python_version()}'s library to train on, "
+        f"{len(validation)} held out, {num_skipped} not UTF-8 left out"
+    )
+    tokenizer = directory / "tokenizer"
+    if not tokenizer.exists():
+        print(f"{tokenizer}: {train_tokenizer(train, str(tokenizer), vocab_size)} tokens")
+    num_workers = len(os.sched_getaffinity(0))
+    for name, files in (("train", train), ("validation", validation)):
+        preprocess(files, str(tokenizer), str(directory / name), num_workers=num_workers)
+    temporary = marker.with_suffix(".tmp")
+    temporary.write_text(
+        json.dumps({"settings": settings, "python": platform.python_version()}) + "\n", encoding="utf-8"
+    )
+    os.replace(temporary, marker)
+    return True
+
+
+def split_library(library: Path) -> tuple[list[InputFile], list[InputFile], int]:
+    """Find the `.py` files of `library`, sorted by path, and hold some out by a hash of the path.
+
+    Returns training files, validation files and how many were not UTF-8. Installed packages are no part of it.
+    """
+    from trainer.data.documents import InputFile
+
+    train: list[InputFile] = []
+    validation: list[InputFile] = []
+    num_skipped = 0
+    for file in sorted(library.rglob("*.py"), key=lambda file: file.relative_to(library).parts):
+        name = file.relative_to(library)
+        if {"site-packages", "dist-packages"} & set(name.parts) or not file.is_file():
+            continue
+        try:
+            file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            num_skipped += 1
+            continue
+        held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] * VALIDATION_SHARE < 256
+        (validation if held_out else train).append(InputFile(str(file), "text"))
+    if not train or not validation:
+        raise BadInput(f"{library}: too few .py files for a corpus; install Python with its standard library's sources")
+    return train, validation, num_skipped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(description="Make the default corpus from the running Python's standard library.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory of the corpus")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, metavar="N", help="tokens of its tokenizer (default: 4096)"
+    )
+    arguments = parser.parse_args(argv)
+
+    def command() -> None:
+        made = prepare_corpus(arguments.out, arguments.vocab_size)
+        print(f"{arguments.out}: {'complete' if made else 'already complete'}")
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Train a byte-level BPE tokenizer and write it as a Hugging Face directory.
+
+python tools/train_tokenizer.py FILE_OR_DIRECTORY... --out DIR --vocab-size 32000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import BadInput
+from tools.console import Progress, run_command
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from trainer.data.documents import InputFile
+
+MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-document token
+
+
+def train_tokenizer(files: Sequence[InputFile], out: str, vocab_size: int, text_key: str = "text") -> int:
+    """Train on the documents of `files` and write the directory `out`; return the size of the vocabulary.
+
+    Byte-level BPE with GPT-2's pre-tokenization (Radford et al. 2019): any text survives encode and decode unchanged.
+    Raises BadInput when `out` exists or `vocab_size` is too small. `out` appears whole or not at all.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from trainer.data.tokenizer import END_OF_DOCUMENT
+
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise BadInput(f"--vocab-size: {vocab_size} is less than 256 bytes and one end-of-document token; try 4096")
+    if os.path.exists(out):
+        raise BadInput(f"--out {out}: it exists already; delete it or choose another directory")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with Progress("reading text", sum(file.num_bytes for file in files)) as progress:
+        tokenizer.train_from_iterator(_texts(files, text_key, progress), trainer)
+    _write(tokenizer, Path(out), END_OF_DOCUMENT)
+    return tokenizer.get_vocab_size()
+
+
+def _texts(files: Sequence[InputFile], text_key: str, progress: Progress) -> Iterator[str]:
+    from trainer.data.documents import iter_blocks, texts_of
+
+    num_read = 0
+    for block in iter_blocks(files, text_key):
+        yield from texts_of(block, text_key)
+        num_read += block.num_disk_bytes
+        progress.show(num_read, f"{num_read / 1e6:.0f} MB")
+
+
+def _write(tokenizer: Tokenizer, out: Path, end_of_document: str) -> None:
+    """Write the files Hugging Face reads, in a directory renamed into place when it is complete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary.chmod(0o755)
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        special = {"bos_token": end_of_document, "eos_token": end_of_document}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(1e30),  # Hugging Face's way of saying that the tokenizer sets no limit
+        }
+        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+            (temporary / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level BPE tokenizer and write it as a Hugging Face directory."
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="FILE", help="JSONL, Parquet or text, also .zst or .gz; or directories"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special one included")
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text in JSONL and Parquet (default: text)"
+    )
+    arguments = parser.parse_args(argv)
+
+    def command() -> None:
+        from trainer.data.documents import list_inputs
+
+        files, _ = list_inputs(arguments.inputs)
+        size = train_tokenizer(files, arguments.out, arguments.vocab_size, arguments.text_key)
+        short = "" if size == arguments.vocab_size else f" (all the text gives; {arguments.vocab_size} asked for)"
+        print(f"{arguments.out}: {size} tokens{short}")
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The batch: what one microbatch of one data-parallel rank holds, for every stage of training.
+
+Knows nothing of where the tokens came from, of models or of losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch of one data-parallel rank.
+
+    `cu_seqlens` are the document boundaries over the flattened micro_batch*seq tokens, beginning with 0 and ending
+    with micro_batch*seq; every row start is a boundary too. None means plain causal attention over each row.
+    """
+
+    tokens: Tensor  # int64 [micro_batch, seq]
+    labels: Tensor  # int64 [micro_batch, seq], the token that follows each token
+    position_ids: Tensor  # int64 [micro_batch, seq]
+    loss_mask: Tensor  # float32 [micro_batch, seq], 0 where the label does not count
+    cu_seqlens: Tensor | None = None  # int32 [num_documents + 1]
+    max_seqlen: int | None = None  # tokens of the longest document
+    sample_ids: tuple[int, ...] = ()  # global sample number of each row, -1 for padding; for error reports
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy the tensors to `device`, through pinned memory and without waiting when it is not where they are."""
+        cu_seqlens = None if self.cu_seqlens is None else _copy(self.cu_seqlens, device)
+        tokens, labels = _copy(self.tokens, device), _copy(self.labels, device)
+        positions, loss_mask = _copy(self.position_ids, device), _copy(self.loss_mask, device)
+        return Batch(tokens, labels, positions, loss_mask, cu_seqlens, self.max_seqlen, self.sample_ids)
+
+
+def build_batch(windows: NDArray[np.int64], sample_ids: tuple[int, ...], document_end_id: int | None = None) -> Batch:
+    """Build the pretraining batch of `windows` int64 [micro_batch, seq + 1]: every token predicts the next one.
+
+    With `document_end_id`, attention and positions stay inside documents: a document ends after that token, and the
+    token itself, whose label begins a stranger's text, has no loss. Without it every token counts, as in Megatron-LM.
+    """
+    tokens = torch.from_numpy(np.ascontiguousarray(windows[:, :-1]))
+    labels = torch.from_numpy(np.ascontiguousarray(windows[:, 1:]))
+    micro_batch_size, seq_len = tokens.shape
+    if document_end_id is None:
+        positions = torch.arange(seq_len, dtype=torch.int64).expand(micro_batch_size, seq_len).contiguous()
+        return Batch(tokens, labels, positions, torch.ones(tokens.shape, dtype=torch.float32), sample_ids=sample_ids)
+    loss_mask = (tokens != document_end_id).to(torch.float32)
+    boundaries = document_boundaries(tokens, document_end_id)  # int64 [num_documents + 1]
+    lengths = boundaries.diff()
+    starts = torch.repeat_interleave(boundaries[:-1], lengths)
+    positions = (torch.arange(tokens.numel(), dtype=torch.int64) - starts).view(tokens.shape)
+    cu_seqlens, max_seqlen = boundaries.to(torch.int32), int(lengths.max())
+    return Batch(tokens, labels, positions, loss_mask, cu_seqlens, max_seqlen, sample_ids)
+
+
+def document_boundaries(tokens: Tensor, document_end_id: int) -> Tensor:
+    """Compute where documents begin in `tokens` [micro_batch, seq] flattened, and its end: int64 [num_documents + 1].
+
+    A document begins at every row start and after every `document_end_id`.
+    """
+    micro_batch_size, seq_len = tokens.shape
+    rows = torch.arange(micro_batch_size + 1, dtype=torch.int64) * seq_len
+    after_ends = (tokens.flatten() == document_end_id).nonzero().flatten() + 1
+    return torch.unique(torch.cat([rows, after_ends]))
+
+
+def without_loss(batch: Batch, row: int) -> Batch:
+    """Return `batch` with the loss of its rows from `row` on taken out and their sample numbers set to -1."""
+    loss_mask = batch.loss_mask.clone()
+    loss_mask[row:] = 0
+    padding = (-1,) * (len(batch.sample_ids) - row)
+    return replace(batch, loss_mask=loss_mask, sample_ids=batch.sample_ids[:row] + padding)
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device.type == device.type:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,134 @@
+"""A weighted blend of sources and the ledger of what was read of each.
+
+Which source the next sample comes from depends on the ledger alone, never on ranks or batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import BadInput
+from configs.schema import SourceConfig
+from trainer.data.indexed import TokenDataset
+from trainer.data.source import TokenSource
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where a run of consecutive global samples comes from."""
+
+    first_sample: int  # global number of the first
+    source: NDArray[np.int64]  # [n] place of the source in the blend
+    sample: NDArray[np.int64]  # [n] number of the sample in that source
+
+
+class Blend:
+    """Sources drawn in proportion to their weights, each read in its own order."""
+
+    def __init__(self, sources: Sequence[TokenSource], weights: Sequence[float]) -> None:
+        """Blend `sources` with relative `weights`. Raises BadInput when the same data is given twice."""
+        if not sources:
+            raise BadInput("data.train: no source is given; a value that would work: [{path: data/stdlib/train}]")
+        self.sources = list(sources)
+        self.weights = np.array(weights, dtype=np.float64) / np.sum(weights)
+        self.consumed_samples = 0
+        self._consumed = np.zeros(len(sources), dtype=np.int64)  # of each source since the run began
+        self._drawn = np.zeros(len(sources), dtype=np.int64)  # of each source since this blend began
+        self._retired: dict[str, dict[str, Any]] = {}  # sources of earlier blends, so that they can come back
+        seen: dict[str, str] = {}
+        for source in sources:
+            path = source.dataset.prefix
+            if source.dataset.identity in seen:
+                other = seen[source.dataset.identity]
+                raise BadInput(f"data.train: {path} and {other} hold the same data; give one of them both weights")
+            seen[source.dataset.identity] = path
+
+    def take(self, num_samples: int) -> Assignment:
+        """Draw the next `num_samples` and enter them in the ledger.
+
+        Draw k of a source falls due at (k + 1/2) / weight; the earliest due comes next (Webster's method), which
+        keeps every source within about one sample of its share at any time.
+        """
+        reach = np.minimum(np.ceil(self.weights * (num_samples + len(self.sources))).astype(np.int64) + 2, num_samples)
+        source = np.repeat(np.arange(len(self.sources)), reach)
+        within = np.arange(source.size) - np.repeat(np.cumsum(reach) - reach, reach)
+        due = (self._drawn[source] + within + 0.5) / self.weights[source]
+        chosen = np.lexsort((source, due))[:num_samples]
+        source, within = source[chosen], within[chosen]
+        assignment = Assignment(self.consumed_samples, source, self._consumed[source] + within)
+        counts = np.bincount(source, minlength=len(self.sources))
+        self._consumed += counts
+        self._drawn += counts
+        self.consumed_samples += num_samples
+        return assignment
+
+    def read(self, assignment: Assignment, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Read these rows of an assignment: tokens int64 [len(rows), seq_len + 1]."""
+        tokens = np.empty((len(rows), self.sources[0].seq_len + 1), dtype=np.int64)
+        for number, source in enumerate(self.sources):
+            mine = np.flatnonzero(assignment.source[rows] == number)
+            if mine.size:
+                tokens[mine] = source.read(assignment.sample[rows[mine]])
+        return tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ledger as plain data: samples in all, and per source path its data, weight and samples."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            "seq_len": self.sources[0].seq_len,
+            "sources": {
+                source.dataset.prefix: {
+                    "identity": source.dataset.identity,
+                    "weight": float(weight),
+                    "consumed_samples": int(consumed),
+                    "drawn_in_blend": int(drawn),
+                }
+                for source, weight, consumed, drawn in zip(
+                    self.sources, self.weights, self._consumed, self._drawn, strict=True
+                )
+            },
+            "retired": dict(self._retired),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ledger. A source goes on where it was, though weights change, others come or go, or it moves.
+
+        Raises BadInput when the data behind a path is no longer what it was, or seq_len has changed: windows are cut
+        anew then, and what was read before could not be told from what was not.
+        """
+        seq_len = self.sources[0].seq_len
+        if state["seq_len"] != seq_len:
+            raise BadInput(
+                f"train.seq_len: {seq_len} differs from the {state['seq_len']} of the checkpoint, whose data order "
+                f"cannot go on; use {state['seq_len']}, or begin anew from its weights with checkpoint.init_from"
+            )
+        known = {**state["retired"], **state["sources"]}
+        before = {entry["identity"]: entry for entry in known.values()}
+        for number, source in enumerate(self.sources):
+            path, identity = source.dataset.prefix, source.dataset.identity
+            if identity not in before and path in known:
+                raise BadInput(f"data.train: {path} is not what the checkpoint read there; put new data elsewhere")
+            self._consumed[number] = before.get(identity, {"consumed_samples": 0})["consumed_samples"]
+        self.consumed_samples = state["consumed_samples"]
+        present = {source.dataset.identity for source in self.sources}
+        self._retired = {path: entry for path, entry in known.items() if entry["identity"] not in present}
+        blend = [(source.dataset.identity, float(w)) for source, w in zip(self.sources, self.weights, strict=True)]
+        if [(entry["identity"], entry["weight"]) for entry in state["sources"].values()] == blend:
+            self._drawn[:] = [before[identity]["drawn_in_blend"] for identity, _ in blend]
+        else:  # another blend begins now: a new source gets its share from here on, not a burst to catch up
+            self._drawn[:] = 0
+
+
+def open_blend(sources: Sequence[SourceConfig], seq_len: int, seed: int) -> Blend:
+    """Open the sources of `data.train` as one blend. Raises BadInput, also when their tokenizers differ."""
+    datasets = [TokenDataset(source.path) for source in sources]
+    made_with = {dataset.meta.vocabulary_hash: dataset.prefix for dataset in datasets if dataset.meta}
+    if len(made_with) > 1:
+        first, second = list(made_with.values())[:2]
+        raise BadInput(f"data.train: {first} and {second} were made with different tokenizers; make one of them again")
+    return Blend([TokenSource(dataset, seq_len, seed) for dataset in datasets], [source.weight for source in sources])

@@ -1,0 +1,237 @@
+"""Documents from files: JSONL, Parquet and plain text, also zstd or gzip compressed, in one fixed order.
+
+Files are cut into blocks that depend on the files alone, so that many workers, or a second attempt, see the same ones.
+Torch-free. Knows nothing of tokenizers or of what becomes of the text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.errors import BadInput
+
+Kind = Literal["jsonl", "parquet", "text"]
+
+BLOCK_BYTES = 1 << 20
+_PARQUET_ROWS = 512
+_JSONL_SUFFIXES = {".jsonl", ".json", ".ndjson"}
+_COMPRESSIONS = {".zst", ".gz"}
+_TEXT_SUFFIXES = set(
+    ".c .cc .cfg .cpp .cs .css .go .h .hpp .html .java .js .jl .lua .md .php .pl .py .pyi .r .rb .rs .rst .scala .sh "
+    ".sql .swift .tex .toml .ts .txt .xml .yaml .yml".split()
+)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input file, what it holds and how it is compressed."""
+
+    path: str
+    kind: Kind
+    compression: Literal["", ".zst", ".gz"] = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return os.stat(self.path).st_size
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of documents small enough to send to a worker.
+
+    `payload` is whole lines of JSONL, the texts of Parquet rows, or nothing: the worker opens plain text files itself.
+    """
+
+    files: tuple[InputFile, ...]
+    first_record: int  # number of the first line or row, from 1
+    payload: bytes | tuple[str | None, ...]
+    num_disk_bytes: int  # of the input, for progress
+
+
+def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
+    """Find the input files behind `paths`, in order; a directory gives its files sorted by path.
+
+    Returns the files and, by suffix, how many files of directories were left out for not being a known kind of text.
+    A file named outright is taken as plain text when its suffix says nothing else. Raises BadInput.
+    """
+    files: list[InputFile] = []
+    left_out: Counter[str] = Counter()
+    for path in paths:
+        if not os.path.exists(path):
+            raise BadInput(f"input {path}: no such file or directory")
+        if not os.path.isdir(path):
+            files.append(_classify(path) or InputFile(path, "text", _compression(path)))
+            continue
+        inside = (file for file in Path(path).rglob("*") if file.is_file())
+        for file in sorted(inside, key=lambda file: file.relative_to(path).parts):
+            if any(part.startswith(".") for part in file.relative_to(path).parts):
+                continue
+            found = _classify(str(file))
+            if found:
+                files.append(found)
+            else:
+                left_out[file.suffix or "no suffix"] += 1
+    if not files:
+        raise BadInput(f"input {', '.join(paths)}: no file to read; give .jsonl, .parquet or text (.txt, .md ...)")
+    return files, left_out
+
+
+def _compression(path: str) -> Literal["", ".zst", ".gz"]:
+    suffix = Path(path).suffix
+    return suffix if suffix in _COMPRESSIONS else ""  # type: ignore[return-value]
+
+
+def _classify(path: str) -> InputFile | None:
+    """Tell from its suffixes what a file holds; None when they do not say."""
+    compression = _compression(path)
+    suffix = Path(path.removesuffix(compression)).suffix.lower()
+    if suffix in _JSONL_SUFFIXES:
+        return InputFile(path, "jsonl", compression)
+    if suffix == ".parquet" and not compression:
+        return InputFile(path, "parquet")
+    return InputFile(path, "text", compression) if suffix in _TEXT_SUFFIXES else None
+
+
+def iter_blocks(files: Iterable[InputFile], text_key: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """Cut the files into blocks of about `block_bytes`, in order; only JSONL and Parquet are read here."""
+    waiting: list[InputFile] = []
+    num_waiting = 0
+    for file in files:
+        if file.kind == "text":
+            waiting.append(file)
+            num_waiting += file.num_bytes
+        if waiting and (file.kind != "text" or num_waiting >= block_bytes):
+            yield Block(tuple(waiting), 1, b"", num_waiting)
+            waiting, num_waiting = [], 0
+        if file.kind == "jsonl":
+            yield from _jsonl_blocks(file, block_bytes)
+        elif file.kind == "parquet":
+            yield from _parquet_blocks(file, text_key)
+    if waiting:
+        yield Block(tuple(waiting), 1, b"", num_waiting)
+
+
+def texts_of(block: Block, text_key: str) -> Iterator[str]:
+    """Yield the documents of a block. Raises BadInput naming file and line when one cannot be read as text."""
+    if block.files[0].kind == "text":
+        for file in block.files:
+            yield _decode(b"".join(read_pieces(file, BLOCK_BYTES)), file.path)
+    elif isinstance(block.payload, bytes):
+        for number, line in enumerate(block.payload.split(b"\n"), start=block.first_record):
+            if line.strip():
+                yield _parse_line(line, f"{block.files[0].path}:{number}", text_key)
+    else:
+        for number, text in enumerate(block.payload, start=block.first_record):
+            if not isinstance(text, str):
+                raise BadInput(f"{block.files[0].path}: row {number} has no text in column {text_key!r}; drop that row")
+            yield text
+
+
+def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[bytes]:
+    """Yield the decompressed content in pieces of `piece_bytes`, but for the last. Raises BadInput if broken."""
+    buffer = bytearray()
+    for chunk in _decompressed(file):
+        buffer += chunk
+        while len(buffer) >= piece_bytes:
+            yield bytes(buffer[:piece_bytes])
+            del buffer[:piece_bytes]
+    if buffer:
+        yield bytes(buffer)
+
+
+def _decompressed(file: InputFile) -> Iterator[bytes]:
+    """Yield decompressed chunks of any size; several frames in a row are one content, a cut-off one is an error."""
+    with open(file.path, "rb") as stream:
+        if not file.compression:
+            while chunk := stream.read(BLOCK_BYTES):
+                yield chunk
+            return
+        frame = None
+        while chunk := stream.read(BLOCK_BYTES):
+            while chunk:
+                frame = frame or _new_frame(file.compression)
+                try:
+                    yield frame.decompress(chunk)
+                except Exception as error:  # zlib.error or zstandard.ZstdError, which share no base class
+                    raise BadInput(f"input {file.path}: corrupted ({error}); copy it again") from error
+                chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame is not None:
+            raise BadInput(f"input {file.path}: truncated {file.compression} data; copy it again")
+
+
+def _new_frame(compression: str) -> Any:
+    if compression == ".gz":
+        return zlib.decompressobj(wbits=31)
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+def _jsonl_blocks(file: InputFile, block_bytes: int) -> Iterator[Block]:
+    """Cut a JSONL file into blocks that end at line ends."""
+    rest, first_line = b"", 1
+    for piece in read_pieces(file, block_bytes):
+        cut = piece.rfind(b"\n") + 1
+        if not cut:  # a line longer than a block
+            rest += piece
+            continue
+        payload, rest = rest + piece[:cut], piece[cut:]
+        yield Block((file,), first_line, payload, 0 if file.compression else len(payload))
+        first_line += payload.count(b"\n")
+    if rest or file.compression:  # how far a compressed file was read is known at its end
+        yield Block((file,), first_line, rest or b"\n", file.num_bytes if file.compression else len(rest))
+
+
+def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
+    """Read the text column of a Parquet file a few hundred rows at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        names = table.schema_arrow.names
+        if text_key not in names:
+            raise BadInput(f"input {file.path}: no column {text_key!r}; a --text-key that would work: {names}")
+        first_row, num_rows = 1, table.metadata.num_rows
+        for rows in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key]):
+            share = file.num_bytes * rows.num_rows // max(num_rows, 1)
+            yield Block((file,), first_row, tuple(rows.column(0).to_pylist()), share)
+            first_row += rows.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInput(f"input {file.path}: not a readable Parquet file ({error}); copy it again") from error
+
+
+def _parse_line(line: bytes, where: str, text_key: str) -> str:
+    """Take the text out of one JSON line."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
+    if not isinstance(record, dict):
+        raise BadInput(f'{where}: not a JSON object; each line must be one, like {{{json.dumps(text_key)}: "..."}}')
+    if text_key not in record:
+        raise BadInput(f"{where}: no key {text_key!r}; a --text-key that may work: {sorted(record)}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise BadInput(f"{where}: the value of {text_key!r} is not a string; write it as one or drop the line")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"{where}: half a surrogate pair in the text; replace it by \\ufffd") from error
+    return text
+
+
+def _decode(content: bytes, path: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"input {path}: not UTF-8 at byte {error.start}; convert it or leave it out") from error
