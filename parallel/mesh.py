@@ -48,6 +48,18 @@ class Mesh:
         """Whether this rank computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes of the axes by name."""
+        return {
+            "world": self.world_size,
+            "tp": self.tp_size,
+            "pp": self.pp_size,
+            "vpp": self.vpp_size,
+            "cp": self.cp_size,
+            "ep": self.ep_size,
+            "dp": self.dp_size,
+        }
+
     def coordinates(self) -> str:
         """Return this rank's place on the axes, for logs and errors."""
         return (

@@ -1,0 +1,1 @@
+"""Checkpoints: where they lie (layout), what says they are whole (manifest), writing and reading them on any layout."""

@@ -1,0 +1,93 @@
+"""Names and order of checkpoint directories under a run. Torch-free; knows nothing of what is inside them.
+
+`<run.dir>/checkpoints/step_00000100/` is whole by construction: it is written under a hidden name and renamed when
+every rank is done. `latest` is a symbolic link, replaced atomically.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+PARTIAL_PREFIX = ".partial-"
+DELETED_PREFIX = ".deleted-"
+LATEST = "latest"
+
+
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    """Return the directory that holds a run's checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the directory name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Return a run's complete checkpoints, oldest first."""
+    return sorted(path for path in checkpoints_dir(run_dir).glob("step_*") if (path / "checkpoint.json").is_file())
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """Return the checkpoint that `latest` names, or the newest complete one if the link is missing; None if none."""
+    link = checkpoints_dir(run_dir) / LATEST
+    if (link / "checkpoint.json").is_file():
+        return link.resolve()
+    complete = list_checkpoints(run_dir)
+    return complete[-1] if complete else None
+
+
+def resolve_checkpoint(path: str | Path) -> Path | None:
+    """Return the checkpoint meant by a path to one, to a `latest` link or to a run directory; None if there is none."""
+    given = Path(path)
+    if (given / "checkpoint.json").is_file():
+        return given.resolve()
+    return latest_checkpoint(given)
+
+
+def publish(partial: Path, step: int) -> Path:
+    """Give a finished checkpoint its name and move `latest` to it; both renames are atomic. Rank 0 alone calls this."""
+    parent = partial.parent
+    final = parent / checkpoint_name(step)
+    if final.exists():
+        remove(final)
+    os.replace(partial, final)
+    temporary_link = parent / f".{LATEST}-{os.getpid()}"
+    temporary_link.unlink(missing_ok=True)
+    temporary_link.symlink_to(final.name)
+    os.replace(temporary_link, parent / LATEST)
+    _sync_directory(parent)
+    return final
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, under a hidden name so that a kill in the middle leaves nothing that looks whole."""
+    doomed = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Delete what an interrupted save or deletion left behind. Rank 0 alone calls this, with no save under way."""
+    for prefix in (PARTIAL_PREFIX, DELETED_PREFIX):
+        for leftover in checkpoints_dir(run_dir).glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def apply_retention(run_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
+    for checkpoint in list_checkpoints(run_dir)[:-keep_last]:
+        step = int(checkpoint.name.removeprefix("step_"))
+        if keep_every is None or step % keep_every != 0:
+            remove(checkpoint)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

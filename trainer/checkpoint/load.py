@@ -1,0 +1,81 @@
+"""Reads checkpoints: `resume` (everything, any layout) and `warm_start` (weights alone, a new stage).
+
+Both are collective: all ranks of the world must call them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from configs.errors import BadInput
+from configs.load import resolved_dict
+from parallel.collectives import gather_objects
+from parallel.seeding import set_rng_state
+from trainer.checkpoint.layout import list_checkpoints
+from trainer.checkpoint.manifest import Manifest, check_architecture, find_damage, read_manifest
+from trainer.checkpoint.sharded_state import build_full_state, build_model_state, build_rng_state
+from trainer.engine import Engine
+from trainer.stages.base import Stage
+from trainer.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def resume(engine: Engine, stage: Stage, checkpoint: Path) -> TrainState:
+    """Load weights, optimizer, progress, data cursor and, on the layout that saved it, random generators.
+
+    Raises BadInput for a damaged checkpoint, another architecture or another stage.
+    """
+    manifest = read_manifest(checkpoint)
+    _check(engine, checkpoint, manifest, is_warm_start=False)
+    if manifest.stage["name"] != stage.name:
+        raise BadInput(
+            f"{checkpoint}: was saved by the {manifest.stage['name']} stage, this is {stage.name}; to begin a new stage "
+            "from its weights set checkpoint.init_from to it and run.dir to a new directory."
+        )
+    request = build_full_state(engine, is_loading=True)
+    is_same_layout = manifest.layout == engine.mesh.sizes()
+    if is_same_layout:
+        request["rng"] = build_rng_state(engine)
+    loaded = _load(request, checkpoint)
+    _set_weights(engine, loaded)
+    engine.optimizer.load_state_dict(loaded["optimizer"])
+    if is_same_layout:
+        set_rng_state(loaded["rng"])
+    else:
+        log.info("the layout changed since %s: dropout draws new random numbers, all else continues", checkpoint)
+    stage.load_state_dict(manifest.stage["state"])
+    return TrainState(**manifest.state)
+
+
+def warm_start(engine: Engine, checkpoint: Path) -> None:
+    """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does."""
+    manifest = read_manifest(checkpoint)
+    _check(engine, checkpoint, manifest, is_warm_start=True)
+    _set_weights(engine, _load(build_model_state(engine), checkpoint))
+    engine.optimizer.reload_model_params()
+
+
+def _check(engine: Engine, checkpoint: Path, manifest: Manifest, *, is_warm_start: bool) -> None:
+    """Compare the architecture, and hash the files, each rank its share."""
+    model = resolved_dict(engine.config)["model"]
+    check_architecture(manifest, model, checkpoint, is_warm_start=is_warm_start)
+    mine = sorted(manifest.files)[engine.mesh.rank :: engine.mesh.world_size]
+    problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
+    if problems:
+        others = [path for path in list_checkpoints(checkpoint.parent.parent) if path != checkpoint]
+        advice = f"continue from checkpoint.resume={others[-1]}" if others else "there is no other checkpoint of the run"
+        raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted: {advice}.")
+
+
+def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    return dist_checkpointing.load(request, str(checkpoint))
+
+
+def _set_weights(engine: Engine, loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(engine.chunks):
+        chunk.load_state_dict(loaded[f"model{index}"])

@@ -1,0 +1,107 @@
+"""`checkpoint.json`: what a checkpoint is, where its run was, and the hash of every file. Torch-free.
+
+It is written last; a directory without it is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import BadInput
+
+MANIFEST = "checkpoint.json"
+FORMAT_VERSION = 1
+# Fields of `model` that shape no weight and may differ between the run that saved and the run that continues.
+FREE_MODEL_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_std"})
+# A new stage may also stretch the context.
+FREE_WARM_START_FIELDS = FREE_MODEL_FIELDS | {"rope", "max_position_embeddings"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `checkpoint.json`."""
+
+    step: int
+    state: dict[str, Any]
+    """Progress of the run (`trainer.state.TrainState`)."""
+    stage: dict[str, Any]
+    """Name of the training stage and what it keeps (data cursor)."""
+    layout: dict[str, int]
+    """Sizes of the axes that wrote it; another layout may read it."""
+    config: dict[str, Any]
+    """The resolved config of the run."""
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    """`bytes` and `sha256` by file name."""
+    format_version: int = FORMAT_VERSION
+
+    def write(self, directory: Path) -> None:
+        """Write `checkpoint.json` into `directory` and force it to disk."""
+        path = directory / MANIFEST
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Return a checkpoint's manifest. Raises BadInput if it is missing, unreadable or of a later format."""
+    path = checkpoint / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format_version"] > FORMAT_VERSION:
+            raise BadInput(
+                f"{path}: written in format {content['format_version']}, this version reads up to {FORMAT_VERSION}; "
+                "use the version that wrote it."
+            )
+        return Manifest(**content)
+    except FileNotFoundError:
+        raise BadInput(
+            f"{checkpoint}: not a complete checkpoint ({MANIFEST} is missing); name a directory like "
+            "runs/<name>/checkpoints/step_00000100."
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: unreadable ({error}); use an earlier checkpoint of the run.") from error
+
+
+def check_architecture(manifest: Manifest, model: Mapping[str, Any], where: Path, *, is_warm_start: bool) -> None:
+    """Raise BadInput naming every `model` field in which the checkpoint and the config differ."""
+    free = FREE_WARM_START_FIELDS if is_warm_start else FREE_MODEL_FIELDS
+    saved = manifest.config["model"]
+    differences = [
+        f"model.{name} is {saved.get(name)!r} there and {value!r} here"
+        for name, value in model.items()
+        if name not in free and saved.get(name) != value
+    ]
+    if differences:
+        raise BadInput(
+            f"{where}: holds another architecture: {'; '.join(differences)}; use the model section of its "
+            f"{MANIFEST}, or another checkpoint."
+        )
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Return the size in bytes and the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def find_damage(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Return one sentence for each of the named files that is missing, truncated or altered."""
+    problems = []
+    for name in names:
+        path, expected = checkpoint / name, manifest.files[name]
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif hash_file(path)["sha256"] != expected["sha256"]:
+            problems.append(f"{path}: its content has changed since it was written (SHA-256 differs)")
+    return problems

@@ -1,0 +1,200 @@
+"""Writes checkpoints in the background; nothing is visible before every rank is done.
+
+Every public method is collective: all ranks of the world must call it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from configs.errors import ShardwrightError
+from configs.load import resolved_dict
+from configs.schema import CheckpointConfig
+from parallel.collectives import any_rank, barrier, gather_objects
+from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
+from trainer.checkpoint.manifest import Manifest, hash_file
+from trainer.checkpoint.sharded_state import build_full_state
+from trainer.engine import Engine
+from trainer.stages.base import Stage
+from trainer.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointFailed(ShardwrightError):
+    """A checkpoint could not be written; the previous one is untouched."""
+
+
+@dataclass
+class _Pending:
+    """A save under way on this rank."""
+
+    step: int
+    partial: Path
+    request: AsyncRequest
+    manifest: dict[str, Any]
+    started: float
+    thread: threading.Thread | None = None
+    error: BaseException | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class CheckpointWriter:
+    """Saves the engine's state under a run directory, one checkpoint at a time."""
+
+    def __init__(self, run_dir: str | Path, settings: CheckpointConfig, engine: Engine) -> None:
+        self._dir = checkpoints_dir(run_dir)
+        self._run_dir = Path(run_dir)
+        self._settings = settings
+        self._engine = engine
+        self._pending: _Pending | None = None
+        self._strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy(), engine.mesh.dp_cp_group, do_cache_distribution=True
+        )
+        # The default queue is served by a spawned process that imports torch; a thread writes here, so this one will do.
+        filesystem_async._results_queue = queue.Queue()
+
+    @property
+    def last_saved_step(self) -> int | None:
+        """Step of the newest checkpoint begun by this writer."""
+        return self._last_step
+
+    _last_step: int | None = None
+
+    def save(self, state: TrainState, stage: Stage) -> None:
+        """Copy the state to host memory and write it in the background (or at once with `async_save: false`).
+
+        A save that is still under way is finished first.
+        """
+        self.finish()
+        self._engine.finish_parameter_gather()
+        partial = self._dir / f"{PARTIAL_PREFIX}{checkpoint_name(state.step)}"
+        if self._engine.mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        barrier()
+        request = dist_checkpointing.save(
+            build_full_state(self._engine, is_loading=False),
+            str(partial),
+            self._strategy,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        pending = _Pending(state.step, partial, request, self._describe(state, stage), time.perf_counter())
+        buckets = _copy_to_host(request)
+        if self._settings.async_save:
+            pending.thread = threading.Thread(target=self._write, args=(pending, buckets), name="checkpoint-writer")
+            pending.thread.start()
+            self._pending = pending
+        else:
+            self._write(pending, buckets)
+            self._pending = pending
+            self.finish()
+        self._last_step = state.step
+
+    def poll(self) -> None:
+        """Publish a background save if every rank has written its part; call it once a step."""
+        pending = self._pending
+        if pending is None:
+            return
+        is_writing = pending.thread is not None and pending.thread.is_alive()
+        if not any_rank(is_writing, self._engine.mesh.device):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a background save and publish it. Raises CheckpointFailed on all ranks if one could not write."""
+        pending = self._pending
+        if pending is None:
+            return
+        if pending.thread is not None:
+            pending.thread.join()
+        self._pending = None
+        outcomes = gather_objects((str(pending.error) if pending.error else None, pending.files))
+        failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
+        if failures:
+            self._discard(pending)
+            raise CheckpointFailed(
+                f"checkpoint of step {pending.step} could not be written to {self._dir} ({failures[0]}); the previous "
+                "checkpoint is untouched: free space there, or set run.dir to another disk, and run the command again."
+            )
+        for finalize in pending.request.finalize_fns:
+            finalize()
+        if self._engine.mesh.rank == 0:
+            self._publish(pending, {name: info for _, files in outcomes for name, info in files.items()})
+        barrier()
+
+    def _write(self, pending: _Pending, buckets: Any) -> None:
+        """Write this rank's files and hash them; runs in the background thread and touches no collective."""
+        request = pending.request
+        try:
+            if request.async_fn is not None:
+                rank, _, results = request.async_fn_args
+                request.async_fn(rank, buckets, results)
+                outcome = results.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                results.put(outcome)
+                for _, file_name, _ in buckets:
+                    pending.files[file_name] = hash_file(pending.partial / file_name)
+        except BaseException as error:  # handed to `finish`, which raises it on every rank
+            pending.error = error
+
+    def _publish(self, pending: _Pending, files: dict[str, dict[str, Any]]) -> None:
+        for path in pending.partial.iterdir():
+            if path.name not in files:
+                files[path.name] = hash_file(path)
+        Manifest(files=dict(sorted(files.items())), **pending.manifest).write(pending.partial)
+        final = publish(pending.partial, pending.step)
+        apply_retention(self._run_dir, self._settings.keep_last, self._settings.keep_every)
+        num_bytes = sum(info["bytes"] for info in files.values())
+        seconds = time.perf_counter() - pending.started
+        log.info("saved %s (%.1f MB in %.1f s)", final, num_bytes / 1e6, seconds)
+
+    def _discard(self, pending: _Pending) -> None:
+        if self._engine.mesh.rank == 0:
+            shutil.rmtree(pending.partial, ignore_errors=True)
+        filesystem_async._results_queue = queue.Queue()
+        barrier()
+
+    def _describe(self, state: TrainState, stage: Stage) -> dict[str, Any]:
+        """Return the manifest's fields but the files."""
+        mesh = self._engine.mesh
+        stage_state: Mapping[str, Any] = stage.state_dict()
+        return {
+            "step": state.step,
+            "state": state.as_dict(),
+            "stage": {"name": stage.name, "state": dict(stage_state)},
+            "layout": mesh.sizes(),
+            "config": resolved_dict(self._engine.config),
+            "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        }
+
+
+def _copy_to_host(request: AsyncRequest) -> Any:
+    """Return the write buckets with every tensor in memory of its own, so that training may go on changing weights."""
+    if request.async_fn is None or request.preload_fn is None:
+        return None
+    copied = []
+    for path, name, (bytes_data, tensor_data) in request.preload_fn():
+        copied.append((path, name, (bytes_data, [(item, _own(tensor)) for item, tensor in tensor_data])))
+    return copied
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone()
