@@ -194,7 +194,7 @@ def _check_recompute(config: Config, has_te: bool) -> Iterator[str]:
 
 def _check_overlap(config: Config, platform: str) -> Iterator[str]:
     parallel = config.parallel
-    reduces = platform == "cuda" if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce
+    reduces = platform != "cpu" if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce
     if parallel.overlap_param_gather and not reduces:
         yield (
             "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce=true; a value that would work "

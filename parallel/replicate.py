@@ -39,9 +39,7 @@ def replicate(chunks: list[Any], config: Config, *, is_overlapping: bool) -> lis
         average_in_collective=False,
     )
     replicas = [
-        DistributedDataParallel(
-            config=chunk.config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
-        )
+        DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
     for replica in replicas:

@@ -7,6 +7,8 @@ import random
 import numpy as np
 import torch
 
+from parallel.platform.base import Platform
+
 
 def seed_everything(seed: int, pp_rank: int) -> None:
     """Seed Python, NumPy, torch and Megatron-Core's per-axis trackers; pipeline stages differ, tp ranks by tracker."""
@@ -19,7 +21,7 @@ def seed_everything(seed: int, pp_rank: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
-def get_rng_state() -> dict[str, object]:
+def get_rng_state(platform: Platform) -> dict[str, object]:
     """Return the states of all generators of this rank."""
     from megatron.core import tensor_parallel
 
@@ -27,17 +29,17 @@ def get_rng_state() -> dict[str, object]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
+        "device": platform.get_rng_state(),
         "trackers": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
 
 
-def set_rng_state(state: dict[str, object]) -> None:
+def set_rng_state(platform: Platform, state: dict[str, object]) -> None:
     """Restore what `get_rng_state` returned."""
     from megatron.core import tensor_parallel
 
     random.setstate(state["python"])  # type: ignore[arg-type]
     np.random.set_state(state["numpy"])  # type: ignore[arg-type]
     torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
-    torch.cuda.set_rng_state(state["device"])  # type: ignore[arg-type]
+    platform.set_rng_state(state["device"])  # type: ignore[arg-type]
     tensor_parallel.get_cuda_rng_tracker().set_states(state["trackers"])

@@ -25,6 +25,14 @@ class Platform(Protocol):
         """Make the device of `local_rank` current, apply what Megatron-Core needs, and return the device."""
         ...
 
+    def get_rng_state(self) -> torch.Tensor:
+        """Return the state of the device's random generator."""
+        ...
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore the state of the device's random generator."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until all queued device work is done."""
         ...

@@ -29,6 +29,14 @@ class CpuPlatform:
         apply_cpu_patches()
         return torch.device("cpu")
 
+    def get_rng_state(self) -> torch.Tensor:
+        """Return the state of the one generator there is."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore the one generator there is."""
+        torch.set_rng_state(state)
+
     def synchronize(self) -> None:
         """Do nothing: CPU work is done when the call returns."""
 
@@ -46,8 +54,9 @@ class CpuPlatform:
 
     def describe(self) -> dict[str, str]:
         """Return processor, cores, threads a rank and torch version."""
+        cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"
         return {
-            "device": f"CPU {host_platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank",
+            "device": f"CPU {host_platform.machine()}, {cores}",
             "torch": torch.__version__,
             "collectives": "gloo",
         }

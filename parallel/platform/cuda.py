@@ -34,6 +34,14 @@ class CudaPlatform:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
 
+    def get_rng_state(self) -> torch.Tensor:
+        """Return the state of the current GPU's generator."""
+        return torch.cuda.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore the current GPU's generator."""
+        torch.cuda.set_rng_state(state)
+
     def synchronize(self) -> None:
         """Wait until all queued work of the current GPU is done."""
         torch.cuda.synchronize()
@@ -57,8 +65,9 @@ class CudaPlatform:
         """Return the GPU, its memory and the CUDA and NCCL versions."""
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
         return {
-            "device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {torch.cuda.device_count()} on host",
+            "device": f"{properties.name}, {memory}, {torch.cuda.device_count()} on host",
             "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
             "collectives": f"NCCL {nccl}",
         }

@@ -41,7 +41,10 @@ def _same_on_all(tensor_list: Sequence[torch.Tensor]) -> bool:
 
 
 def reduce_scatter(
-    output: torch.Tensor, input_list: Sequence[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None,
+    output: torch.Tensor,
+    input_list: Sequence[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
     async_op: bool = False,
 ) -> Any:
     """Reduce each part and keep this rank's; sizes may differ between ranks. Collective: all ranks of `group`."""
@@ -55,8 +58,12 @@ def reduce_scatter(
 
 
 def all_to_all_single(
-    output: torch.Tensor, input: torch.Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
-    group: Any = None, async_op: bool = False,
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    group: Any = None,
+    async_op: bool = False,
 ) -> Any:
     """Exchange parts of a tensor; split sizes may be tensors or arrays. Collective: all ranks of `group`."""
     return _all_to_all_single(

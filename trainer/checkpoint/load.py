@@ -34,8 +34,8 @@ def resume(engine: Engine, stage: Stage, checkpoint: Path) -> TrainState:
     _check(engine, checkpoint, manifest, is_warm_start=False)
     if manifest.stage["name"] != stage.name:
         raise BadInput(
-            f"{checkpoint}: was saved by the {manifest.stage['name']} stage, this is {stage.name}; to begin a new stage "
-            "from its weights set checkpoint.init_from to it and run.dir to a new directory."
+            f"{checkpoint}: was saved by the {manifest.stage['name']} stage, this is {stage.name}; to begin a new "
+            "stage from its weights set checkpoint.init_from to it and run.dir to a new directory."
         )
     request = build_full_state(engine, is_loading=True)
     is_same_layout = manifest.layout == engine.mesh.sizes()
@@ -45,7 +45,7 @@ def resume(engine: Engine, stage: Stage, checkpoint: Path) -> TrainState:
     _set_weights(engine, loaded)
     engine.optimizer.load_state_dict(loaded["optimizer"])
     if is_same_layout:
-        set_rng_state(loaded["rng"])
+        set_rng_state(engine.mesh.platform, loaded["rng"])
     else:
         log.info("the layout changed since %s: dropout draws new random numbers, all else continues", checkpoint)
     stage.load_state_dict(manifest.stage["state"])
@@ -68,7 +68,9 @@ def _check(engine: Engine, checkpoint: Path, manifest: Manifest, *, is_warm_star
     problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
     if problems:
         others = [path for path in list_checkpoints(checkpoint.parent.parent) if path != checkpoint]
-        advice = f"continue from checkpoint.resume={others[-1]}" if others else "there is no other checkpoint of the run"
+        advice = (
+            f"continue from checkpoint.resume={others[-1]}" if others else "there is no other checkpoint of the run"
+        )
         raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted: {advice}.")
 
 

@@ -30,7 +30,9 @@ def build_full_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
 
 def build_rng_state(engine: Engine) -> ShardedObject:
     """Return this rank's random generators; they mean something on the layout that wrote them alone."""
-    return ShardedObject("rng", get_rng_state(), (engine.mesh.world_size,), (engine.mesh.rank,), replica_id=0)
+    return ShardedObject(
+        "rng", get_rng_state(engine.mesh.platform), (engine.mesh.world_size,), (engine.mesh.rank,), replica_id=0
+    )
 
 
 def _metadata(engine: Engine) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square normalisation (arXiv:1910.07467) over the last dimension of `[seq, batch, hidden]`."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark(self, config)
 
 
@@ -29,5 +29,5 @@ class LayerNorm(torch.nn.LayerNorm):
     """Layer normalisation (arXiv:1607.06450) over the last dimension of `[seq, batch, hidden]`."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark(self, config)

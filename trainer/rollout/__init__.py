@@ -1,0 +1,1 @@
+"""Text from the engine that trains."""

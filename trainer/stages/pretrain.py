@@ -21,7 +21,8 @@ class PretrainStage:
     name = "pretrain"
     metric_names: tuple[str, ...] = ()
 
-    def __init__(self, reader: BatchReader) -> None:
+    def __init__(self, reader: BatchReader | None) -> None:
+        """Read from `reader`; None serves a run of no steps, which writes a seed checkpoint."""
         self._reader = reader
 
     def start(self, state: TrainState) -> None:
@@ -29,6 +30,7 @@ class PretrainStage:
 
     def batches_for(self, state: TrainState) -> Sequence[Batch]:
         """Return the next global batch's share of this rank."""
+        assert self._reader is not None  # the config check asks for data where there are steps
         return self._reader.read_step()
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -41,8 +43,9 @@ class PretrainStage:
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the data cursor."""
-        return {"data": self._reader.state_dict()}
+        return {"data": self._reader.state_dict() if self._reader is not None else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the data cursor."""
-        self._reader.load_state_dict(state["data"])
+        if self._reader is not None and state["data"] is not None:
+            self._reader.load_state_dict(state["data"])

@@ -1,0 +1,201 @@
+"""What happens around a step, in one fixed order: faults, evaluation, log, checkpoints, stop requests.
+
+Every method is collective: all ranks of the world must call it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from configs.errors import NonFinite
+from configs.estimate import flops_per_step
+from configs.schema import Config
+from parallel.collectives import any_rank, gather_objects, max_over_ranks
+from trainer.checkpoint.save import CheckpointWriter
+from trainer.engine import Engine
+from trainer.evaluate import Evaluator
+from trainer.metrics import LiveLine, MetricsWriter
+from trainer.optimizer import has_non_finite_gradient
+from trainer.stages.base import Stage
+from trainer.state import StepResult, TrainState
+
+log = logging.getLogger(__name__)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGUSR1, so that the run saves and exits between two steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._received: int | None = None
+        self.is_agreed = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self._received = number
+
+    def requested(self) -> bool:
+        """Return whether any rank has been signalled."""
+        self.is_agreed = self.is_agreed or any_rank(self._received is not None, self._device)
+        return self.is_agreed
+
+
+class Reporter:
+    """Turns step results into rows for metrics.jsonl, TensorBoard and the live line; writes on rank 0 alone."""
+
+    def __init__(self, config: Config, engine: Engine, writer: MetricsWriter | None, live: LiveLine | None) -> None:
+        self._config = config
+        self._mesh = engine.mesh
+        self._writer = writer
+        self._live = live
+        self._peaks = dict(engine.mesh.platform.peak_tflops())
+        if config.log.device_peak_tflops is not None:
+            self._peaks["bf16"] = config.log.device_peak_tflops
+
+    def write(self, state: TrainState, result: StepResult, extras: Mapping[str, float]) -> None:
+        """Write one step's row; `extras` are further columns, such as validation losses."""
+        peak_memory = max_over_ranks(self._mesh.platform.peak_memory_bytes(), self._mesh.device)
+        if self._writer is None or self._live is None:
+            return
+        seconds = sum(result.phase_seconds[name] for name in ("data", "forward_backward", "optimizer"))
+        flops = flops_per_step(self._config, result.num_samples)
+        tflops = flops / seconds / self._mesh.world_size / 1e12
+        row = {
+            "step": state.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.learning_rate,
+            "num_tokens": result.num_tokens,
+            "tokens_per_second": result.num_tokens / seconds,
+            "seconds": seconds,
+            **{f"seconds_{name}": value for name, value in result.phase_seconds.items()},
+            "tflops_per_device": tflops,
+            **{f"mfu_{number_format}": tflops / peak for number_format, peak in self._peaks.items()},
+            "peak_memory_gb": peak_memory / 1e9,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "num_skipped_steps": state.num_skipped_steps,
+            **result.metrics,
+            **extras,
+        }
+        if self._config.precision.compute == "fp16":
+            row["loss_scale"] = result.loss_scale
+        self._writer.write(row)
+        self._live.update(row)
+
+    def close(self) -> None:
+        """Close files and the live line."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._live is not None:
+            self._live.close()
+
+
+class Hooks:
+    """All that happens around a step."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        stage: Stage,
+        *,
+        reporter: Reporter,
+        evaluator: Evaluator,
+        checkpoints: CheckpointWriter,
+        signals: StopSignals,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._stage = stage
+        self._reporter = reporter
+        self._evaluator = evaluator
+        self._checkpoints = checkpoints
+        self._signals = signals
+        self._evaluated_step: int | None = None
+
+    def on_start(self, state: TrainState) -> None:
+        """Measure the validation loss before the first step of a run."""
+        if state.step == 0 and self._config.train.num_steps > 0:
+            self._evaluate(state)
+
+    def stop_requested(self) -> bool:
+        """Return whether any rank has been asked to save and exit."""
+        return self._signals.requested()
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Report faults, evaluate, log and save after a step."""
+        if not result.is_applied:
+            self._report_skip(state, result)
+        train = self._config.train
+        is_last = state.step == train.num_steps
+        extras: dict[str, float] = {}
+        if is_last or (train.eval_every is not None and state.step % train.eval_every == 0):
+            extras = self._evaluate(state)
+        started = time.perf_counter()
+        self._checkpoints.poll()
+        save_every = self._config.checkpoint.save_every
+        if save_every is not None and state.step % save_every == 0:
+            self._checkpoints.save(state, self._stage)
+        extras["seconds_checkpoint"] = time.perf_counter() - started
+        self._reporter.write(state, result, extras)
+        if state.num_nonfinite_in_a_row >= train.max_nonfinite_steps:
+            raise NonFinite(
+                f"{state.num_nonfinite_in_a_row} steps in a row, up to step {state.step}, had a non-finite loss or gradient "
+                f"and were skipped ({self._find_culprits()}); lower optimizer.lr, or look at that data; the last good "
+                "weights are in checkpoints/latest."
+            )
+
+    def on_end(self, state: TrainState) -> None:
+        """Save where the run is, unless that has been done, and wait until it is on disk."""
+        if self._checkpoints.last_saved_step != state.step:
+            self._checkpoints.save(state, self._stage)
+        self._checkpoints.finish()
+        self._reporter.close()
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        values = self._evaluator.evaluate(self._engine, self._stage)
+        for name, value in values.items():
+            if name.startswith("validation_loss"):
+                log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))
+        return values
+
+    def _report_skip(self, state: TrainState, result: StepResult) -> None:
+        if result.is_overflow_expected:
+            log.info(
+                "step %d: fp16 overflow at loss scale %g; update skipped, scale halves", state.step, result.loss_scale
+            )
+            return
+        log.warning(
+            "step %d: non-finite (loss %s, gradient norm %s); update skipped on all ranks: %s",
+            state.step,
+            result.loss,
+            result.grad_norm,
+            self._find_culprits(),
+        )
+
+    def _find_culprits(self) -> str:
+        """Return which ranks and data had a non-finite loss, else which ranks hold non-finite gradients."""
+        report = self._engine.report
+        bad_samples = [
+            sample
+            for ids, loss in zip(report.sample_ids, report.losses, strict=True)
+            if not bool(torch.isfinite(loss))
+            for sample in ids
+        ]
+        place = self._engine.mesh.coordinates()
+        findings = gather_objects((place, bad_samples, has_non_finite_gradient(self._engine.replicas)))
+        losses = [f"{where}, samples {samples}" for where, samples, _ in findings if samples]
+        if losses:
+            return "non-finite loss on " + "; ".join(losses)
+        gradients = [where for where, _, is_bad in findings if is_bad]
+        return "non-finite gradients on " + "; ".join(gradients) if gradients else "the sum of the gradients overflows"

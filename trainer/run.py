@@ -1,0 +1,160 @@
+"""The composition root: config -> objects, in one fixed order -> fit -> teardown."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from configs.errors import BadInput, ExitCode
+from configs.load import resolved_dict
+from configs.schema import Config
+from parallel.environment import Environment
+from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
+from parallel.platform import PlatformName, has_transformer_engine, load_platform
+from parallel.replicate import replicate
+from parallel.seeding import seed_everything
+from trainer.checkpoint.layout import latest_checkpoint, remove_leftovers, resolve_checkpoint
+from trainer.checkpoint.manifest import check_architecture, read_manifest
+from trainer.data.corpus import Corpus, open_corpus
+from trainer.metrics import LiveLine, MetricsWriter
+from trainer.run_directory import describe_environment, show_start, start_rank_log, write_run_files
+from trainer.state import TrainState
+
+if TYPE_CHECKING:
+    from trainer.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the run begins: at most one of the two is set."""
+
+    resume_from: Path | None
+    init_from: Path | None
+
+    def describe(self) -> str:
+        """Return the start in words."""
+        if self.resume_from is not None:
+            return f"resuming from {self.resume_from}"
+        return f"starting with the weights of {self.init_from}" if self.init_from is not None else "a fresh start"
+
+
+def run(config: Config, stage_name: str, environment: Environment, platform_name: PlatformName) -> ExitCode:
+    """Run one training stage from start to end on this rank and return the exit code.
+
+    Raises ShardwrightError for what a user can mend. Collective: all ranks of the world must call this.
+    """
+    platform = load_platform(platform_name)
+    problem = platform.check_precision(config.precision.compute)
+    if problem:
+        raise BadInput(problem)
+    start = find_start(config)
+    device = platform.activate(environment.local_rank)
+    corpus = open_corpus(config)
+    init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
+    try:
+        mesh = build_mesh(platform, device, config)
+        return _train(config, stage_name, mesh, corpus, start)
+    finally:
+        destroy_mesh()
+        dist.destroy_process_group()
+
+
+def find_start(config: Config) -> Start:
+    """Return where the run begins, after checking that it can. Torch-free; raises BadInput."""
+    settings, run_dir = config.checkpoint, config.run.dir
+    assert run_dir is not None
+    model = resolved_dict(config)["model"]
+    resume_from = latest_checkpoint(run_dir)
+    if settings.resume == "never":
+        if resume_from is not None:
+            raise BadInput(
+                f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run.dir, or resume=auto."
+            )
+    elif settings.resume != "auto":
+        resume_from = _existing(settings.resume, "checkpoint.resume")
+    if resume_from is not None:
+        check_architecture(read_manifest(resume_from), model, resume_from, is_warm_start=False)
+        return Start(resume_from, None)
+    if settings.init_from is None:
+        return Start(None, None)
+    init_from = _existing(settings.init_from, "checkpoint.init_from")
+    check_architecture(read_manifest(init_from), model, init_from, is_warm_start=True)
+    return Start(None, init_from)
+
+
+def _existing(path: str, field: str) -> Path:
+    checkpoint = resolve_checkpoint(path)
+    if checkpoint is None:
+        raise BadInput(
+            f"{field}: {path} holds no complete checkpoint; name one like runs/<name>/checkpoints/latest, or its run directory."
+        )
+    return checkpoint
+
+
+def _train(config: Config, stage_name: str, mesh: Mesh, corpus: Corpus, start: Start) -> ExitCode:
+    # These import Megatron-Core, which must happen after the platform is active.
+    from trainer.checkpoint.load import resume, warm_start
+    from trainer.checkpoint.save import CheckpointWriter
+    from trainer.engine import Engine
+    from trainer.evaluate import Evaluator
+    from trainer.hooks import Hooks, Reporter, StopSignals
+    from trainer.loop import fit
+    from trainer.model.build import build_model_chunks
+    from trainer.optimizer import build_optimizer
+    from trainer.stages.build import build_stage
+
+    seed_everything(config.run.seed, mesh.pp_rank)
+    use_te = has_transformer_engine()
+    is_overlapping = mesh.platform.overlaps_communication
+    replicas = replicate(build_model_chunks(config, mesh, use_te=use_te), config, is_overlapping=is_overlapping)
+    optimizer = build_optimizer(config, replicas, is_overlapping=is_overlapping)
+    engine = Engine(config, mesh, replicas, optimizer)
+    stage = build_stage(stage_name, corpus, mesh)
+    state = TrainState()
+    if start.resume_from is not None:
+        state = resume(engine, stage, start.resume_from)
+    elif start.init_from is not None:
+        warm_start(engine, start.init_from)
+    run_dir = Path(str(config.run.dir))
+    details = describe_environment(mesh, use_te=use_te)
+    writer, live = None, None
+    start_rank_log(run_dir, mesh)
+    if mesh.rank == 0:
+        write_run_files(config, details, run_dir)
+        remove_leftovers(run_dir)
+        show_start(config, details, begins=start.describe())
+        writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
+        live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)
+    signals = StopSignals(mesh.device)
+    hooks = Hooks(
+        config,
+        engine,
+        stage,
+        reporter=Reporter(config, engine, writer, live),
+        evaluator=Evaluator(corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)),
+        checkpoints=CheckpointWriter(run_dir, config.checkpoint, engine),
+        signals=signals,
+    )
+    state = fit(engine, stage, state, hooks, config.train.num_steps)
+    if signals.is_agreed and state.step < config.train.num_steps:
+        log.info("stopped by signal after saving step %d; the same command continues", state.step)
+        return ExitCode.STOPPED_AFTER_SAVING
+    show_samples(config, engine, corpus)
+    return ExitCode.DONE
+
+
+def show_samples(config: Config, engine: Engine, corpus: Corpus) -> None:
+    """Continue the configured prompts and log the text. Collective: all ranks of the world must call this."""
+    from trainer.rollout.generate import generate_text
+
+    if corpus.tokenizer is None:
+        return
+    for prompt in config.sample.prompts:
+        text = generate_text(engine, corpus.tokenizer, prompt, config.sample, config.run.seed)
+        log.info("sample: %s", prompt + text)

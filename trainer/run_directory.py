@@ -1,0 +1,97 @@
+"""The run directory is the run: writes what was asked, with what command, and what was found on the machine."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from configs.load import resolved_dict
+from configs.schema import Config
+from parallel.collectives import gather_objects
+from parallel.mesh import Mesh
+from trainer.adam import has_fused_adam
+from trainer.log import add_rank_file, console, next_attempt
+
+PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
+
+
+def describe_environment(mesh: Mesh, *, use_te: bool) -> dict[str, Any]:
+    """Return hosts, devices, layout, versions and the kernels found and chosen.
+
+    Collective: all ranks of the world must call this.
+    """
+    platform = mesh.platform.describe()
+    places = gather_objects((socket.gethostname(), platform["device"]))
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hosts": sorted({host for host, _ in places}),
+        "devices": [device for _, device in places],
+        "platform": platform,
+        "layout": mesh.sizes(),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "chosen": {
+            "layers": "Transformer Engine" if use_te else "Megatron-Core local layers, torch SDPA",
+            "adam": has_fused_adam() or "torch fused AdamW",
+        },
+    }
+
+
+def write_run_files(config: Config, environment: Mapping[str, Any], run_dir: Path) -> None:
+    """Write config.json, command.txt and environment.json. Rank 0 alone calls this."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir / "config.json", json.dumps(resolved_dict(config), indent=1))
+    _write(run_dir / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
+    _write(run_dir / "environment.json", json.dumps(environment, indent=1))
+
+
+def start_rank_log(run_dir: Path, mesh: Mesh) -> Path:
+    """Open this rank's log file of this attempt. Collective: all ranks of the world must call this."""
+    attempts = gather_objects(next_attempt(run_dir) if mesh.rank == 0 else None)
+    return add_rank_file(run_dir, attempts[0], mesh.rank)
+
+
+def show_start(config: Config, environment: Mapping[str, Any], *, begins: str) -> None:
+    """Print what was found, what was chosen and why. Rank 0 alone calls this."""
+    table = Table(title=f"{config.run.name}: {begins}", show_header=False, title_justify="left")
+    layout = ", ".join(f"{name} {size}" for name, size in environment["layout"].items())
+    te = environment["versions"]["transformer-engine"]
+    rows = {
+        "device": environment["platform"]["device"],
+        "collectives": environment["platform"]["collectives"],
+        "layout": layout,
+        "precision": f"{config.precision.compute} compute, fp32 main weights, reductions and moments",
+        "Transformer Engine": te or "not installed: its layers, fusions and FP8 are not used",
+        "apex": "found" if importlib.util.find_spec("apex") else "not installed",
+        "flash-attn": environment["versions"]["flash-attn"] or "not installed: torch's attention kernels are used",
+        "layers": environment["chosen"]["layers"],
+        "AdamW": environment["chosen"]["adam"],
+        "run directory": config.run.dir or "",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
