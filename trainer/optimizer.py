@@ -12,6 +12,7 @@ from configs.schema import Config
 from parallel.precision import optimizer_precision
 from parallel.replicate import resolve_overlap
 from trainer.adam import has_fused_adam, install_as_fused_adam
+from trainer.grad_norm import install_as_fused_norm
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def build_optimizer(config: Config, chunks: list[Any], *, is_overlapping: bool) 
     """Return Megatron-Core's (chained) distributed optimizer over the replicated chunks."""
     if has_fused_adam() is None:
         install_as_fused_adam()
+        install_as_fused_norm()
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = config.optimizer
@@ -80,7 +82,7 @@ def update_weights(optimizer: Any, clip_grad: float, *, is_loss_finite: bool) ->
 
 
 def init_optimizer_state(optimizer: Any) -> None:
-    """Create zero moments, so that a checkpoint has something to be read into before the first update."""
+    """Create zero moments where there are none yet, so that weights can be saved before the first update."""
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
             part.init_state_fn(part.optimizer, part.config)

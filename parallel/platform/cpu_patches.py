@@ -127,7 +127,6 @@ CONSTANT_PATCHES: tuple[ConstantPatch, ...] = (
     ConstantPatch(f"{_OPTIMIZER}.clip_grads:get_grad_norm_fp32", _LITERAL),
     ConstantPatch(f"{_OPTIMIZER}.clip_grads:clip_grad_by_total_norm_fp32", _LITERAL + "; " + _TYPE_NAME),
     ConstantPatch(f"{_OPTIMIZER}.clip_grads:count_zeros_fp32", _LITERAL),
-    ConstantPatch("megatron.core.utils:local_multi_tensor_l2_norm", _LITERAL),
     ConstantPatch(
         f"{_OPTIMIZER}.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups", _TYPE_NAME
     ),

@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from parallel.seeding import get_rng_state
 from trainer.engine import Engine
+from trainer.optimizer import init_optimizer_state
 
 
 def build_model_state(engine: Engine) -> dict[str, Any]:
@@ -22,6 +23,8 @@ def build_full_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     Collective: all ranks of the world must call this (the optimizer gathers its shards for saving).
     """
     state = build_model_state(engine)
+    if not is_loading:
+        init_optimizer_state(engine.optimizer)
     state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_metadata(engine))
     if not is_loading:
         state["rng"] = build_rng_state(engine)

@@ -1,0 +1,108 @@
+"""Mixtures of experts and latent attention: every layout gives one rank's losses, gradient norms and weights."""
+
+from __future__ import annotations
+
+import pytest
+
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64}
+SOFTMAX = {"moe": MOE}
+DEEPSEEK = {
+    "moe": MOE
+    | {
+        "num_dense_layers": 1,
+        "shared_expert_ffn_hidden_size": 32,
+        "score_function": "sigmoid",
+        "balancing": "bias",
+        "scaling_factor": 2.5,
+        "num_groups": 2,
+        "group_top_k": 1,
+    }
+}
+NO_BALANCING = {"moe": MOE | {"balancing": "none", "softmax_before_topk": True}}
+Z_LOSS = {"moe": MOE | {"z_loss_coeff": 1e-2}}
+MLA = {
+    "mla": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    "num_query_groups": None,
+    "rope": {"interleaved": True},
+}
+YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale_all_dim": 1.0}
+EP2 = (2, {"ep": 2})
+EP2_TP2 = (4, {"ep": 2, "tp": 2, "sp": True})
+EP2_TP2_ETP1 = (4, {"ep": 2, "tp": 2, "sp": True, "etp": 1})
+
+
+@pytest.mark.parametrize("layout", [EP2, EP2_TP2, EP2_TP2_ETP1], ids=["ep2", "ep2_tp2", "ep2_tp2_etp1"])
+def test_experts_on_ranks_equal_one_rank(judge, layout):
+    judge.check(*layout, model=SOFTMAX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [(2, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (4, {"ep": 4}), (4, {"ep": 2, "pp": 2, "vpp": 2})],
+    ids=["dp2", "tp2_sp", "pp2", "ep4", "ep2_pp2_vpp2"],
+)
+def test_experts_on_further_layouts(judge, layout):
+    judge.check(*layout, model=SOFTMAX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [EP2, EP2_TP2, (4, {"ep": 2, "pp": 2})], ids=["ep2", "ep2_tp2", "ep2_pp2"])
+@pytest.mark.parametrize(
+    "model", [DEEPSEEK, NO_BALANCING, Z_LOSS], ids=["deepseek", "no_balancing", "z_loss"]
+)
+def test_routers_on_ranks_equal_one_rank(judge, model, layout):
+    judge.check(*layout, model=model)
+
+
+@pytest.mark.parametrize("layout", [EP2, (4, {"ep": 4})], ids=["ep2", "ep4"])
+def test_experts_with_uneven_token_counts(judge, layout):
+    judge.check(*layout, masks="uneven", model=NO_BALANCING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [EP2, EP2_TP2], ids=["ep2", "ep2_tp2"])
+def test_experts_with_documents(judge, layout):
+    judge.check(*layout, masks="documents", model=SOFTMAX, data={"document_mask": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [["moe"], ["core_attn", "layernorm"]], ids=["moe", "core_attn_layernorm"])
+def test_recomputed_experts(judge, modules):
+    judge.check(*EP2, model=SOFTMAX, train={"recompute": {"granularity": "selective", "modules": modules}})
+
+
+def test_latent_attention_tp2(judge):
+    judge.check(2, {"tp": 2}, model=MLA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [(2, {"tp": 2, "sp": True}), (4, {"tp": 2, "pp": 2})], ids=["tp2_sp", "tp2_pp2"]
+)
+@pytest.mark.parametrize("masks", ["all", "documents"])
+def test_latent_attention_on_layouts(judge, layout, masks):
+    judge.check(*layout, masks=masks, model=MLA, data={"document_mask": masks == "documents"})
+
+
+@pytest.mark.slow
+def test_latent_attention_with_yarn(judge):
+    model = MLA | {"rope": MLA["rope"] | YARN}
+    judge.check(2, {"tp": 2, "sp": True}, model=model)
+
+
+@pytest.mark.slow
+def test_latent_attention_recomputed(judge):
+    modules = ["mla_up_proj", "core_attn"]
+    judge.check(2, {"tp": 2}, model=MLA, train={"recompute": {"granularity": "selective", "modules": modules}})
+
+
+@pytest.mark.slow
+def test_latent_attention_and_experts_together(judge):
+    judge.check(*EP2_TP2, model=MLA | DEEPSEEK)

@@ -1,0 +1,39 @@
+"""The L2 norm of many gradients, exact to fp32 rounding and without a host sync: used where neither TE nor apex is there.
+
+Megatron-Core's own stand-in asks the host for every tensor's norm, and on CPU sums millions of squares in one fp32
+accumulator, which is off by 1e-5 and more: enough to make equal runs look different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+ROW = 4096  # squares summed in fp32 before the fp64 sum takes over
+
+
+def compute_l2_norm(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: Sequence[Sequence[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Return the norm over all tensors as fp32 `[1]`, with the signature of `amp_C.multi_tensor_l2norm`."""
+    squares = [_sum_squares(tensor) for tensors in tensor_lists for tensor in tensors]
+    return torch.stack(squares).sum().sqrt().float().reshape(1), None
+
+
+def _sum_squares(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    whole = flat.numel() // ROW * ROW
+    total = torch.linalg.vector_norm(flat[whole:]).double().square()
+    if whole:
+        total = total + torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1).double().square().sum()
+    return total
+
+
+def install_as_fused_norm() -> None:
+    """Let Megatron-Core use `compute_l2_norm` as it would use TE's or apex's kernel."""
+    from megatron.core.optimizer import clip_grads
+
+    names: dict[str, Any] = vars(clip_grads)
+    names["l2_norm_impl"] = compute_l2_norm
