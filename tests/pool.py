@@ -6,6 +6,7 @@ Torch-free here: the workers import it. A case is a module-level function `case(
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -142,6 +143,7 @@ def _serve(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     load_platform("cpu").activate(0)
+    gc.freeze()  # the imports stay; what cases leave behind is then found quickly
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -181,3 +183,4 @@ def _forget_world() -> None:
     if dist.is_initialized():
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+    gc.collect()

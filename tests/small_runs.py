@@ -126,7 +126,13 @@ def open_engine(place: Place, config: Config) -> Iterator[Engine]:
     seed_everything(config.run.seed, mesh.pp_rank)
     replicas = replicate(build_model_chunks(config, mesh, use_te=False), config, is_overlapping=False)
     optimizer = build_optimizer(config, replicas, is_overlapping=False)
-    yield Engine(config, mesh, replicas, optimizer)
+    try:
+        yield Engine(config, mesh, replicas, optimizer)
+    finally:
+        # Autograd nodes hold the replica by hooks, in C++ where Python's collector cannot see the ring: emptied, it lets
+        # go of the process groups, of which every case would otherwise leave 19 behind with three threads each.
+        for replica in replicas:
+            vars(replica).clear()
 
 
 def build_stage(engine: Engine, masks: str = "all") -> Any:

@@ -22,8 +22,6 @@ class CpuPlatform:
 
     def activate(self, local_rank: int) -> torch.device:
         """Apply the CPU patches to torch and Megatron-Core and return the device."""
-        # Megatron-Core decorates small functions with torch.compile, which takes a minute of C++ building here.
-        torch._dynamo.config.disable = True
         from parallel.platform.cpu_patches import apply_cpu_patches
 
         apply_cpu_patches()

@@ -67,6 +67,11 @@ def _set_rng_state(new_state: torch.Tensor, device: object = None, graph_safe: b
     torch.set_rng_state(new_state)
 
 
+def _leave_eager(model: Any = None, **kwargs: Any) -> Any:
+    """Stand for `torch.compile`, as a function and as a decorator with arguments."""
+    return model if model is not None else lambda decorated: decorated
+
+
 @dataclass(frozen=True)
 class NamePatch:
     """One attribute replaced: `target` is `module:dotted.name`."""
@@ -85,6 +90,11 @@ class ConstantPatch:
 
 
 NAME_PATCHES: tuple[NamePatch, ...] = (
+    NamePatch(
+        "torch:compile",
+        _leave_eager,
+        "Megatron-Core decorates small functions at import: 4 s of imports a process and a minute of C++ at first use",
+    ),
     NamePatch("torch.cuda:current_device", lambda: CPU, "passed as `device=` to tensor constructors everywhere"),
     NamePatch("torch.cuda:synchronize", _nothing, "called around pipeline communication"),
     NamePatch("torch.cuda:current_stream", lambda device=None: _ONLY_STREAM, "gradient reduction, MoE dispatch"),
@@ -172,7 +182,7 @@ def _underlying_function(value: Any) -> types.FunctionType:
 
 @functools.cache
 def apply_cpu_patches() -> None:
-    """Apply both tables once in this process; imports Megatron-Core."""
+    """Apply both tables once in this process; imports Megatron-Core, after torch's names are replaced."""
     for patch in NAME_PATCHES:
         owner, name, _ = resolve(patch.target)
         setattr(owner, name, patch.replacement)

@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.attention.bias import causal_lower_right
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -82,6 +81,8 @@ class SdpaCoreAttention(MegatronModule):
         same_length = query.shape[2] == key.shape[2]
         mask = None
         if causal and not same_length and query.shape[2] > 1:
+            from torch.nn.attention.bias import causal_lower_right  # a second of imports that training never needs
+
             mask = causal_lower_right(query.shape[2], key.shape[2])
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {
