@@ -1,0 +1,123 @@
+"""The least a loop on megatron-core can do: same model, data, layout and kernels, nothing around the step.
+
+No hooks, log, checks of finiteness, schedule or reduction of the loss; batches lie on the device before the clock starts.
+Exempt from the rule that each entry point of megatron-core has one caller, since this is megatron-core without us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import Config
+from parallel.environment import Environment
+from parallel.platform import PlatformName, has_transformer_engine
+
+if TYPE_CHECKING:
+    from tools.bench.clock import StepClock
+
+
+def run_bare(config: Config, environment: Environment, platform_name: PlatformName, clock: StepClock) -> float:
+    """Train and return the last step's loss; layouts without pipeline or data parallelism. Collective: all ranks."""
+    import torch.distributed as dist
+
+    from parallel.mesh import build_mesh, destroy_mesh, init_world
+    from parallel.platform import load_platform
+    from parallel.seeding import seed_everything
+    from trainer.data.corpus import open_corpus
+    from trainer.model.build import build_model_chunks
+
+    platform = load_platform(platform_name)
+    device = platform.activate(environment.local_rank)
+    init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
+    mesh = build_mesh(platform, device, config)
+    seed_everything(config.run.seed, mesh.pp_rank)
+    chunk = build_model_chunks(config, mesh, use_te=has_transformer_engine())[0]
+    model, optimizer = _wrap(chunk, config, platform.overlaps_communication)
+    reader = open_corpus(config).build_reader(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+    assert reader is not None
+    steps = [[batch.to(device) for batch in reader.read_step()] for _ in range(clock.total_steps)]
+    reader.close()
+    sums = _train(model, optimizer, steps, config, clock)
+    loss = float(sum(row["total"] for row in sums)) / float(sum(row["num_tokens"] for row in sums))
+    destroy_mesh()
+    dist.destroy_process_group()
+    return loss
+
+
+def _wrap(chunk: Any, config: Config, is_overlapping: bool) -> tuple[Any, Any]:
+    """Return the chunk in DDP and its optimizer, with the settings and the Adam and norm kernels `fit` has."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from parallel.precision import optimizer_precision
+    from trainer.adam import has_fused_adam, install_as_fused_adam
+    from trainer.grad_norm import install_as_fused_norm
+
+    if has_fused_adam() is None:
+        install_as_fused_adam()
+        install_as_fused_norm()
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=is_overlapping,
+        overlap_param_gather=is_overlapping,
+    )
+    model = DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk)
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            use_distributed_optimizer=True,
+            overlap_param_gather=is_overlapping,
+            **optimizer_precision(config.precision),
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    chunk.config.grad_scale_func = optimizer.scale_loss
+    chunk.config.finalize_model_grads_func = finalize_model_grads
+    if is_overlapping:
+        chunk.config.no_sync_func = model.no_sync
+    return model, optimizer
+
+
+def _train(model: Any, optimizer: Any, steps: list[Any], config: Config, clock: StepClock) -> list[dict[str, Any]]:
+    """Take every step and return the last one's sums by microbatch."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(batches: Iterator[Any], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(batches)
+
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            total = (output.float() * batch.loss_mask).sum()
+            num_tokens = batch.loss_mask.sum().int()
+            return total, num_tokens, {"total": total.detach(), "num_tokens": num_tokens}
+
+        return chunk(batch.tokens, batch.position_ids, None, labels=batch.labels), loss
+
+    forward_backward = get_forward_backward_func()
+    sums: list[dict[str, Any]] = []
+    model.train()
+    for batches in steps:
+        clock.tick()
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=model,
+            num_microbatches=len(batches),
+            seq_length=config.train.seq_len,
+            micro_batch_size=config.train.micro_batch_size,
+            forward_only=False,
+        )
+        optimizer.step()
+    return sums

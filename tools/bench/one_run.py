@@ -1,0 +1,69 @@
+"""One measured run of one loop in this process, started by `throughput.py`; rank 0 writes what it measured as JSON.
+
+Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json 2 10 CONFIG [key=value ...]
+The words are the loop (fit, bare or hf), the result's file, warm-up steps, measured steps and the run's config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from configs.load import load_config
+from configs.schema import Config
+from parallel.environment import Environment
+from parallel.platform import PlatformName, detect_platform_name, load_platform
+from tools.bench.clock import RunMeasure, StepClock
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the loop that `argv` names and return the exit code."""
+    loop, result, num_warmup, num_steps, config_path, *overrides = argv
+    environment = _read_environment()
+    name = detect_platform_name()
+    platform = load_platform(name)
+    clock = StepClock(int(num_warmup), int(num_steps), platform.synchronize)
+    config = load_config(config_path, [*overrides, f"train.num_steps={clock.total_steps}"])
+    loss = _run(loop, config, environment, name, clock)
+    if environment.rank == 0:
+        tokens = int(num_steps) * config.train.global_batch_size * config.train.seq_len
+        measure = RunMeasure(loop, tokens / clock.seconds, loss, platform.describe()["device"])
+        Path(result).write_text(json.dumps(asdict(measure)), encoding="utf-8")
+    return 0
+
+
+def _run(
+    loop: str, config: Config, environment: Environment, platform: PlatformName, clock: StepClock
+) -> float | None:
+    if loop == "fit":
+        from tools.bench.fit_loop import run_fit
+        from trainer.log import start_console
+
+        start_console(environment.rank)
+        return run_fit(config, environment, platform, clock)
+    if loop == "bare":
+        from tools.bench.bare_loop import run_bare
+
+        return run_bare(config, environment, platform, clock)
+    from tools.bench.hf_loop import run_hf
+
+    run_hf(config, platform, clock)
+    return None
+
+
+def _read_environment() -> Environment:
+    """Return this rank's place as `launch.local` set it, a world of one where nobody did."""
+    variables = os.environ
+    return Environment(
+        rank=int(variables.get("RANK", "0")),
+        world_size=int(variables.get("WORLD_SIZE", "1")),
+        local_rank=int(variables.get("LOCAL_RANK", "0")),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
