@@ -43,6 +43,9 @@ def main(stage_name: str, argv: Sequence[str]) -> int:
         let_rank_zero_speak(rank)
         report(str(error), error.exit_code, rank=rank)
         return error.exit_code
+    except BrokenPipeError:  # `--help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

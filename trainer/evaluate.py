@@ -10,6 +10,9 @@ from trainer.data.reader import ValidationReader
 from trainer.engine import Engine
 from trainer.stages.base import Stage
 
+VALIDATION_LOSS = "validation_loss/"
+VALIDATION_PERPLEXITY = "validation_perplexity/"
+
 
 class Evaluator:
     """Evaluates every validation source when asked."""
@@ -27,8 +30,8 @@ class Evaluator:
             batches = fill_pipeline(list(reader.batches()), engine.mesh.pp_size if engine.mesh.vpp_size > 1 else 1)
             sums = engine.eval_step(batches, stage)
             loss = sums["total"] / max(sums["num_tokens"], 1.0)
-            values[f"validation_loss/{name}"] = loss
-            values[f"validation_perplexity/{name}"] = math.exp(min(loss, 700.0))
+            values[VALIDATION_LOSS + name] = loss
+            values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
         return values
 
 

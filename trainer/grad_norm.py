@@ -1,4 +1,4 @@
-"""The L2 norm of many gradients, exact to fp32 rounding and without a host sync: used where neither TE nor apex is there.
+"""The L2 norm of many gradients, exact to fp32 rounding, without a host sync: used where neither TE nor apex is.
 
 Megatron-Core's own stand-in asks the host for every tensor's norm, and on CPU sums millions of squares in one fp32
 accumulator, which is off by 1e-5 and more: enough to make equal runs look different.

@@ -20,7 +20,7 @@ from configs.schema import Config
 from parallel.collectives import any_rank, gather_objects, max_over_ranks
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine import Engine
-from trainer.evaluate import Evaluator
+from trainer.evaluate import VALIDATION_LOSS, Evaluator
 from trainer.metrics import LiveLine, MetricsWriter
 from trainer.optimizer import has_non_finite_gradient
 from trainer.stages.base import Stage
@@ -121,12 +121,13 @@ class Hooks:
         self._evaluator = evaluator
         self._checkpoints = checkpoints
         self._signals = signals
-        self._evaluated_step: int | None = None
+        self._first_validation: dict[str, float] = {}
+        self._last_validation: dict[str, float] = {}
 
     def on_start(self, state: TrainState) -> None:
         """Measure the validation loss before the first step of a run."""
         if state.step == 0 and self._config.train.num_steps > 0:
-            self._evaluate(state)
+            self._first_validation = self._evaluate(state)
 
     def stop_requested(self) -> bool:
         """Return whether any rank has been asked to save and exit."""
@@ -149,10 +150,13 @@ class Hooks:
         extras["seconds_checkpoint"] = time.perf_counter() - started
         self._reporter.write(state, result, extras)
         if state.num_nonfinite_in_a_row >= train.max_nonfinite_steps:
+            culprits = self._find_culprits()
+            self._checkpoints.finish()
+            self._reporter.close()
             raise NonFinite(
-                f"{state.num_nonfinite_in_a_row} steps in a row, up to step {state.step}, had a non-finite loss or gradient "
-                f"and were skipped ({self._find_culprits()}); lower optimizer.lr, or look at that data; the last good "
-                "weights are in checkpoints/latest."
+                f"{state.num_nonfinite_in_a_row} steps in a row, up to step {state.step}, had a non-finite loss or "
+                f"gradient and were skipped ({culprits}); lower optimizer.lr, or look at that data, and run the same "
+                "command to continue from the last checkpoint."
             )
 
     def on_end(self, state: TrainState) -> None:
@@ -161,11 +165,15 @@ class Hooks:
             self._checkpoints.save(state, self._stage)
         self._checkpoints.finish()
         self._reporter.close()
+        for name, first in self._first_validation.items():
+            if name.startswith(VALIDATION_LOSS) and name in self._last_validation:
+                log.info("%s: %.4f before training, %.4f after", name, first, self._last_validation[name])
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         values = self._evaluator.evaluate(self._engine, self._stage)
+        self._last_validation = values
         for name, value in values.items():
-            if name.startswith("validation_loss"):
+            if name.startswith(VALIDATION_LOSS):
                 log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))
         return values
 

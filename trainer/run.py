@@ -91,9 +91,7 @@ def find_start(config: Config) -> Start:
 def _existing(path: str, field: str) -> Path:
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
-        raise BadInput(
-            f"{field}: {path} holds no complete checkpoint; name one like runs/<name>/checkpoints/latest, or its run directory."
-        )
+        raise BadInput(f"{field}: {path} holds no complete checkpoint; name one like runs/<name>/checkpoints/latest.")
     return checkpoint
 
 
@@ -138,7 +136,9 @@ def _train(config: Config, stage_name: str, mesh: Mesh, corpus: Corpus, start: S
         stage,
         reporter=Reporter(config, engine, writer, live),
         evaluator=Evaluator(corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)),
-        checkpoints=CheckpointWriter(run_dir, config.checkpoint, engine),
+        checkpoints=CheckpointWriter(
+            run_dir, config.checkpoint, engine, last_saved_step=state.step if start.resume_from else None
+        ),
         signals=signals,
     )
     state = fit(engine, stage, state, hooks, config.train.num_steps)

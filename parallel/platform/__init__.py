@@ -17,8 +17,10 @@ PLATFORM_VARIABLE = "SHARDWRIGHT_PLATFORM"
 def detect_platform_name() -> PlatformName:
     """Return the platform to use, without importing torch: `SHARDWRIGHT_PLATFORM` if set, else what the machine has."""
     forced = os.environ.get(PLATFORM_VARIABLE)
-    if forced == "cpu" or forced == "cuda":
-        return forced
+    if forced == "cpu":
+        return "cpu"
+    if forced == "cuda":
+        return "cuda"
     if forced is not None:
         raise BadInput(f"{PLATFORM_VARIABLE}={forced!r} is not a platform; use cpu or cuda, or unset it.")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""

@@ -15,8 +15,8 @@ ALLOWED = {
 # so is the protocol that stages fulfil: the engine calls it.
 TRAINER_LEVELS = {
     "log": 0, "model": 0, "data": 0, "losses": 0,
-    "checkpoint": 1, "optimizer": 1, "metrics": 1, "state": 1,
-    "engine": 2, "rollout": 3, "stages": 4, "hooks": 5, "loop": 5, "run": 6,
+    "optimizer": 1, "metrics": 1, "state": 1,
+    "engine": 2, "checkpoint": 3, "evaluate": 3, "rollout": 3, "stages": 4, "hooks": 5, "loop": 5, "run": 6,
 }  # fmt: skip
 STRANGERS = {"model", "data", "losses"}
 SLOW_TO_IMPORT = {"torch", "megatron", "trainer", "transformers", "tensorboard"}

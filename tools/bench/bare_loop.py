@@ -25,10 +25,11 @@ def run_bare(config: Config, environment: Environment, platform_name: PlatformNa
     from parallel.platform import load_platform
     from parallel.seeding import seed_everything
     from trainer.data.corpus import open_corpus
-    from trainer.model.build import build_model_chunks
 
     platform = load_platform(platform_name)
     device = platform.activate(environment.local_rank)
+    from trainer.model.build import build_model_chunks  # imports megatron-core, which the platform prepares first
+
     init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
     mesh = build_mesh(platform, device, config)
     seed_everything(config.run.seed, mesh.pp_rank)

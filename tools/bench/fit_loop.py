@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from tools.bench.clock import StepClock
 
 
-def run_fit(config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float:
-    """Train as `launch/pretrain.py` does and return the last step's loss. Collective: all ranks of the world."""
+def run_fit(config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
+    """Train as `launch/pretrain.py` does and return the last step's loss on rank 0, which writes the metrics.
+
+    Collective: all ranks of the world must call this.
+    """
     from parallel.mesh import Mesh
     from trainer.data.corpus import Corpus
     from trainer.run import run
@@ -35,5 +38,7 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
 
     STAGES["clocked"] = build
     run(config, "clocked", environment, platform)
+    if environment.rank != 0:
+        return None
     last_row = (Path(str(config.run.dir)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     return float(json.loads(last_row)["loss"])

@@ -58,24 +58,21 @@ class _Pending:
 class CheckpointWriter:
     """Saves the engine's state under a run directory, one checkpoint at a time."""
 
-    def __init__(self, run_dir: str | Path, settings: CheckpointConfig, engine: Engine) -> None:
+    def __init__(
+        self, run_dir: str | Path, settings: CheckpointConfig, engine: Engine, last_saved_step: int | None = None
+    ) -> None:
+        """Write under `run_dir`; `last_saved_step` is the step the run was resumed from, which is on disk already."""
         self._dir = checkpoints_dir(run_dir)
         self._run_dir = Path(run_dir)
         self._settings = settings
         self._engine = engine
+        self.last_saved_step = last_saved_step
         self._pending: _Pending | None = None
         self._strategy = FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy(), engine.mesh.dp_cp_group, do_cache_distribution=True
         )
-        # The default queue is served by a spawned process that imports torch; a thread writes here, so this one will do.
+        # The default queue is served by a spawned process that imports torch; for a thread this one will do.
         filesystem_async._results_queue = queue.Queue()
-
-    @property
-    def last_saved_step(self) -> int | None:
-        """Step of the newest checkpoint begun by this writer."""
-        return self._last_step
-
-    _last_step: int | None = None
 
     def save(self, state: TrainState, stage: Stage) -> None:
         """Copy the state to host memory and write it in the background (or at once with `async_save: false`).
@@ -106,7 +103,7 @@ class CheckpointWriter:
             self._write(pending, buckets)
             self._pending = pending
             self.finish()
-        self._last_step = state.step
+        self.last_saved_step = state.step
 
     def poll(self) -> None:
         """Publish a background save if every rank has written its part; call it once a step."""

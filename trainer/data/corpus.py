@@ -69,7 +69,7 @@ def open_corpus(config: Config) -> Corpus:
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer is not None else None
     if data.document_mask and tokenizer is None:
         raise BadInput(
-            "data.document_mask: needs data.tokenizer, whose eos token ends documents; set it to the tokenizer's directory."
+            "data.document_mask: needs data.tokenizer, whose eos token ends documents; set it to a directory."
         )
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise BadInput(

@@ -48,8 +48,8 @@ class SdpaCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attend within each row, or within each document when `packed_seq_params` gives their boundaries.
 
-        query `[sq, batch, heads/tp, dim]`, key and value `[sk, batch, groups/tp, dim]` -> `[sq, batch, heads/tp * dim_v]`;
-        packed: the same without the batch dimension -> `[total, heads/tp * dim_v]`. Explicit masks and biases raise
+        query `[sq, batch, heads/tp, dim]`, key, value `[sk, batch, groups/tp, dim]` -> `[sq, batch, heads/tp * dim_v]`.
+        Packed: the same without the batch dimension -> `[total, heads/tp * dim_v]`. Explicit masks and biases raise
         NotImplementedError: they would need a seq x seq tensor.
         """
         if attention_mask is not None or attention_bias is not None:
@@ -57,13 +57,14 @@ class SdpaCoreAttention(MegatronModule):
         causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
         if packed_seq_params is None:
             # [s, b, h, d] -> [b, h, s, d]
-            out = self._attend(*(part.permute(1, 2, 0, 3) for part in (query, key, value)), causal)
+            by_head = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
+            out = self._attend(by_head[0], by_head[1], by_head[2], causal)
             return out.permute(2, 0, 1, 3).flatten(2)
         # [t, h, d] -> [1, h, t, d]
-        heads_first = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         documents = [
-            self._attend(*(part[:, :, start:end] for part in heads_first), causal)
+            self._attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], causal)
             for start, end in zip(bounds[:-1], bounds[1:], strict=True)
             if end > start
         ]

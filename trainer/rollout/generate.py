@@ -33,7 +33,7 @@ def generate_text(engine: Engine, tokenizer: Tokenizer, prompt: str, settings: S
 
 
 def choose_token(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """Sample one id from fp32 logits `[vocab]`: the softmax of the `top_k` likeliest over the temperature; 0 is greedy."""
+    """Sample one id from fp32 logits `[vocab]` at a temperature (0 is greedy) among the `top_k` likeliest."""
     if temperature == 0.0:
         return int(logits.argmax())
     scaled = logits / temperature

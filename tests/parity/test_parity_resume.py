@@ -1,0 +1,139 @@
+"""A run stopped at step 3 and resumed is the uninterrupted one: bit for bit on its layout, within 1e-5 on others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.schema import Config
+from tests.parity.conftest import assert_equal_runs
+from tests.pool import Place
+from tests.small_runs import (
+    RunRecord,
+    build_stage,
+    open_engine,
+    record_run,
+    roughen,
+    save_checkpoint,
+    small_config,
+    train_steps,
+)
+
+STOP = 3
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2_sp": (2, {"tp": 2, "sp": True}),
+    "pp2": (2, {"pp": 2}),
+    "dp2": (2, {}),
+    "tp2_pp2": (4, {"tp": 2, "pp": 2}),
+    "pp2_vpp2_dp2": (4, {"pp": 2, "vpp": 2}),
+}
+EXPERTS = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "score_function": "sigmoid", "balancing": "bias"}}
+
+
+def run_and_save(place: Place, config: Config, run_dir: str) -> RunRecord:
+    """Train to the end, saving at STOP on the way; return the record of the steps after it."""
+    from trainer.state import TrainState
+
+    with open_engine(place, config) as engine:
+        if place.world_size == 1 and not config.model.hidden_dropout:
+            roughen(engine)
+        stage = build_stage(engine, "uneven")
+        state, _ = train_steps(engine, stage, TrainState(), STOP)
+        save_checkpoint(engine, state, stage, Path(run_dir))
+        _, results = train_steps(engine, stage, state, config.train.num_steps - STOP)
+        return record_run(engine, results)
+
+
+def resume_run(place: Place, config: Config, run_dir: str) -> RunRecord:
+    """Train from the checkpoint to the end."""
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.load import resume
+
+    with open_engine(place, config) as engine:
+        stage = build_stage(engine, "uneven")
+        state = resume(engine, stage, resolve_checkpoint(run_dir))
+        assert state.step == STOP and state.consumed_samples == STOP * config.train.global_batch_size
+        _, results = train_steps(engine, stage, state, config.train.num_steps - STOP)
+        return record_run(engine, results)
+
+
+def make_config(name: str, model: dict | None = None) -> tuple[int, Config]:
+    world, parallel = LAYOUTS[name]
+    return world, small_config(world, parallel=parallel, model=model or {})
+
+
+@pytest.fixture(scope="module")
+def stopped_run(ranks, tmp_path_factory):
+    """Return a function that gives the run directory and record of a run stopped on a layout, made once."""
+    made = {}
+
+    def get(name, model=None):
+        key = (name, str(model))
+        if key not in made:
+            run_dir = tmp_path_factory.mktemp("stopped")
+            world, config = make_config(name, model)
+            made[key] = run_dir, ranks.run(run_and_save, config, str(run_dir), world=world)[0]
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["one", "tp2_pp2", pytest.param("pp2_vpp2_dp2", marks=pytest.mark.slow)])
+def test_same_layout_bit_for_bit(ranks, stopped_run, name):
+    """With dropout, so that the random generators must continue too."""
+    model = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    run_dir, uninterrupted = stopped_run(name, model)
+    world, config = make_config(name, model)
+    resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
+    assert resumed.losses == uninterrupted.losses
+    assert resumed.grad_norms == uninterrupted.grad_norms
+    assert np.array_equal(resumed.logits, uninterrupted.logits)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [("one", "tp2_pp2"), ("tp2_pp2", "dp2"), pytest.param("dp2", "pp2_vpp2_dp2", marks=pytest.mark.slow)]
+    + [pytest.param("pp2_vpp2_dp2", after, marks=pytest.mark.slow) for after in ("one", "tp2_sp", "pp2")],
+)
+def test_another_layout(ranks, stopped_run, before, after):
+    run_dir, uninterrupted = stopped_run(before)
+    world, config = make_config(after)
+    resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
+    assert_equal_runs(resumed, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"ep": 2}, {"ep": 4}, {"ep": 2, "tp": 2, "sp": True}], ids=["ep2", "ep4", "ep2_tp2"])
+def test_experts_on_another_layout(ranks, stopped_run, parallel):
+    run_dir, uninterrupted = stopped_run("one", EXPERTS)
+    world = 2 if parallel == {"ep": 2} else 4
+    config = small_config(world, parallel=parallel, model=EXPERTS)
+    resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
+    assert_equal_runs(resumed, uninterrupted)
+
+
+def test_resuming_without_the_optimizer_would_show(ranks, stopped_run, tmp_path):
+    """A warm start from the same checkpoint, which forgets the moments, must not pass for a resumed run."""
+    run_dir, uninterrupted = stopped_run("one")
+    world, config = make_config("one")
+    warm = ranks.run(warm_start_run, config, str(run_dir), world=world)[0]
+    assert warm.losses[0] == uninterrupted.losses[0]
+    with pytest.raises(AssertionError):
+        assert_equal_runs(warm, uninterrupted)
+
+
+def warm_start_run(place: Place, config: Config, run_dir: str) -> RunRecord:
+    """Train on from the weights alone, on the same data."""
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.load import warm_start
+    from trainer.state import TrainState
+
+    with open_engine(place, config) as engine:
+        warm_start(engine, resolve_checkpoint(run_dir))
+        stage = build_stage(engine, "uneven")
+        stage.load_state_dict({"data": {"step": STOP}})
+        _, results = train_steps(engine, stage, TrainState(step=STOP), config.train.num_steps - STOP)
+        return record_run(engine, results)
