@@ -188,8 +188,13 @@ def _check_recompute(config: Config, has_te: bool) -> Iterator[str]:
         return
     if not recompute.modules:
         yield "train.recompute.modules: is empty with selective recomputation; a value that would work: [core_attn]"
-    if "moe_act" in recompute.modules and model.moe is not None and not has_te:
-        yield "train.recompute.modules: moe_act needs Transformer Engine's grouped experts; moe would work"
+    for module in ("layernorm", "moe_act", "mla_up_proj"):
+        # These drop an output and compute it again, which Megatron-Core writes on Transformer Engine's state.
+        if module in recompute.modules and not has_te:
+            yield (
+                f"train.recompute.modules: {module} needs Transformer Engine, which is not installed here; values that "
+                "would work: core_attn, mlp, moe"
+            )
 
 
 def _check_overlap(config: Config, platform: str) -> Iterator[str]:

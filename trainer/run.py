@@ -123,10 +123,11 @@ def _train(config: Config, stage_name: str, mesh: Mesh, corpus: Corpus, start: S
     details = describe_environment(mesh, use_te=use_te)
     writer, live = None, None
     start_rank_log(run_dir, mesh)
+    log.info("%s: %s", config.run.name, start.describe())
     if mesh.rank == 0:
         write_run_files(config, details, run_dir)
         remove_leftovers(run_dir)
-        show_start(config, details, begins=start.describe())
+        show_start(config, details)
         writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
         live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)
     signals = StopSignals(mesh.device)

@@ -62,9 +62,9 @@ def start_rank_log(run_dir: Path, mesh: Mesh) -> Path:
     return add_rank_file(run_dir, attempts[0], mesh.rank)
 
 
-def show_start(config: Config, environment: Mapping[str, Any], *, begins: str) -> None:
+def show_start(config: Config, environment: Mapping[str, Any]) -> None:
     """Print what was found, what was chosen and why. Rank 0 alone calls this."""
-    table = Table(title=f"{config.run.name}: {begins}", show_header=False, title_justify="left")
+    table = Table(show_header=False)
     layout = ", ".join(f"{name} {size}" for name, size in environment["layout"].items())
     te = environment["versions"]["transformer-engine"]
     rows = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -31,6 +32,8 @@ class CudaPlatform:
 
     def activate(self, local_rank: int) -> torch.device:
         """Make GPU `local_rank` current and return it."""
+        # Lets tensor-parallel communication start before the matmul queued after it; read when the context is made.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
 

@@ -36,7 +36,6 @@ EIGHT_RANKS = {
     "tp2_pp2_dp2": (8, {"tp": 2, "pp": 2}),
     "tp2_sp_pp2_vpp2_dp2": (8, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
 }
-# Three ranks share eight samples only where there is no data parallelism, so pp3 needs none of this.
 MODELS = {
     "tied_embeddings": {"tie_embeddings": True},
     "qk_norm": {"qk_norm": True},
@@ -50,7 +49,7 @@ MODELS = {
 FULL = {"granularity": "full", "num_layers": 1}
 RECOMPUTE = {
     "core_attn": {"granularity": "selective"},
-    "mlp_and_norms": {"granularity": "selective", "modules": ["mlp", "layernorm"]},
+    "core_attn_and_mlp": {"granularity": "selective", "modules": ["core_attn", "mlp"]},
     "full_uniform": FULL,
     "full_block": FULL | {"method": "block"},
 }

@@ -120,5 +120,16 @@ def _train(model: Any, optimizer: Any, steps: list[Any], config: Config, clock: 
             micro_batch_size=config.train.micro_batch_size,
             forward_only=False,
         )
-        optimizer.step()
+        _update(optimizer, config.optimizer.clip_grad)
     return sums
+
+
+def _update(optimizer: Any, clip_grad: float) -> None:
+    """Do what `optimizer.step()` does in one norm group; itself it asks for a CUDA tensor, which CPU ranks lack."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    for part in optimizer.chained_optimizers:
+        clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()

@@ -36,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(
-    loop: str, config: Config, environment: Environment, platform: PlatformName, clock: StepClock
-) -> float | None:
+def _run(loop: str, config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
     if loop == "fit":
         from tools.bench.fit_loop import run_fit
         from trainer.log import start_console

@@ -1,6 +1,6 @@
 """Measure what our training loop costs: tokens/s of `fit` against a bare megatron-core loop and Hugging Face's Trainer.
 
-Run: python tools/bench/throughput.py [--rounds 7] [--steps 12] [--out FILE.json]   (`make bench`)
+Run: python tools/bench/throughput.py [--rounds 5] [--steps 10] [--out FILE.json]   (`make bench`)
 Every run is a process (or two ranks) of its own on the demo's model with made-up tokens in fp32, the loops taking turns.
 On CPU ranks unless SHARDWRIGHT_PLATFORM says otherwise. Exit code 1 if a run failed.
 """
@@ -27,14 +27,14 @@ from tools.made_up_data import write_made_up_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
-NUM_WARMUP = 3
+NUM_WARMUP = 2
 SETTINGS = (
     "data.tokenizer=null",
     "data.validation=[]",
     "train.eval_every=null",
     "sample.prompts=[]",
     "precision.compute=fp32",
-    "train.global_batch_size=8",
+    "train.global_batch_size=4",
     "schedule.kind=constant",
     "schedule.warmup_steps=0",
     "checkpoint.save_every=null",
@@ -106,9 +106,7 @@ def compare(rows: Sequence[dict[str, Any]], cases: Sequence[Case] = CASES) -> li
     """
     comparisons = []
     for case in cases:
-        speeds = {
-            loop: [row["tokens_per_second"] for row in _select(rows, case.layout, loop)] for loop in case.loops
-        }
+        speeds = {loop: [row["tokens_per_second"] for row in _select(rows, case.layout, loop)] for loop in case.loops}
         for other in case.loops[1:]:
             ratios = [ours / theirs for ours, theirs in zip(speeds["fit"], speeds[other], strict=True)]
             comparisons.append(
@@ -146,13 +144,13 @@ def _is_same_loss(rows: Sequence[dict[str, Any]], layout: str, other: str) -> bo
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="throughput.py", description="Tokens/s of our loop against two others.")
-    parser.add_argument("--rounds", type=int, default=7, help="runs of each loop (default 7)")
-    parser.add_argument("--steps", type=int, default=12, help=f"measured steps a run, after {NUM_WARMUP} (default 12)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each loop (default 5)")
+    parser.add_argument("--steps", type=int, default=10, help=f"measured steps a run, after {NUM_WARMUP} (default 10)")
     default_out = ROOT / "tools" / "bench" / "results" / "throughput_cpu.json"
     parser.add_argument("--out", type=Path, default=default_out, help="result file")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1 or arguments.steps < 1:
-        parser.error("--rounds and --steps must be at least 1, for example --rounds 7 --steps 12")
+        parser.error("--rounds and --steps must be at least 1, for example --rounds 5 --steps 10")
 
     def command() -> None:
         load_before = os.getloadavg()[0]

@@ -17,7 +17,7 @@ from parallel.collectives import gather_objects
 from parallel.seeding import set_rng_state
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.checkpoint.manifest import Manifest, check_architecture, find_damage, read_manifest
-from trainer.checkpoint.sharded_state import build_full_state, build_model_state, build_rng_state
+from trainer.checkpoint.sharded_state import build_full_state, build_model_state, build_rng_state, fit_optimizer_state
 from trainer.engine import Engine
 from trainer.stages.base import Stage
 from trainer.state import TrainState
@@ -43,7 +43,7 @@ def resume(engine: Engine, stage: Stage, checkpoint: Path) -> TrainState:
         request["rng"] = build_rng_state(engine)
     loaded = _load(request, checkpoint)
     _set_weights(engine, loaded)
-    engine.optimizer.load_state_dict(loaded["optimizer"])
+    engine.optimizer.load_state_dict(fit_optimizer_state(engine.optimizer, loaded["optimizer"]))
     if is_same_layout:
         set_rng_state(engine.mesh.platform, loaded["rng"])
     else:

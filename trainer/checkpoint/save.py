@@ -95,6 +95,7 @@ class CheckpointWriter:
         )
         pending = _Pending(state.step, partial, request, self._describe(state, stage), time.perf_counter())
         buckets = _copy_to_host(request)
+        self._check_space(pending, buckets)
         if self._settings.async_save:
             pending.thread = threading.Thread(target=self._write, args=(pending, buckets), name="checkpoint-writer")
             pending.thread.start()
@@ -126,15 +127,29 @@ class CheckpointWriter:
         failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
         if failures:
             self._discard(pending)
-            raise CheckpointFailed(
-                f"checkpoint of step {pending.step} could not be written to {self._dir} ({failures[0]}); the previous "
-                "checkpoint is untouched: free space there, or set run.dir to another disk, and run the command again."
-            )
+            raise self._failure(pending, failures[0])
         for finalize in pending.request.finalize_fns:
             finalize()
         if self._engine.mesh.rank == 0:
             self._publish(pending, {name: info for _, files in outcomes for name, info in files.items()})
         barrier()
+
+    def _check_space(self, pending: _Pending, buckets: Any) -> None:
+        """Raise CheckpointFailed on all ranks if the disk cannot hold what all ranks are about to write."""
+        tensors = [tensor for _, _, (_, tensor_data) in buckets or [] for _, tensor in tensor_data]
+        needed = sum(gather_objects(sum(tensor.nbytes for tensor in tensors)))
+        free = shutil.disk_usage(self._dir).free
+        if any_rank(needed > free, self._engine.mesh.device):
+            self._discard(pending)
+            raise self._failure(pending, f"it needs {needed / 1e9:.2f} GB")
+
+    def _failure(self, pending: _Pending, reason: str) -> CheckpointFailed:
+        free = shutil.disk_usage(self._dir).free / 1e9
+        return CheckpointFailed(
+            f"checkpoint of step {pending.step} could not be written to {self._dir}, which has {free:.2f} GB free "
+            f"({reason}); the previous checkpoint is untouched: make room there, or set run.dir to another disk, and "
+            "run the command again."
+        )
 
     def _write(self, pending: _Pending, buckets: Any) -> None:
         """Write this rank's files and hash them; runs in the background thread and touches no collective."""

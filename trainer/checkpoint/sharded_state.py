@@ -31,6 +31,26 @@ def build_full_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     return state
 
 
+def fit_optimizer_state(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the loaded optimizer state with this run's own parameter groups, which take over the update count.
+
+    The moments are stored by parameter name, but the groups as they were where they were saved, and Megatron-Core
+    matches those by learning rate and by whether expert parallelism gives the experts an optimizer of their own.
+    """
+    parts = optimizer.chained_optimizers
+    saved = next(state for state in (loaded, *loaded.values()) if isinstance(state, dict) and "optimizer" in state)
+    steps = {group["step"] for group in saved["optimizer"]["param_groups"] if "step" in group}
+    fitted: dict[Any, Any] = {}
+    for index, part in enumerate(parts):
+        tensors = loaded if len(parts) == 1 else loaded[index]
+        state = part.state_dict() | {name: saved[name] for name in ("grad_scaler",) if name in saved}
+        for group in state["optimizer"]["param_groups"]:
+            group |= {"step": max(steps)} if steps else {}
+        names = ("param_state", "param_state_sharding_type")
+        fitted[index] = state | {name: tensors.get(name, saved.get(name)) for name in names}
+    return fitted[0] if len(parts) == 1 else fitted
+
+
 def build_rng_state(engine: Engine) -> ShardedObject:
     """Return this rank's random generators; they mean something on the layout that wrote them alone."""
     return ShardedObject(

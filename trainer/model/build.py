@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from configs.derive import padded_vocab_size
-from configs.schema import Config, ModelConfig
+from configs.schema import Config, MlaConfig, ModelConfig
 from parallel.mesh import Mesh
 from trainer.model.attention import SdpaCoreAttention
 from trainer.model.config import build_transformer_config
@@ -52,6 +57,8 @@ def _build_chunk(
     ).to(mesh.device)
     _set_rotary_frequencies(chunk, model, mesh.device)
     _hide_vocabulary_padding(chunk, model, mesh)
+    if model.mla is not None and mesh.tp_size > 1 and not use_te:
+        _sum_shared_key_gradients(chunk, model.mla)
     return chunk
 
 
@@ -81,6 +88,26 @@ def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.d
         embeddings = [layer.self_attention.rotary_pos_emb for layer in chunk.decoder.layers]
     for embedding in embeddings:
         embedding.inv_freq = compute_inverse_frequencies(model.rope, head_dim).to(device)
+
+
+def _sum_shared_key_gradients(chunk: GPTModel, mla: MlaConfig) -> None:
+    """Sum the gradient of the rotated key, which all heads share, over the tp ranks that hold the heads.
+
+    Megatron-Core gathers the down projection's columns and gives each rank's columns only that rank's heads' part of
+    this gradient. Gathered here first, the output takes the path of an unsplit projection, which is right with sp;
+    without sp it lacks the sum too.
+    """
+
+    def gather_columns(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        columns, bias = output  # [seq, batch, (latent + rotated)/tp]
+        combined = gather_from_tensor_model_parallel_region(columns)
+        if chunk.config.sequence_parallel:
+            return scatter_to_sequence_parallel_region(combined), bias
+        latent, rotated = combined.split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
+        return torch.cat([latent, copy_to_tensor_model_parallel_region(rotated)], dim=-1), bias
+
+    for layer in chunk.decoder.layers:
+        layer.self_attention.linear_kv_down_proj.register_forward_hook(gather_columns)
 
 
 def _hide_vocabulary_padding(chunk: GPTModel, model: ModelConfig, mesh: Mesh) -> None:

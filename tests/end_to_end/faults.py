@@ -1,0 +1,96 @@
+"""Faults that tests put into a run on the pool's ranks, each undone when the run ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import patch
+
+
+@contextlib.contextmanager
+def inject(fault: str | None, rank: int) -> Iterator[None]:
+    """Put the named fault in place for the duration of a `with` block."""
+    with contextlib.nullcontext() if fault is None else FAULTS[fault](rank):
+        yield
+
+
+@contextlib.contextmanager
+def signal_in_step_3(number: int, rank: int) -> Iterator[None]:
+    """Send the last rank a signal while it reads its third batch."""
+    from trainer.data.reader import BatchReader
+
+    read, calls = BatchReader.read_step, [0]
+
+    def read_step(self):
+        calls[0] += 1
+        if calls[0] == 3 and rank == 1:
+            os.kill(os.getpid(), number)
+        return read(self)
+
+    with patch.object(BatchReader, "read_step", read_step):
+        yield
+
+
+@contextlib.contextmanager
+def nan_loss(rank: int) -> Iterator[None]:
+    """Make the loss of the sample with number 11 and of all after number 24 on rank 1 NaN."""
+    import trainer.stages.pretrain as stage_module
+
+    stage_class = stage_module.PretrainStage
+    loss = stage_class.loss
+
+    def poisoned(self, output, batch):
+        is_bad = rank == 1 and any(sample == 11 or sample >= 24 for sample in batch.sample_ids)
+        return loss(self, output * float("nan") if is_bad else output, batch)
+
+    with patch.object(stage_class, "loss", poisoned):
+        yield
+
+
+@contextlib.contextmanager
+def full_disk_at_step_4(rank: int) -> Iterator[None]:
+    """Let the disk run full (ENOSPC) while rank 1 writes the checkpoint of step 4."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from trainer.checkpoint.save import CheckpointWriter
+
+    write = CheckpointWriter._write
+
+    def write_on_full_disk(self, pending, buckets):
+        is_full = pending.step == 4 and rank == 1
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with patch.object(filesystem_async, "_write_item", side_effect=error) if is_full else contextlib.nullcontext():
+            write(self, pending, buckets)
+
+    with patch.object(CheckpointWriter, "_write", write_on_full_disk):
+        yield
+
+
+@contextlib.contextmanager
+def too_small_disk_at_step_4(rank: int) -> Iterator[None]:
+    """Report 1 kB of free space from the second checkpoint on, on rank 0 alone."""
+    from trainer.checkpoint.save import CheckpointWriter
+
+    check = CheckpointWriter._check_space
+
+    def check_small_disk(self, pending, buckets):
+        space = SimpleNamespace(free=1000)
+        is_small = pending.step == 4 and rank == 0
+        with patch("shutil.disk_usage", return_value=space) if is_small else contextlib.nullcontext():
+            check(self, pending, buckets)
+
+    with patch.object(CheckpointWriter, "_check_space", check_small_disk):
+        yield
+
+
+FAULTS = {
+    "sigterm": lambda rank: signal_in_step_3(signal.SIGTERM, rank),
+    "sigusr1": lambda rank: signal_in_step_3(signal.SIGUSR1, rank),
+    "nan_loss": nan_loss,
+    "full_disk": full_disk_at_step_4,
+    "too_small_disk": too_small_disk_at_step_4,
+}

@@ -1,0 +1,102 @@
+"""A whole run: what it leaves behind, how it stops, and that it continues exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ExitCode
+
+STABLE_KEYS = ["step", "loss", "grad_norm", "lr", "num_tokens", "tokens_per_second", "seconds"]
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows(run_dir)]
+
+
+def checkpoint_names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_a_run_leaves_everything_behind(train, tmp_path):
+    assert train(2, "parallel.tp=2", "train.eval_every=3", "sample.prompts=[def, import]", "sample.num_tokens=4") == (
+        0,
+        "",
+    )
+    run_dir = tmp_path / "run"
+    steps = rows(run_dir)
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert list(steps[0])[:7] == STABLE_KEYS
+    assert steps[0]["num_tokens"] == 8 * 32 and steps[-1]["consumed_samples"] == 48
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5, "the model learnt nothing"
+    assert [row["step"] for row in steps if "validation_loss/validation" in row] == [3, 6]
+    assert all(row["tflops_per_device"] > 0 and row["peak_memory_gb"] > 0 for row in steps)
+    for phase in ("data", "forward_backward", "optimizer", "checkpoint"):
+        assert all(row[f"seconds_{phase}"] >= 0 for row in steps)
+    assert checkpoint_names(run_dir) == ["latest", "step_00000002", "step_00000004", "step_00000006"]
+    assert (run_dir / "checkpoints" / "latest").resolve().name == "step_00000006"
+    assert json.loads((run_dir / "config.json").read_text())["parallel"]["tp"] == 2
+    assert json.loads((run_dir / "environment.json").read_text())["layout"]["tp"] == 2
+    assert (run_dir / "command.txt").read_text().strip()
+    assert list((run_dir / "tensorboard").glob("events.*"))
+    log = (run_dir / "logs" / "attempt_1" / "rank_0.log").read_text()
+    assert log.count("sample: ") == 2 and "before training" in log
+    assert (run_dir / "logs" / "attempt_1" / "rank_1.log").exists()
+
+
+def test_a_finished_run_started_again_changes_nothing(train, tmp_path):
+    train(1)
+    before = curve(tmp_path / "run"), checkpoint_names(tmp_path / "run")
+    assert train(1)[0] == ExitCode.DONE
+    assert (curve(tmp_path / "run"), checkpoint_names(tmp_path / "run")) == before
+
+
+@pytest.mark.parametrize("fault", ["sigterm", "sigusr1"])
+def test_a_signal_on_one_rank_saves_and_the_run_continues_exactly(train, tmp_path, fault):
+    """Also on another layout, where the curve stays within 1e-5."""
+    assert train(2, "parallel.tp=2", f"run.dir={tmp_path}/whole")[0] == ExitCode.DONE
+    options = ("parallel.tp=2", "checkpoint.save_every=100", f"run.dir={tmp_path}/stopped")
+    assert train(2, *options, fault=fault)[0] == ExitCode.STOPPED_AFTER_SAVING
+    assert checkpoint_names(tmp_path / "stopped") == ["latest", "step_00000003"]
+    assert train(2, *options)[0] == ExitCode.DONE
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    resumed = f"checkpoint.resume={tmp_path}/stopped/checkpoints/step_00000003"
+    assert train(2, "parallel.pp=2", f"run.dir={tmp_path}/moved", resumed)[0] == ExitCode.DONE
+    for moved, whole in zip(curve(tmp_path / "moved"), curve(tmp_path / "whole")[3:], strict=True):
+        assert moved == pytest.approx(whole, rel=1e-5)
+
+
+def test_layouts_agree_from_one_seed_checkpoint(train, tmp_path):
+    assert train(1, "train.num_steps=0", f"run.dir={tmp_path}/seed")[0] == ExitCode.DONE
+    assert checkpoint_names(tmp_path / "seed") == ["latest", "step_00000000"]
+    for name, world, layout in (("one", 1, "parallel.tp=1"), ("four", 4, "parallel.tp=4")):
+        options = (layout, f"checkpoint.init_from={tmp_path}/seed", f"run.dir={tmp_path}/{name}")
+        assert train(world, *options)[0] == ExitCode.DONE
+    for four, one in zip(curve(tmp_path / "four"), curve(tmp_path / "one"), strict=True):
+        assert four == pytest.approx(one, rel=1e-5)
+
+
+def test_non_finite_losses_are_skipped_named_and_stop_the_run(train, tmp_path):
+    code, sentence = train(2, "train.max_nonfinite_steps=2", fault="nan_loss")
+    assert code == ExitCode.NON_FINITE
+    assert "2 steps in a row, up to step 5" in sentence
+    assert "rank 1 (tp 0/1, cp 0/1, dp 1/2" in sentence
+    steps = rows(tmp_path / "run")
+    assert [row["num_skipped_steps"] for row in steps] == [0, 1, 1, 2, 3]
+    assert steps[1]["loss"] is None and steps[2]["loss"] is not None
+    log = (tmp_path / "run" / "logs" / "attempt_1" / "rank_0.log").read_text()
+    assert "step 2: non-finite" in log and "samples [10, 11]" in log
+
+
+def test_batch_ramp_and_document_masks(train, tmp_path):
+    ramp = "train.batch_ramp={start: 4, increment: 4, num_samples: 8}"
+    assert train(2, ramp, "data.document_mask=true", "parallel.pp=2")[0] == ExitCode.DONE
+    consumed = [row["consumed_samples"] for row in rows(tmp_path / "run")]
+    assert consumed[0] == 4 and consumed[-1] - consumed[-2] == 8
+    assert all(row["num_tokens"] < 8 * 32 for row in rows(tmp_path / "run")), "ends of documents must not count"

@@ -1,0 +1,154 @@
+"""Check one GPU from end to end: collectives, steps, attention, checkpoints, speed. No network, a few minutes.
+
+Run: python tools/gpu_check.py [--out gpu.json] [--quick]
+Exit code 0 all passed or no GPU here, 1 a check failed, 2 bad input. A failed check does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine
+from tools.console import Progress, run_command
+from tools.device_checks.outcome import Outcome, run_check
+
+if TYPE_CHECKING:
+    from parallel.mesh import Mesh
+
+HOST: PlatformName = "cpu"
+"""The platform that every machine has; checkpoints are moved to it and back."""
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "apex")
+STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+Check = tuple[str, Callable[[], Outcome]]
+
+
+def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool) -> Iterator[Check]:
+    """Yield every check with its name, the speed of large shapes last since peak memory only grows."""
+    from tools.device_checks.attention import check_attention
+    from tools.device_checks.checkpoint import check_checkpoint
+    from tools.device_checks.speed import billion_shape, check_speed, small_shape
+    from tools.device_checks.steps import check_collectives, check_loss_scaler, check_steps
+
+    yield "collectives", lambda: check_collectives(mesh)
+    for compute in ("fp32", "bf16", "fp16"):
+        yield f"{compute} steps", lambda compute=compute: check_steps(mesh, compute)  # type: ignore[misc]
+    yield "fp16 loss scaler", lambda: check_loss_scaler(mesh)
+    for compute in ("fp32", "bf16", "fp16"):
+        yield (
+            f"{compute} attention",
+            lambda compute=compute: check_attention(mesh, compute, use_te=False),  # type: ignore[misc]
+        )
+    if has_transformer_engine():
+        # its kernels for packed documents take no fp32
+        for compute in ("bf16", "fp16"):
+            yield (
+                f"{compute} attention (Transformer Engine)",
+                lambda compute=compute: check_attention(mesh, compute, use_te=True),  # type: ignore[misc]
+            )
+    yield "checkpoint", lambda: check_checkpoint(platform, HOST, folder)
+    compute = "fp16" if mesh.platform.check_precision("bf16") else "bf16"
+    steps = 5 if quick else 20
+    yield "speed, small", lambda: check_speed(mesh, "small", small_shape(compute), num_steps=steps)
+    if not quick:
+        yield "speed, Llama 3.2 1B", lambda: check_speed(mesh, "Llama 3.2 1B", billion_shape(compute), num_steps=10)
+
+
+def run_checks(checks: Sequence[Check]) -> list[Outcome]:
+    """Run all checks, whatever becomes of each, and return their outcomes."""
+    outcomes: list[Outcome] = []
+    with Progress("gpu_check", len(checks)) as progress:
+        for name, check in checks:
+            progress.show(len(outcomes), name)
+            outcomes.append(run_check(name, check))
+            progress.show(len(outcomes), f"{name}: {outcomes[-1].status}")
+    return outcomes
+
+
+def describe_machine(device: Mapping[str, str]) -> dict[str, Any]:
+    """Return the date, the device and the versions of everything that computes."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **device,
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def print_table(machine: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
+    """Print one line a check."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"{machine['device']}, {machine['collectives']}, torch {machine['torch']}, {machine['date']}"
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("check", "result", "found", "seconds"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for one in outcomes:
+        result = f"[{STYLES[one.status]}]{one.status}[/]"
+        table.add_row(escape(one.name), result, escape(one.detail), f"{one.seconds:.1f}")
+    Console(soft_wrap=True).print(table)
+
+
+def write_json(path: Path, machine: Mapping[str, Any], outcomes: Sequence[Outcome], *, quick: bool) -> None:
+    """Write the outcomes, atomically."""
+    content = {"machine": machine, "quick": quick, "checks": [dataclasses.asdict(one) for one in outcomes]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def check_platform(platform: PlatformName, *, quick: bool, out: Path | None) -> bool:
+    """Run every check on a platform, print the table, write `out`, and return whether none failed."""
+    from tools.device_checks.engine import open_world
+
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, open_world(platform) as mesh:
+        machine = describe_machine(mesh.platform.describe())
+        outcomes = run_checks(list(list_checks(mesh, platform, Path(folder), quick=quick)))
+    print_table(machine, outcomes)
+    if out is not None:
+        write_json(out, machine, outcomes, quick=quick)
+    return all(one.status != "failed" for one in outcomes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(prog="gpu_check.py", description="Check one GPU from end to end.")
+    parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and no 1B model")
+    arguments = parser.parse_args(argv)
+    all_passed = True
+
+    def command() -> None:
+        nonlocal all_passed
+        platform = detect_platform_name()
+        if platform == HOST:
+            print("no GPU here (or it is hidden by SHARDWRIGHT_PLATFORM or the driver's variables): nothing to check")
+            return
+        all_passed = check_platform(platform, quick=arguments.quick, out=arguments.out)
+
+    code = run_command(command)
+    return code if code != 0 or all_passed else 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
