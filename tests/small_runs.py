@@ -130,8 +130,8 @@ def open_engine(place: Place, config: Config) -> Iterator[Engine]:
     try:
         yield Engine(config, mesh, replicas, optimizer)
     finally:
-        # Autograd nodes hold the replica by hooks, in C++ where Python's collector cannot see the ring: emptied, it lets
-        # go of the process groups, of which every case would otherwise leave 19 behind with three threads each.
+        # Autograd nodes hold the replica by hooks, in C++, where Python's collector cannot see the ring. Emptied, it
+        # lets go of the process groups, of which every case would otherwise leave 19 with three threads each.
         for replica in replicas:
             vars(replica).clear()
 

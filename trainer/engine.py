@@ -21,6 +21,7 @@ from parallel.replicate import gather_parameters, resolve_overlap
 from parallel.schedule import finalize_gradients, run_schedule
 from trainer.data.batch import Batch
 from trainer.losses.loss import Loss
+from trainer.model.router_losses import read_router_losses
 from trainer.optimizer import set_learning_rate, update_weights
 from trainer.schedule import compute_learning_rate
 from trainer.stages.base import Stage
@@ -84,7 +85,10 @@ class Engine:
             is_applied=update.is_applied,
             is_overflow_expected=update.is_overflow_expected,
             loss_scale=update.loss_scale,
-            metrics={name: float(value) * per_token for name, value in sums.items() if name not in RESERVED_SUMS},
+            metrics={
+                **{name: float(value) * per_token for name, value in sums.items() if name not in RESERVED_SUMS},
+                **read_router_losses(self.config.model, self.mesh, len(batches)),
+            },
             phase_seconds={
                 "forward_backward": forward_done - started,
                 "optimizer": time.perf_counter() - forward_done,

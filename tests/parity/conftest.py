@@ -1,4 +1,4 @@
-"""The judge of parity: one seed checkpoint and one single-rank run for each model and data, made when first asked for."""
+"""The judge of parity: one seed checkpoint and one single-rank run per model and data, made when first asked for."""
 
 from __future__ import annotations
 

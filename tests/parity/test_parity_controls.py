@@ -1,4 +1,4 @@
-"""The parity tests can fail: deliberately wrong runs, each a bug that trainers have had, must not pass the comparison."""
+"""The parity tests can fail: deliberately wrong runs, each a bug that trainers have had, must not pass them."""
 
 from __future__ import annotations
 

@@ -103,5 +103,12 @@ def test_latent_attention_recomputed(judge):
 
 
 @pytest.mark.slow
+def test_pipeline_stage_without_experts(judge):
+    """The first stage's layers are all dense, so its ranks have no optimizer for experts."""
+    model = {"moe": MOE | {"num_dense_layers": 2}}
+    judge.check(4, {"ep": 2, "pp": 2}, model=model)
+
+
+@pytest.mark.slow
 def test_latent_attention_and_experts_together(judge):
     judge.check(*EP2_TP2, model=MLA | DEEPSEEK)

@@ -29,8 +29,13 @@ LAYOUTS = {
     "dp2": (2, {}),
     "tp2_pp2": (4, {"tp": 2, "pp": 2}),
     "pp2_vpp2_dp2": (4, {"pp": 2, "vpp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "ep4": (4, {"ep": 4}),
+    "ep2_tp2": (4, {"ep": 2, "tp": 2, "sp": True}),
 }
-EXPERTS = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "score_function": "sigmoid", "balancing": "bias"}}
+EXPERTS = {
+    "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "score_function": "sigmoid", "balancing": "bias"}
+}
 
 
 def run_and_save(place: Place, config: Config, run_dir: str) -> RunRecord:
@@ -106,13 +111,22 @@ def test_another_layout(ranks, stopped_run, before, after):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"ep": 2}, {"ep": 4}, {"ep": 2, "tp": 2, "sp": True}], ids=["ep2", "ep4", "ep2_tp2"])
-def test_experts_on_another_layout(ranks, stopped_run, parallel):
-    run_dir, uninterrupted = stopped_run("one", EXPERTS)
-    world = 2 if parallel == {"ep": 2} else 4
-    config = small_config(world, parallel=parallel, model=EXPERTS)
+@pytest.mark.parametrize("before, after", [("one", "ep2"), ("one", "ep2_tp2"), ("ep2", "one"), ("ep2_tp2", "ep4")])
+def test_experts_on_another_layout(ranks, stopped_run, before, after):
+    """Experts share the optimizer with the rest on one rank and have one of their own under expert parallelism."""
+    run_dir, uninterrupted = stopped_run(before, EXPERTS)
+    world, config = make_config(after, EXPERTS)
     resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
     assert_equal_runs(resumed, uninterrupted)
+
+
+def test_changed_optimizer_settings_apply_on_resume(ranks, stopped_run):
+    """The learning rate and weight decay of the new config hold, not those that were saved."""
+    run_dir, uninterrupted = stopped_run("one")
+    config = small_config(optimizer={"lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.0})
+    changed = ranks.run(resume_run, config, str(run_dir))[0]
+    assert changed.losses[0] == uninterrupted.losses[0]
+    assert changed.losses[1] != uninterrupted.losses[1]
 
 
 def test_resuming_without_the_optimizer_would_show(ranks, stopped_run, tmp_path):

@@ -1,4 +1,4 @@
-"""The benchmark: the clock measures what lies between its ticks, pairs make ratios, and each loop does the same work."""
+"""The benchmark: the clock measures what lies between its ticks, pairs make ratios, the loops do the same work."""
 
 import json
 

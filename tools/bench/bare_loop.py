@@ -1,6 +1,6 @@
 """The least a loop on megatron-core can do: same model, data, layout and kernels, nothing around the step.
 
-No hooks, log, checks of finiteness, schedule or reduction of the loss; batches lie on the device before the clock starts.
+No hooks, log, schedule, finiteness checks or reduction of the loss; batches lie on the device before the clock starts.
 Exempt from the rule that each entry point of megatron-core has one caller, since this is megatron-core without us.
 """
 

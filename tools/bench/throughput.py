@@ -1,7 +1,7 @@
 """Measure what our training loop costs: tokens/s of `fit` against a bare megatron-core loop and Hugging Face's Trainer.
 
 Run: python tools/bench/throughput.py [--rounds 5] [--steps 10] [--out FILE.json]   (`make bench`)
-Every run is a process (or two ranks) of its own on the demo's model with made-up tokens in fp32, the loops taking turns.
+Every run is a process (or two) of its own: the demo's model on made-up tokens in fp32, the loops taking turns.
 On CPU ranks unless SHARDWRIGHT_PLATFORM says otherwise. Exit code 1 if a run failed.
 """
 

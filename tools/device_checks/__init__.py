@@ -1,1 +1,1 @@
-"""What `tools/gpu_check.py` checks. Each check takes a mesh or a platform and returns an `Outcome`; none names a device."""
+"""What `tools/gpu_check.py` checks. Each takes a mesh or a platform and returns an `Outcome`; none names a device."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from parallel.mesh import Mesh
 
-TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}
+TOLERANCES = {"fp32": 5e-5, "bf16": 2e-2, "fp16": 3e-3}
 """Largest error of the output and of the three gradients relative to the largest value of each."""
 BATCH_SIZE = 2
 DOCUMENT_LENGTHS = (1, 37, 64, 90)
@@ -92,11 +92,11 @@ def _with_gradients(attend: Any, inputs: list[torch.Tensor], slope: torch.Tensor
     leaves = [part.detach().to(dtype).requires_grad_() for part in inputs]
     output = attend(*leaves)
     output.backward(slope.to(dtype).reshape(output.shape))
-    return [output.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def _reference(query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> torch.Tensor:
-    """Attend causally inside each document of `[seq, (batch,) heads, dim]` by the definition (arXiv:1706.03762, eq. 1)."""
+    """Attend causally in each document of `[seq, (batch,) heads, dim]` by the definition (arXiv:1706.03762, eq. 1)."""
     import torch
 
     repeats = query.shape[-2] // key.shape[-2]
@@ -127,8 +127,10 @@ def _pack(lengths: tuple[int, ...], device: Any) -> Any:
 
 def _build_core_attention(mesh: Mesh, compute: str, case: Case, use_te: bool) -> Any:
     """Return the core attention that a model of this shape is built with."""
+    from parallel.seeding import seed_everything
     from trainer.model.build import build_model_chunks
 
+    seed_everything(17, mesh.pp_rank)  # weights are drawn from generators that must have been seeded
     chunk = build_model_chunks(_build_config(compute, case), mesh, use_te=use_te)[0]
     return chunk.decoder.layers[0].self_attention.core_attention
 

@@ -1,4 +1,4 @@
-"""A world of one rank on a platform, and engines of any config on it with made-up batches: what checks are made with."""
+"""A world of one rank on a platform, and engines of any config on it with made-up batches: what checks run on."""
 
 from __future__ import annotations
 

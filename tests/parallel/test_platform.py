@@ -1,0 +1,88 @@
+"""The CPU patches: each still has its target, none is applied on CUDA, and they cost nothing in a step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.pool import Place
+from tests.small_runs import build_stage, open_engine, small_config, train_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+IN_A_FRESH_PROCESS = """
+import sys
+from parallel.platform import cpu_patches
+from parallel.platform.cpu_patches import CONSTANT_PATCHES, NAME_PATCHES, ConstantPatch, NamePatch
+from parallel.platform.cpu_patches import resolve, stale_patches
+
+def targets():
+    names = {patch.target: resolve(patch.target)[2] for patch in NAME_PATCHES}
+    underlying = cpu_patches._underlying_function
+    functions = {patch.target: underlying(resolve(patch.target)[2]) for patch in CONSTANT_PATCHES}
+    return names, functions, {name: function.__code__ for name, function in functions.items()}
+
+before = targets()
+assert len(before[0]) > 10 and len(before[1]) > 10
+from parallel.platform import load_platform
+platform = load_platform("cuda")
+assert platform.name == "cuda" and platform.backend == "nccl"
+import megatron.core.optimizer, megatron.core.pipeline_parallel.schedules
+for old, new in zip(before, targets()):
+    changed = [name for name in old if old[name] is not new[name]]
+    assert not changed, changed
+replaced = [patch.target for patch in NAME_PATCHES if resolve(patch.target)[2] is patch.replacement]
+assert set(replaced) <= {"torch.cuda:manual_seed"}, replaced
+
+assert not list(stale_patches()), list(stale_patches())
+
+gone = "torch.cuda:no_such_function"
+harmless = "megatron.core.utils:divide"
+cpu_patches.NAME_PATCHES += (NamePatch(gone, None, ""),)
+cpu_patches.CONSTANT_PATCHES += (ConstantPatch(harmless, ""),)
+assert list(stale_patches()) == [gone, harmless], list(stale_patches())
+print("all is well")
+"""
+
+
+def test_each_patch_has_its_target_and_nothing_is_patched_on_cuda():
+    command = [sys.executable, "-W", "ignore", "-c", IN_A_FRESH_PROCESS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "all is well"
+
+
+def profile_steps(place: Place, num_steps: int) -> dict[str, float]:
+    """Return the time and calls of the replacements within a few steps, and how many torch modes tax every call."""
+    import cProfile
+    import pstats
+
+    import torch
+
+    from trainer.state import TrainState
+
+    with open_engine(place, small_config(world=place.world_size, parallel={"tp": 2, "sp": True})) as engine:
+        stage = build_stage(engine)
+        state, _ = train_steps(engine, stage, TrainState(), 1)
+        profile = cProfile.Profile()
+        profile.enable()
+        train_steps(engine, stage, state, num_steps)
+        profile.disable()
+    stats = pstats.Stats(profile)
+    ours = [
+        row for (file, _, _), row in stats.stats.items() if file.endswith(("cpu_patches.py", "gloo_collectives.py"))
+    ]
+    return {
+        "modes": torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack(),
+        "calls": sum(row[1] for row in ours),
+        "own_seconds": sum(row[2] for row in ours),
+        "seconds": stats.total_tt,
+    }
+
+
+def test_patches_cost_nothing_in_a_step(ranks):
+    num_steps = 4
+    for profile in ranks.run(profile_steps, num_steps, world=2):
+        assert profile["modes"] == 0, "a torch mode taxes every call"
+        assert 0 < profile["calls"] < 300 * num_steps, profile
+        assert profile["own_seconds"] < 0.01 * profile["seconds"], profile

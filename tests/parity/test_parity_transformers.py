@@ -1,0 +1,112 @@
+"""An independent judge: one rank's loss and gradients equal those of `transformers`' Llama in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.pool import Place
+from tests.small_runs import build_stage, open_engine, roughen, small_config
+
+TOLERANCE = 1e-4
+
+
+def split_qkv(packed: Any, num_groups: int, num_heads: int, head_dim: int) -> list[Any]:
+    """Return the query, key and value rows of the packed `[group x (queries, key, value)]` rows."""
+    per_group = packed.view(num_groups, num_heads // num_groups + 2, head_dim, -1)
+    parts = per_group[:, :-2], per_group[:, -2:-1], per_group[:, -1:]
+    return [part.reshape(-1, packed.shape[-1]) for part in parts]
+
+
+def as_llama(named: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return weights or gradients under the names of `LlamaForCausalLM`."""
+    model = config.model
+    vocab = model.vocab_size
+    out = {
+        "model.embed_tokens.weight": named["embedding.word_embeddings.weight"][:vocab],
+        "lm_head.weight": named["output_layer.weight"][:vocab],
+        "model.norm.weight": named["decoder.final_layernorm.weight"],
+    }
+    for layer in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        head_dim = model.hidden_size // model.num_attention_heads
+        qkv = named[f"{ours}self_attention.linear_qkv.weight"]
+        parts = split_qkv(qkv, model.num_query_groups, model.num_attention_heads, head_dim)
+        for name, part in zip("qkv", parts, strict=True):
+            out[f"{theirs}self_attn.{name}_proj.weight"] = part
+        out[f"{theirs}self_attn.o_proj.weight"] = named[f"{ours}self_attention.linear_proj.weight"]
+        gate, up = named[f"{ours}mlp.linear_fc1.weight"].chunk(2)
+        out |= {f"{theirs}mlp.gate_proj.weight": gate, f"{theirs}mlp.up_proj.weight": up}
+        out[f"{theirs}mlp.down_proj.weight"] = named[f"{ours}mlp.linear_fc2.weight"]
+        out[f"{theirs}input_layernorm.weight"] = named[f"{ours}input_layernorm.weight"]
+        out[f"{theirs}post_attention_layernorm.weight"] = named[f"{ours}pre_mlp_layernorm.weight"]
+    return out
+
+
+def llama_loss(config: Any, weights: dict[str, Any], batches: list[Any]) -> tuple[float, dict[str, Any]]:
+    """Return the mean loss over the counted tokens and its gradients, in float64."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = config.model
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_hidden_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_query_groups,
+            rms_norm_eps=model.norm_eps,
+            max_position_embeddings=model.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope.base},
+            attn_implementation="eager",
+        )
+    ).double()
+    llama.load_state_dict({name: weight.double() for name, weight in weights.items()})
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        logits = llama(batch.tokens).logits
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+        total = total + (losses * batch.loss_mask).sum()
+        count += int(batch.loss_mask.sum())
+    loss = total / count
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in llama.named_parameters()}
+
+
+def compare_with_llama(place: Place, config: Any) -> tuple[float, float, dict[str, float]]:
+    """Return our loss, Llama's, and by parameter the relative error of our gradient in the L2 norm."""
+    from trainer.state import TrainState
+
+    with open_engine(place, config) as engine:
+        roughen(engine)
+        named = {name: parameter.data.clone() for name, parameter in engine.chunks[0].named_parameters()}
+        batches = build_stage(engine, "uneven").batches_for(TrainState())
+        expected_loss, expected = llama_loss(config, as_llama(named, config), batches)
+        stage = build_stage(engine, "uneven")
+        result = engine.train_step(stage.batches_for(TrainState()), stage, TrainState())
+        gradients = {name: parameter.main_grad for name, parameter in engine.chunks[0].named_parameters()}
+        found = as_llama(gradients, config)
+        assert found.keys() == expected.keys()
+        errors = {
+            name: float((found[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items()
+        }
+        return result.loss, expected_loss, errors
+
+
+def test_one_rank_equals_llama_in_float64(ranks):
+    config = small_config(optimizer={"clip_grad": 0.0})
+    ((loss, expected, errors),) = ranks.run(compare_with_llama, config)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert len(errors) == 3 + 9 * config.model.num_layers
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_the_judge_sees_another_architecture(ranks):
+    """With Llama's rotation in neighbouring pairs the losses differ, so equality above says something."""
+    config = small_config(optimizer={"clip_grad": 0.0}, model={"rope": {"interleaved": True}})
+    ((loss, expected, errors),) = ranks.run(compare_with_llama, config)
+    assert abs(loss / expected - 1) > 1e-5
+    assert max(errors.values()) > 10 * TOLERANCE

@@ -1,0 +1,140 @@
+"""gpu_check's own checks, run on CPU ranks at small size: they pass on sound code and fail on broken code."""
+
+import json
+
+import pytest
+
+from tools import gpu_check
+from tools.device_checks.outcome import Outcome, judge, run_check
+
+TINY = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2, "vocab_size": 100}
+
+
+def run_step_checks(place):
+    from tools.device_checks.engine import build_config, open_world
+    from tools.device_checks.speed import check_speed
+    from tools.device_checks.steps import check_collectives, check_loss_scaler, check_steps
+
+    with open_world("cpu") as mesh:
+        outcomes = [check_collectives(mesh), *(check_steps(mesh, name) for name in ("fp32", "bf16", "fp16"))]
+        outcomes += [check_loss_scaler(mesh), check_speed(mesh, "tiny", build_config("fp32", TINY), num_steps=2)]
+    return outcomes
+
+
+def run_attention_checks(place):
+    from tools.device_checks.attention import check_attention
+    from tools.device_checks.engine import open_world
+
+    with open_world("cpu") as mesh:
+        return [check_attention(mesh, name, use_te=False, seq_len=96) for name in ("fp32", "bf16", "fp16")]
+
+
+def run_broken(place):
+    """Run checks with a wrong attention scale, an optimizer that climbs and a collective that does nothing."""
+    import torch.distributed as dist
+
+    from tools.device_checks import steps
+    from tools.device_checks.attention import check_attention
+    from tools.device_checks.engine import open_world
+    from trainer import engine
+    from trainer.model.attention import SdpaCoreAttention
+
+    attend, schedule, gather = SdpaCoreAttention._attend, engine.compute_learning_rate, dist.all_gather_into_tensor
+    try:
+        SdpaCoreAttention._attend = lambda self, query, *rest: attend(self, query * 1.01, *rest)
+        engine.compute_learning_rate = lambda *unused: -1e-4
+        dist.all_gather_into_tensor = lambda *unused: None
+        with open_world("cpu") as mesh:
+            return [
+                check_attention(mesh, "fp32", use_te=False, seq_len=32),
+                steps.check_steps(mesh, "fp32"),
+                steps.check_collectives(mesh),
+            ]
+    finally:
+        SdpaCoreAttention._attend, engine.compute_learning_rate = attend, schedule
+        dist.all_gather_into_tensor = gather
+
+
+def test_steps_collectives_scaler_and_speed_pass(ranks):
+    outcomes = ranks.run(run_step_checks)[0]
+    assert [one.status for one in outcomes] == ["passed"] * 6, outcomes
+    scaler, speed = outcomes[4], outcomes[5]
+    # 2^20 must come down at least four times before -1 * scale fits into fp16, whose largest number is 65504
+    assert 4 <= scaler.figures["num_skipped"] <= 15 and scaler.figures["last_loss_scale"] <= 2**16
+    assert speed.figures["tokens_per_second"] > 0 and speed.figures["peak_memory_gb"] > 0.05
+    assert "mfu" not in speed.figures  # no peak is known for a CPU
+
+
+def test_attention_passes_in_every_format(ranks):
+    outcomes = ranks.run(run_attention_checks)[0]
+    assert [one.status for one in outcomes] == ["passed"] * 3, outcomes
+    errors = [max(one.figures.values()) for one in outcomes]
+    assert 0 < errors[0] < 1e-5 and 1e-4 < errors[2] < errors[1]  # fp32 < fp16 < bf16, as their mantissas are long
+
+
+def test_broken_code_fails_its_check(ranks):
+    attention, steps, collectives = ranks.run(run_broken)[0]
+    assert attention.status == "failed" and "causal: error" in attention.detail
+    assert steps.status == "failed" and "it should have fallen" in steps.detail
+    assert collectives.status == "failed" and collectives.detail == "all_gather changed the values"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_travels_and_a_wrong_continuation_is_seen(tmp_path, monkeypatch):
+    from tools.device_checks import checkpoint
+
+    outcome = checkpoint.check_checkpoint("cpu", "cpu", tmp_path)
+    assert outcome.status == "passed", outcome
+    assert list(outcome.figures.values()) == [0.0, 0.0]
+    stay = {step: 5.0 - step / 10 for step in range(1, 10)}
+    losses = iter([stay, {4: 4.6, 5: 4.5, 6: 4.41}, {7: 4.3, 8: 4.2, 9: 4.1}])
+    monkeypatch.setattr(checkpoint, "_run", lambda *unused, **options: next(losses))
+    outcome = checkpoint.check_checkpoint("cpu", "cpu", tmp_path)
+    assert outcome.status == "failed" and "cpu to cpu: losses of steps 4-6 differ by 2.3e-03" in outcome.detail
+
+
+def test_an_exception_is_a_failure_and_stops_no_other_check():
+    def broken():
+        raise ValueError("first line\nsecond line")
+
+    def sound():
+        return judge("b", [], "fine", {"x": 1.0})
+
+    outcomes = gpu_check.run_checks([("a", broken), ("b", sound)])
+    assert [(one.name, one.status) for one in outcomes] == [("a", "failed"), ("b", "passed")]
+    assert outcomes[0].detail.startswith("ValueError in test_gpu_check.py:")
+    assert outcomes[0].detail.endswith(": first line")
+    assert run_check("c", lambda: judge("c", ["wrong", "worse"], "fine", {})).detail == "wrong; worse"
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("SHARDWRIGHT_PLATFORM", "cpu")
+    assert gpu_check.main(["--out", str(tmp_path / "gpu.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no GPU here") and out.count("\n") == 1
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_exit_codes(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "HOST", "another")
+    monkeypatch.setenv("SHARDWRIGHT_PLATFORM", "cpu")
+    for all_passed, code in ((True, 0), (False, 1)):
+        monkeypatch.setattr(gpu_check, "check_platform", lambda *unused, all_passed=all_passed, **options: all_passed)
+        assert gpu_check.main([]) == code
+    monkeypatch.setenv("SHARDWRIGHT_PLATFORM", "abacus")
+    assert gpu_check.main([]) == 2
+    assert "abacus" in capsys.readouterr().err
+
+
+def test_table_and_json_hold_every_check(tmp_path, capsys):
+    machine = {"date": "2025-01-01", "device": "some [GPU]", "collectives": "some", "torch": "2"}
+    outcomes = [Outcome("a", "passed", "fine [x]", {"speed": 2.0}, 1.5), Outcome("b", "failed", "wrong")]
+    gpu_check.print_table(machine, outcomes)
+    gpu_check.write_json(tmp_path / "new" / "gpu.json", machine, outcomes, quick=True)
+    out = capsys.readouterr().out
+    assert "some [GPU]" in out and "fine [x]" in out and "failed" in out
+    content = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    assert content["machine"] == machine and content["quick"] is True
+    assert content["checks"][0] == {
+        "name": "a", "status": "passed", "detail": "fine [x]", "figures": {"speed": 2.0}, "seconds": 1.5
+    }  # fmt: skip
