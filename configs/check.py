@@ -39,7 +39,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *_check_tensor_axis(config),
         *_check_sequence(config, has_te),
         *_check_pipeline(config),
-        *_check_experts(config),
+        *_check_experts(config, has_te),
         *_check_recompute(config, has_te),
         *_check_overlap(config, platform),
     ]
@@ -149,7 +149,7 @@ def _check_pipeline(config: Config) -> Iterator[str]:
         yield str(error)
 
 
-def _check_experts(config: Config) -> Iterator[str]:
+def _check_experts(config: Config, has_te: bool) -> Iterator[str]:
     moe, parallel = config.model.moe, config.parallel
     if moe is None:
         if parallel.ep > 1:
@@ -168,7 +168,12 @@ def _check_experts(config: Config) -> Iterator[str]:
             f"parallel.etp: {etp} does not divide model.moe.ffn_hidden_size={moe.ffn_hidden_size}; a value that "
             f"would work: {math.gcd(etp, moe.ffn_hidden_size)}"
         )
-    if config.model.linear_bias and etp > 1:
+    if config.model.linear_bias and not has_te:
+        yield (
+            "model.linear_bias: experts with a bias need Transformer Engine, which is not installed here; a value that "
+            "would work: false"
+        )
+    elif config.model.linear_bias and etp > 1:
         yield "model.linear_bias: experts with a bias need parallel.etp=1; a value that would work: false"
 
 

@@ -72,6 +72,8 @@ def _check_rope(model: ModelConfig) -> Iterator[str]:
             f"{field}: {rotated:g} dimensions cannot be rotated in pairs; a value that would work: {works}"
             + ("" if rope.fraction == 1.0 else " with model.rope.fraction=1.0")
         )
+    if rope.scaling == "yarn" and rope.interleaved and model.mla is None:
+        yield "model.rope.interleaved: yarn rotates the two halves; a value that would work: false"
     yield from _check_rope_unused(model)
     if rope.scaling == "none":
         return

@@ -171,7 +171,7 @@ def _forget_world() -> None:
     """Destroy what a case left behind: process groups and Megatron-Core's global state."""
     import torch.distributed as dist
     from megatron.core import num_microbatches_calculator, tensor_parallel
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
     from parallel.mesh import destroy_mesh
 
@@ -179,7 +179,7 @@ def _forget_world() -> None:
         destroy_mesh()
     num_microbatches_calculator.unset_num_microbatches_calculator()
     tensor_parallel.get_cuda_rng_tracker().reset()
-    get_moe_metrics_tracker().clear()
+    set_moe_metrics_tracker(None)  # clearing it would keep the last model's number of layers
     if dist.is_initialized():
         with contextlib.suppress(Exception):
             dist.destroy_process_group()

@@ -98,7 +98,8 @@ def print_table(machine: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None
     for one in outcomes:
         result = f"[{STYLES[one.status]}]{one.status}[/]"
         table.add_row(escape(one.name), result, escape(one.detail), f"{one.seconds:.1f}")
-    Console(soft_wrap=True).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
 
 
 def write_json(path: Path, machine: Mapping[str, Any], outcomes: Sequence[Outcome], *, quick: bool) -> None:

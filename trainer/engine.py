@@ -73,7 +73,7 @@ class Engine:
         )
         set_learning_rate(self.optimizer, learning_rate)
         update = update_weights(
-            self.optimizer, self.config.optimizer.clip_grad, is_loss_finite=math.isfinite(loss) and num_tokens > 0
+            self.optimizer, self.config, self.mesh, is_loss_finite=math.isfinite(loss) and num_tokens > 0
         )
         per_token = 1.0 / max(num_tokens, 1)
         return StepResult(

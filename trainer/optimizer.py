@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from configs.schema import Config
+from parallel.collectives import any_rank
+from parallel.mesh import Mesh
 from parallel.precision import optimizer_precision
 from parallel.replicate import resolve_overlap
 from trainer.adam import has_fused_adam, install_as_fused_adam
@@ -57,7 +59,7 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
 
 
-def update_weights(optimizer: Any, clip_grad: float, *, is_loss_finite: bool) -> UpdateResult:
+def update_weights(optimizer: Any, config: Config, mesh: Mesh, *, is_loss_finite: bool) -> UpdateResult:
     """Unscale, measure, clip and apply the gradients, or leave the weights alone if anything is not finite.
 
     Collective: all ranks of the world must call this, with the same `is_loss_finite`; all take the same decision,
@@ -71,8 +73,12 @@ def update_weights(optimizer: Any, clip_grad: float, *, is_loss_finite: bool) ->
     if optimizer.prepare_grads():
         return UpdateResult(False, math.nan, loss_scale, is_overflow_expected=can_shrink and is_loss_finite)
     grad_norm = float(optimizer.get_grad_norm())
+    # With sp these gradients are summed over tp, so that the norm has seen them.
+    if config.parallel.tp > 1 and not config.parallel.sp and any_rank(has_non_finite_duplicate(optimizer), mesh.device):
+        grad_norm = math.nan
     if not (is_loss_finite and math.isfinite(grad_norm)):
         return UpdateResult(False, grad_norm, loss_scale, is_overflow_expected=False)
+    clip_grad = config.optimizer.clip_grad
     if clip_grad > 0:
         for part in optimizer.chained_optimizers:
             if not part.is_stub_optimizer:
@@ -86,6 +92,20 @@ def init_optimizer_state(optimizer: Any) -> None:
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
             part.init_state_fn(part.optimizer, part.config)
+
+
+def has_non_finite_duplicate(optimizer: Any) -> bool:
+    """Return whether a gradient that the norm leaves out, as tp rank 0 has the same parameter, is not finite."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+    gradients = [
+        parameter.grad
+        for part in optimizer.chained_optimizers
+        if not part.is_stub_optimizer
+        for parameter in part.get_parameters()
+        if parameter.grad is not None and not param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    return bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
 
 def has_non_finite_gradient(chunks: list[Any]) -> bool:

@@ -98,6 +98,12 @@ def test_latent_attention_with_yarn(judge):
 
 
 @pytest.mark.slow
+def test_latent_attention_without_query_compression(judge):
+    model = MLA | {"mla": MLA["mla"] | {"q_lora_rank": None}}
+    judge.check(4, {"tp": 2, "sp": True, "pp": 2}, model=model)
+
+
+@pytest.mark.slow
 def test_latent_attention_recomputed(judge):
     judge.check(2, {"tp": 2}, model=MLA, train={"recompute": {"granularity": "selective"}})
 

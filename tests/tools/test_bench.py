@@ -13,7 +13,8 @@ CASES = (Case("1 rank", 1, (), ("fit", "bare", "hf")),)
 
 
 def row(loop, number, speed, loss=2.0):
-    return {"layout": "1 rank", "round": number, "loop": loop, "tokens_per_second": speed, "loss": loss}
+    figures = {"tokens_per_second": speed, "processor_seconds_per_step": 100 / speed, "loss": loss}
+    return {"layout": "1 rank", "round": number, "loop": loop, **figures}
 
 
 def rows_of(fit, bare, hf):
@@ -44,7 +45,7 @@ def test_ratios_are_made_pair_by_pair():
     assert bare["ratio"] == pytest.approx({"median": 0.9, "min": 0.9, "max": 0.9}) and bare["cost"] == pytest.approx(
         0.1
     )
-    assert bare["is_same_loss"] is True
+    assert bare["is_same_loss"] is True and bare["processor_ratio"]["median"] == pytest.approx(1 / 0.9)
     assert hf["ratio"]["median"] == pytest.approx(2.0) and hf["is_same_loss"] is None
 
 

@@ -57,9 +57,8 @@ def transformers_frequencies(rope: RopeConfig) -> tuple[np.ndarray, float]:
         max_position_embeddings=int(rope.original_max_position_embeddings * rope.factor),
     )  # fmt: skip
     if kind == "default":
-        rotary_dim = int(HEAD_DIM * rope.fraction)
-        config.head_dim = rotary_dim
-        frequencies, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config, "cpu")
+        config.head_dim = int(HEAD_DIM * rope.fraction)
+        frequencies, factor = LlamaRotaryEmbedding(config).inv_freq, 1.0
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     return frequencies.numpy(), float(factor)

@@ -15,7 +15,7 @@ class StepClock:
         self._first, self._last = num_warmup, num_warmup + num_steps
         self._synchronize = synchronize
         self._count = 0
-        self._began = self._ended = 0.0
+        self._began = self._ended = (0.0, 0.0)  # seconds of wall time, of processor time
 
     @property
     def total_steps(self) -> int:
@@ -26,10 +26,10 @@ class StepClock:
         """Note that a step begins."""
         if self._count == self._first:
             self._synchronize()
-            self._began = time.perf_counter()
+            self._began = (time.perf_counter(), time.process_time())
         elif self._count == self._last:
             self._synchronize()
-            self._ended = time.perf_counter()
+            self._ended = (time.perf_counter(), time.process_time())
         self._count += 1
 
     @property
@@ -37,7 +37,12 @@ class StepClock:
         """Wall time of the measured steps with everything that happened around them."""
         if self._count != self.total_steps:
             raise RuntimeError(f"the loop took {self._count} steps, {self.total_steps} were asked for")
-        return self._ended - self._began
+        return self._ended[0] - self._began[0]
+
+    @property
+    def processor_seconds(self) -> float:
+        """Processor time of this process in the measured steps, which other work on the machine hardly changes."""
+        return self._ended[1] - self._began[1]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class RunMeasure:
     loop: str
     tokens_per_second: float
     """Tokens of the global batch per second of wall time, over all ranks."""
+    processor_seconds_per_step: float
+    """Processor time of rank 0, all threads."""
     loss: float | None
     """Loss of the last step in nats, by which two loops show that they did the same work; None where not known."""
     device: str

@@ -31,7 +31,13 @@ def main(argv: Sequence[str]) -> int:
     loss = _run(loop, config, environment, name, clock)
     if environment.rank == 0:
         tokens = int(num_steps) * config.train.global_batch_size * config.train.seq_len
-        measure = RunMeasure(loop, tokens / clock.seconds, loss, platform.describe()["device"])
+        measure = RunMeasure(
+            loop=loop,
+            tokens_per_second=tokens / clock.seconds,
+            processor_seconds_per_step=clock.processor_seconds / int(num_steps),
+            loss=loss,
+            device=platform.describe()["device"],
+        )
         Path(result).write_text(json.dumps(asdict(measure)), encoding="utf-8")
     return 0
 

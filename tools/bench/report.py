@@ -52,7 +52,7 @@ def print_report(machine: Mapping[str, Any], comparisons: Sequence[Mapping[str, 
 
     title = f"tokens/s, median (lowest-highest); {machine['processor']}, {machine['device']}"
     table = Table(title=title, title_justify="left")
-    for column in ("layout", "against", "pairs", "ours", "theirs", "ours / theirs", "verdict"):
+    for column in ("layout", "against", "pairs", "ours", "theirs", "ours / theirs", "processor time", "verdict"):
         table.add_column(column)
     for one in comparisons:
         table.add_row(
@@ -62,9 +62,11 @@ def print_report(machine: Mapping[str, Any], comparisons: Sequence[Mapping[str, 
             _range(one["ours"], ",.0f"),
             _range(one["theirs"], ",.0f"),
             _range(one["ratio"], ".3f"),
+            _range(one["processor_ratio"], ".3f"),
             describe_verdict(one),
         )
-    Console(soft_wrap=True).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
 
 
 def describe_verdict(comparison: Mapping[str, Any]) -> str:

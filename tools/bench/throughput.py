@@ -103,12 +103,15 @@ def compare(rows: Sequence[dict[str, Any]], cases: Sequence[Case] = CASES) -> li
     """Return one comparison of `fit` with each other loop: medians, ranges, and the ratio pair by pair.
 
     A pair is the two runs of one round. `cost` is 1 - median(ours / other): the share of speed that our loop loses.
+    `processor_ratio` is of processor time per step, a better witness on a machine that does other work too.
     """
     comparisons = []
     for case in cases:
-        speeds = {loop: [row["tokens_per_second"] for row in _select(rows, case.layout, loop)] for loop in case.loops}
+        speeds = {loop: _values(rows, case.layout, loop, "tokens_per_second") for loop in case.loops}
+        times = {loop: _values(rows, case.layout, loop, "processor_seconds_per_step") for loop in case.loops}
         for other in case.loops[1:]:
             ratios = [ours / theirs for ours, theirs in zip(speeds["fit"], speeds[other], strict=True)]
+            processor = [ours / theirs for ours, theirs in zip(times["fit"], times[other], strict=True)]
             comparisons.append(
                 {
                     "layout": case.layout,
@@ -117,6 +120,7 @@ def compare(rows: Sequence[dict[str, Any]], cases: Sequence[Case] = CASES) -> li
                     "ours": _spread(speeds["fit"]),
                     "theirs": _spread(speeds[other]),
                     "ratio": _spread(ratios),
+                    "processor_ratio": _spread(processor),
                     "cost": 1 - statistics.median(ratios),
                     "is_same_loss": _is_same_loss(rows, case.layout, other),
                 }
@@ -124,9 +128,10 @@ def compare(rows: Sequence[dict[str, Any]], cases: Sequence[Case] = CASES) -> li
     return comparisons
 
 
-def _select(rows: Sequence[dict[str, Any]], layout: str, loop: str) -> list[dict[str, Any]]:
+def _values(rows: Sequence[dict[str, Any]], layout: str, loop: str, key: str) -> list[float]:
+    """Return one figure of a loop's runs in the order of the rounds."""
     chosen = [row for row in rows if row["layout"] == layout and row["loop"] == loop]
-    return sorted(chosen, key=lambda row: row["round"])
+    return [row[key] for row in sorted(chosen, key=lambda row: row["round"])]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -135,7 +140,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _is_same_loss(rows: Sequence[dict[str, Any]], layout: str, other: str) -> bool | None:
     """Return whether both loops ended at one loss, so that they did the same work; None where one is not known."""
-    losses = [row["loss"] for loop in ("fit", other) for row in _select(rows, layout, loop)]
+    losses = [loss for loop in ("fit", other) for loss in _values(rows, layout, loop, "loss")]
     if any(loss is None for loss in losses):
         return None
     return max(losses) - min(losses) <= 1e-5 * abs(losses[0])

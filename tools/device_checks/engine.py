@@ -32,7 +32,7 @@ def build_config(compute: str, model: Mapping[str, Any] = SMALL_MODEL, **section
     """Return a run's config on one rank; the sections given change or add fields."""
     fields: dict[str, dict[str, Any]] = {
         "model": dict(model),
-        "train": {"num_steps": 20, "seq_len": 128, "global_batch_size": 4, "micro_batch_size": 2},
+        "train": {"num_steps": 20, "seq_len": 64, "global_batch_size": 4, "micro_batch_size": 2},
         "precision": {"compute": compute},
         "optimizer": {"lr": 3e-3, "min_lr": 3e-4},
         "schedule": {"kind": "constant"},

@@ -57,6 +57,8 @@ def _build_chunk(
     ).to(mesh.device)
     _set_rotary_frequencies(chunk, model, mesh.device)
     _hide_vocabulary_padding(chunk, model, mesh)
+    if model.mla is not None and model.mla.q_lora_rank is None:
+        _normalise_latent_alone(chunk, model.mla)
     if model.mla is not None and mesh.tp_size > 1 and not use_te:
         _sum_shared_key_gradients(chunk, model.mla)
     return chunk
@@ -88,6 +90,18 @@ def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.d
         embeddings = [layer.self_attention.rotary_pos_emb for layer in chunk.decoder.layers]
     for embedding in embeddings:
         embedding.inv_freq = compute_inverse_frequencies(model.rope, head_dim).to(device)
+
+
+def _normalise_latent_alone(chunk: GPTModel, mla: MlaConfig) -> None:
+    """Give latent attention without query compression its one norm, as in DeepSeek-V2-Lite.
+
+    Megatron-Core builds both norms or none, and its substitute for the query's would normalise the hidden state twice.
+    """
+    config = chunk.config
+    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+    for layer in chunk.decoder.layers:
+        latent_norm = norm(config, mla.kv_lora_rank, eps=config.layernorm_epsilon)
+        layer.self_attention.kv_layernorm = latent_norm.to(next(layer.parameters()).device)
 
 
 def _sum_shared_key_gradients(chunk: GPTModel, mla: MlaConfig) -> None:

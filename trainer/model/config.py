@@ -58,7 +58,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "activation_func": activation,
         "add_bias_linear": model.linear_bias,
         "add_qkv_bias": model.qkv_bias,
-        "qk_layernorm": model.qk_norm or model.mla is not None,
+        "qk_layernorm": model.qk_norm or (model.mla is not None and model.mla.q_lora_rank is not None),
         "rotary_interleaved": model.rope.interleaved and model.mla is None,
         "init_method_std": model.init_std,
         "hidden_dropout": model.hidden_dropout,
