@@ -205,7 +205,7 @@ MOE_RULES = [
         2,
         "parallel.etp: 2 does not divide model.moe.ffn_hidden_size=63; a value that would work: 1",
     ),
-    (["parallel.etp=2", "model.linear_bias=true"], 2, "model.linear_bias: experts with a bias need parallel.etp=1"),
+    (["parallel.etp=2", "model.linear_bias=true"], 2, "model.linear_bias: experts with a bias need Transformer Engine"),
     (["model.moe.top_k=9"], 1, "model.moe.top_k: 9 exceeds the 8 experts"),
     (["model.moe.top_k=1"], 1, "model.moe.softmax_before_topk: a softmax over one chosen expert"),
     (["model.moe.num_dense_layers=4"], 1, "model.moe.num_dense_layers: 4 leaves no layer"),
