@@ -114,26 +114,16 @@ def open_engine(place: Place, config: Config) -> Iterator[Engine]:
     """Join the ranks and yield the engine of the config on them; the pool forgets the ranks afterwards."""
     from parallel.mesh import build_mesh, init_world
     from parallel.platform import load_platform
-    from parallel.replicate import replicate
-    from parallel.seeding import seed_everything
-    from trainer.engine import Engine
-    from trainer.model.build import build_model_chunks
-    from trainer.optimizer import build_optimizer
+    from trainer.run import build_engine
 
     platform = load_platform("cpu")
     device = platform.activate(0)
     init_world(platform, config, rank=place.rank, world_size=place.world_size, init_method=place.init_method)
-    mesh = build_mesh(platform, device, config)
-    seed_everything(config.run.seed, mesh.pp_rank)
-    replicas = replicate(build_model_chunks(config, mesh, use_te=False), config, is_overlapping=False)
-    optimizer = build_optimizer(config, replicas, is_overlapping=False)
+    engine = build_engine(config, build_mesh(platform, device, config))
     try:
-        yield Engine(config, mesh, replicas, optimizer)
+        yield engine
     finally:
-        # Autograd nodes hold the replica by hooks, in C++, where Python's collector cannot see the ring. Emptied, it
-        # lets go of the process groups, of which every case would otherwise leave 19 with three threads each.
-        for replica in replicas:
-            vars(replica).clear()
+        engine.close()
 
 
 def build_stage(engine: Engine, masks: str = "all") -> Any:

@@ -138,6 +138,14 @@ class Engine:
         """Wait until every rank holds the updated weights; needed before anything but a forward pass reads them."""
         gather_parameters(self.replicas)
 
+    def close(self) -> None:
+        """Let go of the process groups, so that the same process can build another engine; this one is then unusable.
+
+        Autograd keeps the replicas alive through their hooks, in C++ where Python's collector cannot see the ring.
+        """
+        for replica in self.replicas:
+            vars(replica).clear()
+
     def _connect(self) -> None:
         """Give Megatron-Core's schedule and gradient finisher what they look for in the model's config."""
         transformer = self.chunks[0].config

@@ -26,6 +26,7 @@ from trainer.state import TrainState
 
 if TYPE_CHECKING:
     from trainer.engine import Engine
+    from trainer.hooks import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -96,23 +97,36 @@ def _existing(path: str, field: str) -> Path:
 
 
 def _train(config: Config, stage_name: str, mesh: Mesh, corpus: Corpus, start: Start) -> ExitCode:
+    engine = build_engine(config, mesh)
+    try:
+        return _train_with(engine, stage_name, corpus, start)
+    finally:
+        engine.close()
+
+
+def build_engine(config: Config, mesh: Mesh) -> Engine:
+    """Return the engine of a run with initial weights. Collective: all ranks of the world must call this."""
     # These import Megatron-Core, which must happen after the platform is active.
-    from trainer.checkpoint.load import resume, warm_start
-    from trainer.checkpoint.save import CheckpointWriter
     from trainer.engine import Engine
-    from trainer.evaluate import Evaluator
-    from trainer.hooks import Hooks, Reporter, StopSignals
-    from trainer.loop import fit
     from trainer.model.build import build_model_chunks
     from trainer.optimizer import build_optimizer
-    from trainer.stages.build import build_stage
 
     seed_everything(config.run.seed, mesh.pp_rank)
-    use_te = has_transformer_engine()
     is_overlapping = mesh.platform.overlaps_communication
-    replicas = replicate(build_model_chunks(config, mesh, use_te=use_te), config, is_overlapping=is_overlapping)
-    optimizer = build_optimizer(config, replicas, is_overlapping=is_overlapping)
-    engine = Engine(config, mesh, replicas, optimizer)
+    chunks = build_model_chunks(config, mesh, use_te=has_transformer_engine())
+    replicas = replicate(chunks, config, is_overlapping=is_overlapping)
+    return Engine(config, mesh, replicas, build_optimizer(config, replicas, is_overlapping=is_overlapping))
+
+
+def _train_with(engine: Engine, stage_name: str, corpus: Corpus, start: Start) -> ExitCode:
+    from trainer.checkpoint.load import resume, warm_start
+    from trainer.checkpoint.save import CheckpointWriter
+    from trainer.evaluate import Evaluator
+    from trainer.hooks import Hooks, StopSignals
+    from trainer.loop import fit
+    from trainer.stages.build import build_stage
+
+    config, mesh = engine.config, engine.mesh
     stage = build_stage(stage_name, corpus, mesh)
     state = TrainState()
     if start.resume_from is not None:
@@ -120,22 +134,12 @@ def _train(config: Config, stage_name: str, mesh: Mesh, corpus: Corpus, start: S
     elif start.init_from is not None:
         warm_start(engine, start.init_from)
     run_dir = Path(str(config.run.dir))
-    details = describe_environment(mesh, use_te=use_te)
-    writer, live = None, None
-    start_rank_log(run_dir, mesh)
-    log.info("%s: %s", config.run.name, start.describe())
-    if mesh.rank == 0:
-        write_run_files(config, details, run_dir)
-        remove_leftovers(run_dir)
-        show_start(config, details)
-        writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
-        live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)
     signals = StopSignals(mesh.device)
     hooks = Hooks(
         config,
         engine,
         stage,
-        reporter=Reporter(config, engine, writer, live),
+        reporter=_open_run_directory(engine, run_dir, start, state),
         evaluator=Evaluator(corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)),
         checkpoints=CheckpointWriter(
             run_dir, config.checkpoint, engine, last_saved_step=state.step if start.resume_from else None
@@ -148,6 +152,24 @@ def _train(config: Config, stage_name: str, mesh: Mesh, corpus: Corpus, start: S
         return ExitCode.STOPPED_AFTER_SAVING
     show_samples(config, engine, corpus)
     return ExitCode.DONE
+
+
+def _open_run_directory(engine: Engine, run_dir: Path, start: Start, state: TrainState) -> Reporter:
+    """Begin writing: the first thing on disk, after everything that can be refused has been checked."""
+    from trainer.hooks import Reporter
+
+    config, mesh = engine.config, engine.mesh
+    details = describe_environment(mesh, use_te=has_transformer_engine())
+    start_rank_log(run_dir, mesh)
+    log.info("%s: %s", config.run.name, start.describe())
+    if mesh.rank != 0:
+        return Reporter(config, engine, None, None)
+    write_run_files(config, details, run_dir)
+    remove_leftovers(run_dir)
+    show_start(config, details)
+    writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
+    live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)
+    return Reporter(config, engine, writer, live)
 
 
 def show_samples(config: Config, engine: Engine, corpus: Corpus) -> None:

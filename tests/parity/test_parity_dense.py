@@ -100,7 +100,7 @@ def test_replica_without_a_counted_token(judge):
     judge.check(4, {}, masks="uneven")
 
 
-@pytest.mark.parametrize("name", ["tp2_sp", "pp2_vpp2"])
+@pytest.mark.parametrize("name", ["tp2_sp", pytest.param("pp2_vpp2", marks=pytest.mark.slow)])
 def test_document_masks(judge, name):
     judge.check(*LAYOUTS[name], masks="documents", data={"document_mask": True})
 
@@ -111,16 +111,14 @@ def test_document_masks_on_more_layouts(judge, layout):
     judge.check(*layout, masks="documents", data={"document_mask": True})
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 8, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradient_accumulation(judge, micro_batch_size):
     judge.check(1, {}, masks="uneven", train={"micro_batch_size": micro_batch_size})
 
 
 @pytest.mark.slow
 def test_gradient_accumulation_with_documents_on_pipeline(judge):
-    judge.check(
-        *PP2, masks="documents", data={"document_mask": True}, train={"micro_batch_size": 1}
-    )
+    judge.check(*PP2, masks="documents", data={"document_mask": True}, train={"micro_batch_size": 1})
 
 
 @pytest.mark.parametrize("name", RECOMPUTE)
@@ -136,7 +134,14 @@ def test_recomputation_changes_nothing_on_layouts(judge, name, layout):
 
 
 @pytest.mark.parametrize("param_gather", [False, True], ids=["grad_reduce", "grad_reduce_and_param_gather"])
-@pytest.mark.parametrize("layout", [DP2, (4, {"pp": 2}), (4, {"pp": 2, "vpp": 2})], ids=["dp2", "pp2_dp2", "vpp2_dp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(DP2, id="dp2"),
+        pytest.param((4, {"pp": 2}), id="pp2_dp2", marks=pytest.mark.slow),
+        pytest.param((4, {"pp": 2, "vpp": 2}), id="vpp2_dp2", marks=pytest.mark.slow),
+    ],
+)
 def test_overlapped_communication_changes_nothing(judge, layout, param_gather):
     world, parallel = layout
     overlap = {"overlap_grad_reduce": True, "overlap_param_gather": param_gather}

@@ -54,14 +54,14 @@ def test_experts_on_further_layouts(judge, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [EP2, EP2_TP2, (4, {"ep": 2, "pp": 2})], ids=["ep2", "ep2_tp2", "ep2_pp2"])
-@pytest.mark.parametrize(
-    "model", [DEEPSEEK, NO_BALANCING, Z_LOSS], ids=["deepseek", "no_balancing", "z_loss"]
-)
+@pytest.mark.parametrize("model", [DEEPSEEK, NO_BALANCING, Z_LOSS], ids=["deepseek", "no_balancing", "z_loss"])
 def test_routers_on_ranks_equal_one_rank(judge, model, layout):
     judge.check(*layout, model=model)
 
 
-@pytest.mark.parametrize("layout", [EP2, (4, {"ep": 4})], ids=["ep2", "ep4"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(EP2, id="ep2"), pytest.param((4, {"ep": 4}), id="ep4", marks=pytest.mark.slow)]
+)
 def test_experts_with_uneven_token_counts(judge, layout):
     judge.check(*layout, masks="uneven", model=NO_BALANCING)
 
@@ -83,9 +83,7 @@ def test_latent_attention_tp2(judge):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [(2, {"tp": 2, "sp": True}), (4, {"tp": 2, "pp": 2})], ids=["tp2_sp", "tp2_pp2"]
-)
+@pytest.mark.parametrize("layout", [(2, {"tp": 2, "sp": True}), (4, {"tp": 2, "pp": 2})], ids=["tp2_sp", "tp2_pp2"])
 @pytest.mark.parametrize("masks", ["all", "documents"])
 def test_latent_attention_on_layouts(judge, layout, masks):
     judge.check(*layout, masks=masks, model=MLA, data={"document_mask": masks == "documents"})

@@ -90,9 +90,7 @@ def compare_with_llama(place: Place, config: Any) -> tuple[float, float, dict[st
         gradients = {name: parameter.main_grad for name, parameter in engine.chunks[0].named_parameters()}
         found = as_llama(gradients, config)
         assert found.keys() == expected.keys()
-        errors = {
-            name: float((found[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items()
-        }
+        errors = {name: float((found[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items()}
         return result.loss, expected_loss, errors
 
 

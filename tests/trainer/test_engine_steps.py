@@ -83,13 +83,12 @@ def step_with_fault(place: Place, config: Config, poison: Any, value: float) -> 
 @pytest.mark.parametrize(
     "poison, value",
     [
-        (poison_loss, math.nan),
-        (poison_loss, math.inf),
-        (poison_gradient, math.nan),
-        (poison_gradient, math.inf),
-        (poison_norm_gradient, math.nan),
+        pytest.param(poison_loss, math.nan, id="nan_loss"),
+        pytest.param(poison_loss, math.inf, id="inf_loss", marks=pytest.mark.slow),
+        pytest.param(poison_gradient, math.nan, id="nan_gradient", marks=pytest.mark.slow),
+        pytest.param(poison_gradient, math.inf, id="inf_gradient"),
+        pytest.param(poison_norm_gradient, math.nan, id="nan_norm_gradient"),
     ],
-    ids=["nan_loss", "inf_loss", "nan_gradient", "inf_gradient", "nan_norm_gradient"],
 )
 def test_a_non_finite_number_on_one_rank_skips_the_update_on_all(ranks, layout, poison, value):
     world, parallel = LAYOUTS[layout]
@@ -130,7 +129,7 @@ def run_filled(place: Place, config: Config) -> RunRecord:
         return record_run(engine, results)
 
 
-@pytest.mark.parametrize("multiple", [16, 128, 1000])
+@pytest.mark.parametrize("multiple", [16, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
 def test_vocabulary_padding_is_invisible(ranks, multiple, tie_embeddings):
     model = {"tie_embeddings": tie_embeddings, "vocab_pad_multiple": 1}
@@ -153,7 +152,7 @@ def run_plain(place: Place, config: Config, num_steps: int) -> list[Any]:
         return train_steps(engine, build_stage(engine), TrainState(), num_steps)[1]
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2_pp2"])
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2_pp2", marks=pytest.mark.slow)])
 def test_fp16_finds_its_loss_scale(ranks, layout):
     world, parallel = LAYOUTS[layout]
     precision = {"compute": "fp16", "initial_loss_scale": 2.0**18, "loss_scale_hysteresis": 1, "loss_scale_window": 2}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import Config
-from parallel.platform import PlatformName, has_transformer_engine
+from parallel.platform import PlatformName
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
@@ -67,21 +67,14 @@ def open_world(platform_name: PlatformName) -> Iterator[Mesh]:
 @contextlib.contextmanager
 def open_engine(config: Config, mesh: Mesh) -> Iterator[Engine]:
     """Yield an engine with new weights, built as `trainer.run` builds it; its memory is free after the context."""
-    from parallel.replicate import replicate
-    from parallel.seeding import seed_everything
-    from trainer.engine import Engine
-    from trainer.model.build import build_model_chunks
-    from trainer.optimizer import build_optimizer
+    from trainer.run import build_engine
 
-    seed_everything(config.run.seed, mesh.pp_rank)
-    is_overlapping = mesh.platform.overlaps_communication
-    chunks = build_model_chunks(config, mesh, use_te=has_transformer_engine())
-    replicas = replicate(chunks, config, is_overlapping=is_overlapping)
-    engine = Engine(config, mesh, replicas, build_optimizer(config, replicas, is_overlapping=is_overlapping))
+    engine = build_engine(config, mesh)
     try:
         yield engine
     finally:
-        del engine, replicas, chunks
+        engine.close()
+        del engine
         gc.collect()
 
 
