@@ -36,7 +36,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *check_model(config.model),
         *check_training(config),
         *_check_world(config, world_size),
-        *_check_tensor_axis(config),
+        *_check_tensor_axis(config, has_te),
         *_check_sequence(config, has_te),
         *_check_pipeline(config),
         *_check_experts(config, has_te),
@@ -75,7 +75,7 @@ def _check_world(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def _check_tensor_axis(config: Config) -> Iterator[str]:
+def _check_tensor_axis(config: Config, has_te: bool) -> Iterator[str]:
     model, tp = config.model, config.parallel.tp
     works = [size for size in _divisors(model.num_attention_heads) if padded_vocab_size(model) % size == 0]
     if model.num_attention_heads % tp:
@@ -99,6 +99,10 @@ def _check_tensor_axis(config: Config) -> Iterator[str]:
     sizes = {"model.ffn_hidden_size": model.ffn_hidden_size if has_dense else None}
     if model.moe is not None:
         sizes["model.moe.shared_expert_ffn_hidden_size"] = model.moe.shared_expert_ffn_hidden_size
+    if model.mla is not None and not has_te:
+        # Without Transformer Engine the down projections are split over tp.
+        latent = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
+        sizes |= {"model.mla.q_lora_rank": model.mla.q_lora_rank, "model.mla.kv_lora_rank + qk_rope_head_dim": latent}
     for name, size in sizes.items():
         if size is not None and size % tp:
             yield f"{name}: {size} is not divisible by parallel.tp={tp}; a value that would work: {_round_up(size, tp)}"

@@ -30,7 +30,7 @@ class RunConfig(Section):
     """Name of the run; the default of `run.dir` is `runs/<name>`."""
     dir: str | None = None
     """Run directory: everything the run writes. Default `runs/<run.name>`."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
     """Seed of the weights, of dropout and of the data order."""
 
 
@@ -185,7 +185,7 @@ class ParallelConfig(Section):
     """Reduce gradients while the backward pass runs; default true on CUDA, false on CPU."""
     overlap_param_gather: bool | None = None
     """Gather updated parameters while the forward pass runs; default true on CUDA, false on CPU."""
-    timeout_seconds: PositiveInt = 600
+    timeout_seconds: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 600
     """Seconds a collective may wait before the run ends with exit code 5."""
 
 

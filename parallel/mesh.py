@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from configs.errors import BadInput
 from configs.schema import Config
 from parallel.platform.base import Platform
 
@@ -70,13 +72,20 @@ class Mesh:
 
 def init_world(platform: Platform, config: Config, *, rank: int, world_size: int, init_method: str) -> None:
     """Join the world's process group. Collective: all ranks of the world must call this."""
-    dist.init_process_group(
-        platform.backend,
-        init_method=init_method,
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=config.parallel.timeout_seconds),
-    )
+    try:
+        dist.init_process_group(
+            platform.backend,
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=config.parallel.timeout_seconds),
+        )
+    except (dist.DistNetworkError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"MASTER_ADDR:MASTER_PORT {place}: the ranks cannot meet there ({reason}); choose a free port."
+        ) from error
 
 
 def build_mesh(platform: Platform, device: torch.device, config: Config) -> Mesh:

@@ -147,7 +147,7 @@ def drop_rows_after(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
         temporary = path.with_suffix(".jsonl.tmp")

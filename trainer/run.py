@@ -17,11 +17,17 @@ from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
 from parallel.platform import PlatformName, has_transformer_engine, load_platform
 from parallel.replicate import replicate
 from parallel.seeding import seed_everything
-from trainer.checkpoint.layout import latest_checkpoint, remove_leftovers, resolve_checkpoint
+from trainer.checkpoint.layout import (
+    checkpoints_dir,
+    latest_checkpoint,
+    remove_leftovers,
+    resolve_checkpoint,
+    set_aside_after,
+)
 from trainer.checkpoint.manifest import check_architecture, read_manifest
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.metrics import LiveLine, MetricsWriter
-from trainer.run_directory import describe_environment, show_start, start_rank_log, write_run_files
+from trainer.run_directory import check_run_directory, describe_environment, show_start, start_rank_log, write_run_files
 from trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -70,6 +76,7 @@ def find_start(config: Config) -> Start:
     """Return where the run begins, after checking that it can. Torch-free; raises BadInput."""
     settings, run_dir = config.checkpoint, config.run.dir
     assert run_dir is not None
+    check_run_directory(run_dir)
     model = resolved_dict(config)["model"]
     resume_from = latest_checkpoint(run_dir)
     if settings.resume == "never":
@@ -80,7 +87,14 @@ def find_start(config: Config) -> Start:
     elif settings.resume != "auto":
         resume_from = _existing(settings.resume, "checkpoint.resume")
     if resume_from is not None:
-        check_architecture(read_manifest(resume_from), model, resume_from, is_warm_start=False)
+        manifest = read_manifest(resume_from)
+        check_architecture(manifest, model, resume_from, is_warm_start=False)
+        saved_seed = manifest.config["run"]["seed"]
+        if saved_seed != config.run.seed:
+            raise BadInput(
+                f"run.seed: {config.run.seed} differs from the {saved_seed} of {resume_from}, on which the order of "
+                f"the data hangs; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
+            )
         return Start(resume_from, None)
     if settings.init_from is None:
         return Start(None, None)
@@ -146,6 +160,8 @@ def _train_with(engine: Engine, stage_name: str, corpus: Corpus, start: Start) -
         ),
         signals=signals,
     )
+    if start.resume_from is not None and state.step >= config.train.num_steps:
+        log.info("all %d steps of train.num_steps are done; nothing left to train", config.train.num_steps)
     state = fit(engine, stage, state, hooks, config.train.num_steps)
     if signals.is_agreed and state.step < config.train.num_steps:
         log.info("stopped by signal after saving step %d; the same command continues", state.step)
@@ -166,6 +182,9 @@ def _open_run_directory(engine: Engine, run_dir: Path, start: Start, state: Trai
         return Reporter(config, engine, None, None)
     write_run_files(config, details, run_dir)
     remove_leftovers(run_dir)
+    if start.resume_from is not None and start.resume_from.parent == checkpoints_dir(run_dir).resolve():
+        for aside in set_aside_after(run_dir, state.step):
+            log.info("%s: set aside, since the run goes back to step %d", aside, state.step)
     show_start(config, details)
     writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
     live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)

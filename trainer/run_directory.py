@@ -16,14 +16,31 @@ from typing import Any
 
 from rich.table import Table
 
+from configs.errors import BadInput
 from configs.load import resolved_dict
 from configs.schema import Config
 from parallel.collectives import gather_objects
 from parallel.mesh import Mesh
 from trainer.adam import has_fused_adam
+from trainer.checkpoint.layout import LATEST, checkpoints_dir
 from trainer.log import add_rank_file, console, next_attempt
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
+
+
+def check_run_directory(run_dir: str) -> None:
+    """Raise BadInput if `run.dir` cannot be a directory that this user writes; creates nothing."""
+    advice = "choose a path like runs/<name> that can be created."
+    if "\0" in run_dir:
+        raise BadInput(f"run.dir: {run_dir!r} is not a path; {advice}")
+    existing = Path(run_dir).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"run.dir: {existing} is not a directory that can be written to; {advice}")
+    latest = checkpoints_dir(run_dir) / LATEST
+    if latest.exists() and not latest.is_symlink():
+        raise BadInput(f"{latest}: is not a link but a file or directory of its own; move it away.")
 
 
 def describe_environment(mesh: Mesh, *, use_te: bool) -> dict[str, Any]:

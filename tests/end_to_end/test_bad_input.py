@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -55,6 +56,30 @@ def test_checkpoint_of_another_architecture(train, refused, tmp_path):
 def test_checkpoint_that_is_not_there(refused, tmp_path):
     refused(f"checkpoint.resume={tmp_path}/nowhere", words=("checkpoint.resume", "no complete checkpoint"))
     refused(f"checkpoint.init_from={tmp_path}/nowhere", words=("checkpoint.init_from", "no complete checkpoint"))
+
+
+@pytest.mark.parametrize("place", ["a_file", "a_file/below"])
+def test_run_directory_that_cannot_be_one(train, tmp_path, place):
+    (tmp_path / "a_file").write_text("not a directory")
+    code, sentence = train(1, f"run.dir={tmp_path}/{place}")
+    assert code == ExitCode.BAD_INPUT and "run.dir" in sentence
+
+
+def test_another_seed_does_not_continue_a_run(train):
+    assert train(1, "train.num_steps=2")[0] == ExitCode.DONE
+    code, sentence = train(1, "run.seed=7")
+    assert code == ExitCode.BAD_INPUT and "run.seed: 7 differs from the 1234" in sentence
+
+
+def test_manifest_without_its_parts(train, refused, tmp_path):
+    assert train(1, "train.num_steps=2")[0] == ExitCode.DONE
+    manifest = tmp_path / "run" / "checkpoints" / "latest" / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    for part in ("config", "state", "stage"):
+        manifest.write_text(
+            json.dumps(content | {part: {}, "step": 2} if part != "state" else content | {part: {"x": 1}})
+        )
+        refused(f"checkpoint.resume={tmp_path}/run/checkpoints/latest", words=("checkpoint.json", "unreadable"))
 
 
 def test_resume_never_refuses_a_run_with_checkpoints(train, tmp_path):

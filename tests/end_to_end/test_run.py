@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_a_signal_on_one_rank_saves_and_the_run_continues_exactly(train, tmp_pat
     assert train(2, "parallel.pp=2", f"run.dir={tmp_path}/moved", resumed)[0] == ExitCode.DONE
     for moved, whole in zip(curve(tmp_path / "moved"), curve(tmp_path / "whole")[3:], strict=True):
         assert moved == pytest.approx(whole, rel=1e-5)
+
+
+def test_going_back_sets_later_checkpoints_aside(train, tmp_path):
+    """Retention must not take what was given up for the newest, and delete what `latest` names."""
+    folder = tmp_path / "run" / "checkpoints"
+    assert train(1, "checkpoint.save_every=1", "checkpoint.keep_last=1")[0] == ExitCode.DONE
+    assert train(1, "checkpoint.save_every=1", f"run.dir={tmp_path}/run", "train.num_steps=8")[0] == ExitCode.DONE
+    shutil.copytree(folder / "step_00000006", folder / "step_00000006.bak")
+    back = ("checkpoint.keep_last=1", f"checkpoint.resume={folder}/step_00000006", "train.num_steps=7")
+    assert train(1, *back)[0] == ExitCode.DONE
+    assert (folder / "latest").resolve() == (folder / "step_00000007").resolve()
+    assert (folder / "abandoned_step_00000008").exists()
+    assert [step for step, *_ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_layouts_agree_from_one_seed_checkpoint(train, tmp_path):

@@ -7,12 +7,15 @@ every rank is done. `latest` is a symbolic link, replaced atomically.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 PARTIAL_PREFIX = ".partial-"
 DELETED_PREFIX = ".deleted-"
+ABANDONED_PREFIX = "abandoned_"
 LATEST = "latest"
+_NAME = re.compile(r"step_(\d{8,})")
 
 
 def checkpoints_dir(run_dir: str | Path) -> Path:
@@ -26,8 +29,14 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Return a run's complete checkpoints, oldest first."""
-    return sorted(path for path in checkpoints_dir(run_dir).glob("step_*") if (path / "checkpoint.json").is_file())
+    """Return a run's complete checkpoints in the order of their steps."""
+    named = [path for path in checkpoints_dir(run_dir).glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in named if (path / "checkpoint.json").is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's directory name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -77,11 +86,25 @@ def remove_leftovers(run_dir: str | Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
+    """Rename checkpoints beyond `step` to `abandoned_*` when a run is taken back to it, and return their new paths.
+
+    They belong to a course of training that is given up; under their own names, retention would count them as newest.
+    """
+    moved = []
+    for checkpoint in list_checkpoints(run_dir):
+        if step_of(checkpoint) > step:
+            aside = checkpoint.with_name(ABANDONED_PREFIX + checkpoint.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(checkpoint, aside)
+            moved.append(aside)
+    return moved
+
+
 def apply_retention(run_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
     """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
     for checkpoint in list_checkpoints(run_dir)[:-keep_last]:
-        step = int(checkpoint.name.removeprefix("step_"))
-        if keep_every is None or step % keep_every != 0:
+        if keep_every is None or step_of(checkpoint) % keep_every != 0:
             remove(checkpoint)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
+from trainer.state import TrainState
 
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
@@ -60,6 +61,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
                 f"{path}: written in format {content['format_version']}, this version reads up to {FORMAT_VERSION}; "
                 "use the version that wrote it."
             )
+        TrainState(**content["state"])
+        for part in (content["config"]["model"], content["config"]["run"]["seed"], content["stage"]["name"]):
+            del part  # there, which is all that is asked here
         return Manifest(**content)
     except FileNotFoundError:
         raise BadInput(

@@ -35,6 +35,7 @@ class Corpus:
             dp_rank=dp_rank,
             dp_size=dp_size,
             global_batch_size_at=partial(global_batch_size_at, self.config.train),
+            vocab_size=self.config.model.vocab_size,
             document_end_id=self._document_end_id,
             prefetch_steps=self.config.data.prefetch_steps,
         )
@@ -50,6 +51,7 @@ class Corpus:
                 micro_batch_size=train.micro_batch_size,
                 dp_rank=dp_rank,
                 dp_size=dp_size,
+                vocab_size=self.config.model.vocab_size,
                 document_end_id=self._document_end_id,
             )
             for name, dataset in self.validation.items()

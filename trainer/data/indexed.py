@@ -79,7 +79,12 @@ class TokenDataset:
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.integer]:
         """Read `length` tokens of `document` from its token `start` on; [length], a view of the mapped file."""
-        return self._indexed.get(document, offset=start, length=length)
+        try:
+            return self._indexed.get(document, offset=start, length=length)
+        except ValueError as error:
+            raise BadInput(
+                f"data {self.prefix}: its .idx points outside its .bin at document {document} ({error}); {_MAKE_AGAIN}"
+            ) from error
 
 
 def check_files(prefix: str) -> IndexHeader:

@@ -33,6 +33,7 @@ class BatchReader:
         dp_rank: int,
         dp_size: int,
         global_batch_size_at: Callable[[int], int],
+        vocab_size: int,
         document_end_id: int | None = None,
         prefetch_steps: int = 2,
     ) -> None:
@@ -45,6 +46,7 @@ class BatchReader:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._global_batch_size_at = global_batch_size_at
+        self._vocab_size = vocab_size
         self._document_end_id = document_end_id
         self._prefetch_steps = prefetch_steps
         self._state = blend.state_dict()  # after the last step handed out; the blend itself runs ahead
@@ -121,6 +123,7 @@ class BatchReader:
         assignment = self._blend.take(size)
         rows = np.arange(size).reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]  # [microbatch, mbs]
         windows = self._blend.read(assignment, rows.reshape(-1)).reshape(*rows.shape, -1)
+        check_ids(windows, self._vocab_size, f"training samples {assignment.first_sample} to +{size}")
         ids = rows + assignment.first_sample
         return [
             build_batch(window, tuple(id_row.tolist()), self._document_end_id)
@@ -140,6 +143,7 @@ class ValidationReader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        vocab_size: int,
         document_end_id: int | None = None,
     ) -> None:
         """Read at most `num_samples` of `dataset`, fewer when it has fewer: none is read twice."""
@@ -148,6 +152,7 @@ class ValidationReader:
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
+        self._vocab_size = vocab_size
         self._document_end_id = document_end_id
 
     @property
@@ -161,6 +166,17 @@ class ValidationReader:
             first = (number * self._dp_size + self._dp_rank) * self._micro_batch_size
             samples = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
             windows = self.source.read(np.minimum(samples, self.num_samples - 1))
+            check_ids(windows, self._vocab_size, f"validation data {self.source.dataset.prefix}")
             batch = build_batch(windows, tuple(samples.tolist()), self._document_end_id)
             kept = max(self.num_samples - first, 0)
             yield batch if kept >= self._micro_batch_size else without_loss(batch, kept)
+
+
+def check_ids(windows: np.ndarray, vocab_size: int, where: str) -> None:
+    """Refuse token ids the model has no embedding for: split over tp, an embedding would take them for nothing."""
+    largest = int(windows.max(initial=0))
+    if largest >= vocab_size:
+        raise BadInput(
+            f"model.vocab_size: {vocab_size} is less than what token id {largest} in {where} needs; set it to the "
+            "size of the tokenizer the data was made with"
+        )

@@ -30,6 +30,7 @@ def make_reader(make_dataset):
             dp_rank=dp_rank,
             dp_size=dp_size,
             global_batch_size_at=size_at,
+            vocab_size=2000,
             **options,
         )
         opened.append(reader)
@@ -141,6 +142,7 @@ def test_validation_counts_every_sample_once(make_dataset, num_samples, dp_size,
             micro_batch_size=micro_batch_size,
             dp_rank=rank,
             dp_size=dp_size,
+            vocab_size=2000,
         )
         for rank in range(dp_size)
     ]
@@ -154,8 +156,24 @@ def test_validation_counts_every_sample_once(make_dataset, num_samples, dp_size,
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(again, batches[0], strict=True))
 
 
+def test_ids_outside_the_vocabulary_are_refused(make_dataset):
+    """Split over tp, an embedding would take them for nothing and the run would learn on in silence."""
+    blend = Blend([TokenSource(make_dataset("a", [300], 1), SEQ_LEN, seed=5)], [1])
+    reader = BatchReader(
+        blend, micro_batch_size=1, dp_rank=0, dp_size=1, global_batch_size_at=lambda consumed: 30, vocab_size=100
+    )
+    with pytest.raises(BadInput, match="model.vocab_size: 100 is less than"):
+        reader.read_step()
+
+
 def test_validation_never_repeats_a_small_source(make_dataset):
     reader = ValidationReader(
-        make_dataset("v", [41]), seq_len=SEQ_LEN, num_samples=100, micro_batch_size=2, dp_rank=0, dp_size=1
+        make_dataset("v", [41]),
+        seq_len=SEQ_LEN,
+        num_samples=100,
+        micro_batch_size=2,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=2000,
     )
     assert reader.num_samples == 5 and reader.num_microbatches == 3
