@@ -83,6 +83,8 @@ def init_world(platform: Platform, config: Config, *, rank: int, world_size: int
     except (dist.DistNetworkError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" not in reason and "port must" not in reason:
+            raise  # a rank that died or did not come in time
         raise BadInput(
             f"MASTER_ADDR:MASTER_PORT {place}: the ranks cannot meet there ({reason}); choose a free port."
         ) from error

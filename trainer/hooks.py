@@ -123,6 +123,7 @@ class Hooks:
         self._signals = signals
         self._first_validation: dict[str, float] = {}
         self._last_validation: dict[str, float] = {}
+        self._last_validation_step = -1
 
     def on_start(self, state: TrainState) -> None:
         """Measure the validation loss before the first step of a run."""
@@ -145,7 +146,8 @@ class Hooks:
         started = time.perf_counter()
         self._checkpoints.poll()
         save_every = self._config.checkpoint.save_every
-        if save_every is not None and state.step % save_every == 0:
+        # Weights that give non-finite losses must not push the last good ones out of the retention.
+        if save_every is not None and state.step % save_every == 0 and state.num_nonfinite_in_a_row == 0:
             self._checkpoints.save(state, self._stage)
         extras["seconds_checkpoint"] = time.perf_counter() - started
         self._reporter.write(state, result, extras)
@@ -166,12 +168,12 @@ class Hooks:
         self._checkpoints.finish()
         self._reporter.close()
         for name, first in self._first_validation.items():
-            if name.startswith(VALIDATION_LOSS) and name in self._last_validation:
+            if name.startswith(VALIDATION_LOSS) and self._last_validation_step == state.step:
                 log.info("%s: %.4f before training, %.4f after", name, first, self._last_validation[name])
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         values = self._evaluator.evaluate(self._engine, self._stage)
-        self._last_validation = values
+        self._last_validation, self._last_validation_step = values, state.step
         for name, value in values.items():
             if name.startswith(VALIDATION_LOSS):
                 log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))

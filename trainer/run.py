@@ -176,7 +176,10 @@ def _open_run_directory(engine: Engine, run_dir: Path, start: Start, state: Trai
 
     config, mesh = engine.config, engine.mesh
     details = describe_environment(mesh, use_te=has_transformer_engine())
-    start_rank_log(run_dir, mesh)
+    try:
+        start_rank_log(run_dir, mesh)
+    except OSError as error:
+        raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
     log.info("%s: %s", config.run.name, start.describe())
     if mesh.rank != 0:
         return Reporter(config, engine, None, None)

@@ -31,7 +31,7 @@ PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer
 def check_run_directory(run_dir: str) -> None:
     """Raise BadInput if `run.dir` cannot be a directory that this user writes; creates nothing."""
     advice = "choose a path like runs/<name> that can be created."
-    if "\0" in run_dir:
+    if not run_dir or "\0" in run_dir:
         raise BadInput(f"run.dir: {run_dir!r} is not a path; {advice}")
     existing = Path(run_dir).absolute()
     while not existing.exists():

@@ -6,6 +6,7 @@ Both are collective: all ranks of the world must call them.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def resume(engine: Engine, stage: Stage, checkpoint: Path) -> TrainState:
     else:
         log.info("the layout changed since %s: dropout draws new random numbers, all else continues", checkpoint)
     stage.load_state_dict(manifest.stage["state"])
-    return TrainState(**manifest.state)
+    return replace(TrainState(**manifest.state), num_nonfinite_in_a_row=0)  # a new start gets the full patience
 
 
 def warm_start(engine: Engine, checkpoint: Path) -> None:
