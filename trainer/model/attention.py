@@ -1,7 +1,6 @@
 """Core attention on `scaled_dot_product_attention`: causal, grouped-query, documents, without a seq x seq tensor.
 
 The exceptions, both torch's own: attention dropout on CPU, and a mask where queries and keys differ in number.
-
 Used where Transformer Engine is not installed, on CPU and GPU alike. Knows nothing of batches or layouts.
 """
 
