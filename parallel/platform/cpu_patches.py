@@ -192,7 +192,7 @@ def apply_cpu_patches() -> None:
 
 
 def stale_patches() -> Iterator[str]:
-    """Yield the targets that no longer exist or no longer contain a CUDA constant (for the guard test)."""
+    """Yield the targets that are gone or hold no CUDA constant; meaningful before `apply_cpu_patches` alone."""
     for patch in NAME_PATCHES:
         try:
             resolve(patch.target)
@@ -204,13 +204,5 @@ def stale_patches() -> Iterator[str]:
         except AttributeError:
             yield constant_patch.target
             continue
-        if replace_constants(code) == code and not _already_replaced(code):
+        if replace_constants(code) == code:
             yield constant_patch.target
-
-
-def _already_replaced(code: types.CodeType) -> bool:
-    """Return whether `apply_cpu_patches` has been here: the CPU strings stand where CUDA's stood."""
-    return any(
-        constant == "cpu" or "torch.FloatTensor" in repr(constant) or isinstance(constant, types.CodeType)
-        for constant in code.co_consts
-    )

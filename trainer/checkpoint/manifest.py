@@ -61,9 +61,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
                 f"{path}: written in format {content['format_version']}, this version reads up to {FORMAT_VERSION}; "
                 "use the version that wrote it."
             )
-        TrainState(**content["state"])
-        for part in (content["config"]["model"], content["config"]["run"]["seed"], content["stage"]["name"]):
-            del part  # there, which is all that is asked here
+        TrainState(**content["state"])  # raises TypeError for fields of another version
+        content["config"]["model"], content["config"]["run"]["seed"], content["stage"]["name"]  # noqa: B018  KeyError
         return Manifest(**content)
     except FileNotFoundError:
         raise BadInput(

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -204,9 +203,5 @@ def _copy_to_host(request: AsyncRequest) -> Any:
         return None
     copied = []
     for path, name, (bytes_data, tensor_data) in request.preload_fn():
-        copied.append((path, name, (bytes_data, [(item, _own(tensor)) for item, tensor in tensor_data])))
+        copied.append((path, name, (bytes_data, [(item, tensor.clone()) for item, tensor in tensor_data])))
     return copied
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone()
