@@ -5,7 +5,6 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON := .venv/bin/python
-TORCHRUN := .venv/bin/torchrun
 STAMP := .venv/.installed
 CODE := configs parallel trainer launch tools tests
 
@@ -25,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
 
 pretrain: setup  ## train a small language model on 4 CPU ranks, tensor x pipeline parallel
 	$(PYTHON) tools/prepare_corpus.py --out data/stdlib
-	$(TORCHRUN) --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml
+	$(PYTHON) -m launch.local --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml
 
 test: setup  ## run every test
 	$(PYTHON) -m pytest

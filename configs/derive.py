@@ -95,11 +95,17 @@ def layers_per_pp_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[i
             )
         if num_middle_layers != 0:
             raise BadInput(
-                f"parallel.num_layers_in_last_pp_stage: first and last stage hold {first} + {last} layers of "
-                f"model.num_layers={model.num_layers}; a value that would work: {_remaining_layers(model, first)}"
+                f"parallel.num_layers_in_last_pp_stage: the two stages hold {first} + {last} layers, not the "
+                f"{model.num_layers} of model.num_layers; a value that would work: {_remaining_layers(model, first)}"
             )
         middle = 0
     else:
+        if (first or last) and num_middle_layers < num_middle_stages:
+            raise BadInput(
+                f"parallel.num_layers_in_{'first' if first else 'last'}_pp_stage: {first or last} leaves too few of "
+                f"model.num_layers={model.num_layers} for the other stages of parallel.pp={parallel.pp}; a value that "
+                "would work: null"
+            )
         middle, rest = divmod(num_middle_layers, num_middle_stages)
         if rest or middle < 1:
             raise BadInput(_uneven_sentence(model, parallel, num_middle_layers, num_middle_stages))

@@ -47,6 +47,8 @@ class SchemaField:
     def example(self) -> str:
         """A value that passes this field's own rules, as one would type it."""
         default = self.info.get_default(call_default_factory=True)
+        if self.info.examples:
+            return value_text(self.info.examples[0])
         if self.required or default in (None, ()):
             return _example(self.info.annotation, self.info.metadata)
         return value_text(default)
@@ -151,7 +153,7 @@ def _type_text(annotation: Any, metadata: Sequence[Any]) -> str:
             name += f" >= {bound.ge}"
         elif isinstance(bound, annotated_types.Gt):
             name += f" > {bound.gt}"
-        elif isinstance(bound, annotated_types.Le):
+        elif isinstance(bound, annotated_types.Le) and isinstance(bound.le, int | float) and bound.le < 10**5:
             name += f" <= {bound.le}"
     return name
 

@@ -53,7 +53,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises BadInput with one line per problem: all of them at once, unless a file cannot be read.
     """
-    values = _read_chain(path, ())
+    try:
+        values = _read_chain(path, ())
+    except RecursionError:
+        raise BadInput(f"{path}: nested too deep, or an anchor that holds itself; write it flat") from None
     problems: list[str] = []
     for override in overrides:
         problem = _apply_override(values, override)
@@ -107,7 +110,7 @@ def _read_file(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise BadInput(f"{path}{line}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag such as !!int on text that is none
         raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         found = "is empty" if values is None else "holds no sections"
@@ -137,7 +140,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
         return "base: cannot be overridden on the command line; name the base in the YAML file"
     try:
         value = _parse_value(text.strip())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or "not a YAML value"
         return f"{path}: {text.strip()!r} cannot be read ({problem}); quote the text or close the bracket"
     section = values
@@ -183,6 +186,7 @@ def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None
     given = detail["input"]
     is_bound = kind in _BOUNDS
     shown = repr(given) if isinstance(given, str) and not is_bound else value_text(given)
+    shown = shown if len(shown) <= 60 else f"{shown[:40]}... ({len(shown)} characters)"
     if kind.startswith("int_"):
         return f"{shown} is not a whole number"
     if kind.startswith("float_"):
@@ -193,6 +197,8 @@ def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None
         return f"{shown} is not true or false"
     if kind == "string_type":
         return f"{shown} is not text"
+    if kind == "string_too_short":
+        return "is empty"
     if kind == "literal_error" and field is not None:
         return f"{shown} is not one of {field.type_text.removeprefix('list of ').replace(' | ', ', ')}"
     if kind == "tuple_type":

@@ -10,8 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# The upper bounds are far beyond any real run; a typo's extra zeros end in a sentence, not in an endless plan.
+PositiveInt = Annotated[int, Field(ge=1, le=10**12)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**12)]
+Count = Annotated[int, Field(ge=1, le=10**5)]
+Samples = Annotated[int, Field(ge=1, le=10**7)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -37,7 +40,7 @@ class RunConfig(Section):
 class RopeConfig(Section):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling to longer contexts."""
 
-    base: PositiveFloat = 10000.0
+    base: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
     """Base of the geometric frequencies, `theta` in HF configs."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of each head's dimensions that is rotated (`partial_rotary_factor` in HF configs)."""
@@ -81,7 +84,7 @@ class MlaConfig(Section):
 class MoeConfig(Section):
     """Mixture of experts in place of the dense MLP."""
 
-    num_experts: Annotated[int, Field(ge=2)]
+    num_experts: Annotated[int, Field(ge=2, le=10**5)]
     """Routed experts per layer."""
     top_k: PositiveInt = 2
     """Routed experts per token."""
@@ -114,19 +117,19 @@ class MoeConfig(Section):
 class ModelConfig(Section):
     """Architecture of the model; weights and behaviour follow from these fields alone."""
 
-    num_layers: PositiveInt
+    num_layers: Annotated[Count, Field(examples=[32])]
     """Transformer layers."""
-    hidden_size: PositiveInt
+    hidden_size: Annotated[PositiveInt, Field(examples=[4096])]
     """Width of the residual stream."""
-    ffn_hidden_size: PositiveInt
+    ffn_hidden_size: Annotated[PositiveInt, Field(examples=[14336])]
     """Hidden size of the dense MLP."""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Annotated[Count, Field(examples=[32])]
     """Query heads."""
     num_query_groups: PositiveInt | None = None
     """Key-value heads: 1 is MQA, fewer than the query heads is GQA; default `num_attention_heads` (MHA)."""
     head_dim: PositiveInt | None = None
     """Dimensions per head; default `hidden_size / num_attention_heads`."""
-    vocab_size: PositiveInt
+    vocab_size: Annotated[PositiveInt, Field(examples=[128256])]
     """Token ids the model can produce: the tokenizer's size, without padding."""
     vocab_pad_multiple: PositiveInt = 128
     """The embedding is padded to a multiple of this; padded ids get no probability and never leave the trainer."""
@@ -163,17 +166,17 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """Sizes of the parallel axes; the data-parallel size is what remains of the world."""
 
-    tp: PositiveInt = 1
+    tp: Count = 1
     """Tensor-parallel size."""
-    pp: PositiveInt = 1
+    pp: Count = 1
     """Pipeline-parallel size."""
-    vpp: PositiveInt = 1
+    vpp: Count = 1
     """Virtual pipeline stages (model chunks) per rank; 1 is plain 1F1B, more is the interleaved schedule."""
-    cp: PositiveInt = 1
+    cp: Count = 1
     """Context-parallel size: ranks that share one sequence."""
-    ep: PositiveInt = 1
+    ep: Count = 1
     """Expert-parallel size: ranks that share a layer's experts, taken from dp*cp*tp / etp."""
-    etp: PositiveInt | None = None
+    etp: Count | None = None
     """Tensor-parallel size inside each expert; default `tp`."""
     sp: bool = False
     """Megatron sequence parallelism: split norms and dropouts along the sequence over the tp ranks."""
@@ -207,7 +210,7 @@ class PrecisionConfig(Section):
 
     compute: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Format of weights and activations in forward and backward."""
-    initial_loss_scale: PositiveFloat = 4096.0
+    initial_loss_scale: Annotated[float, Field(gt=0, le=2.0**32)] = 4096.0
     """fp16 only: first dynamic loss scale."""
     min_loss_scale: PositiveFloat = 1.0
     """fp16 only: smallest dynamic loss scale."""
@@ -220,7 +223,7 @@ class PrecisionConfig(Section):
 class SourceConfig(Section):
     """One tokenized source of a blend."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1, examples=["data/corpus_train"])]
     """Prefix of a Megatron dataset: `<path>.bin` and `<path>.idx` must exist."""
     weight: PositiveFloat = 1.0
     """Share of samples drawn from this source, relative to the other weights."""
@@ -244,9 +247,9 @@ class DataConfig(Section):
 class BatchRampConfig(Section):
     """Batch-size ramp-up: the global batch grows by `increment` from `start` over `num_samples` samples."""
 
-    start: PositiveInt
+    start: Samples
     """First global batch size in samples."""
-    increment: PositiveInt
+    increment: Samples
     """Samples added at each increase."""
     num_samples: PositiveInt
     """Samples over which the batch grows to `train.global_batch_size`."""
@@ -255,13 +258,13 @@ class BatchRampConfig(Section):
 class TrainConfig(Section):
     """Length and shape of training."""
 
-    num_steps: NonNegativeInt
+    num_steps: Annotated[int, Field(ge=0, le=10**12, examples=[1000])]
     """Optimizer updates of the whole run; 0 writes the initial weights as a seed checkpoint and ends."""
     seq_len: PositiveInt = 4096
     """Tokens per sample."""
-    global_batch_size: PositiveInt = 256
+    global_batch_size: Samples = 256
     """Samples per optimizer update over all data-parallel ranks."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Samples = 1
     """Samples per forward pass on one data-parallel rank."""
     batch_ramp: BatchRampConfig | None = None
     """Batch-size ramp-up; null for a constant batch."""
@@ -269,7 +272,7 @@ class TrainConfig(Section):
     """Steps between log lines (metrics.jsonl has every step)."""
     eval_every: PositiveInt | None = None
     """Steps between validations; null for only before the first and after the last step."""
-    eval_num_samples: PositiveInt = 256
+    eval_num_samples: Samples = 256
     """Samples per validation source at each validation."""
     max_nonfinite_steps: PositiveInt = 5
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops (exit code 4)."""
@@ -334,7 +337,7 @@ class SampleConfig(Section):
 
     prompts: tuple[str, ...] = ()
     """Prompts to continue; none for no sample."""
-    num_tokens: PositiveInt = 64
+    num_tokens: Count = 64
     """Tokens generated per prompt."""
     temperature: NonNegativeFloat = 0.8
     """Sampling temperature; 0 is greedy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import yaml
@@ -20,7 +21,7 @@ from configs.fields import schema_fields
 from configs.load import resolved_dict
 from configs.schema import Config
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 def field_help() -> str:
@@ -40,7 +41,12 @@ def field_help() -> str:
 def describe(config: Config, layout: Layout) -> str:
     """Return the resolved config as YAML and, below it, what follows from it on this layout."""
     resolved = yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True, width=120)
-    rows = [*_layout_rows(config, layout), *_batch_rows(config, layout), *_size_rows(config, layout)]
+    rows = [
+        *_layout_rows(config, layout),
+        *_batch_rows(config, layout),
+        *_size_rows(config, layout),
+        *_data_rows(config),
+    ]
     width = max(len(name) for name, _ in rows)
     derived = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
     return f"# Resolved config\n{resolved}\n# What follows from it\n{derived}\n"
@@ -81,8 +87,23 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     if count.active != count.total:
         yield "active parameters", f"{count.active:,} per token"
     yield "parameters per rank", f"{parameters_per_rank(config, layout):,} on the fullest rank"
-    yield "estimated memory", f"{memory.total / _GIB:.2f} GiB on the fullest rank (pipeline stage {memory.pp_rank})"
+    yield "estimated memory", f"{_size_text(memory.total)} on the fullest rank (pipeline stage {memory.pp_rank})"
     for kind in ("weights", "gradients", "optimizer", "activations"):
-        yield f"  {kind}", f"{getattr(memory, kind) / _GIB:.2f} GiB"
+        yield f"  {kind}", _size_text(getattr(memory, kind))
     batch = config.train.global_batch_size
     yield "model TFLOPs per step", f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}"
+
+
+def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
+    """Say which data is on this machine; a plan for another one may name what is not here yet."""
+    data = config.data
+    places = [("data.tokenizer", data.tokenizer, data.tokenizer)] if data.tokenizer else []
+    for name in ("train", "validation"):
+        places += [(f"data.{name}", source.path, f"{source.path}.bin") for source in getattr(data, name)]
+    for name, path, file in places:
+        found = f"found, {_size_text(os.path.getsize(file))}" if os.path.isfile(file) else "found"
+        yield name, f"{path}: {found if os.path.exists(file) else 'not on this machine'}"
+
+
+def _size_text(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / _MIB:.1f} MiB"

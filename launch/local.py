@@ -1,11 +1,13 @@
 """Start ranks on this machine and return the exit code of the rank that failed first, which torchrun hides behind 1.
 
 Run: python -m launch.local --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml [key=value ...]
-For scripts, tests and rehearsals; torch-free, no restarts. SIGTERM, SIGINT and SIGUSR1 are handed on to every rank.
+For scripts, tests and rehearsals; torch-free, no restarts. SIGTERM, SIGINT and SIGUSR1 are handed on to every rank;
+a closed terminal (SIGHUP) or the launcher's own death reaches them as SIGTERM, so that they save and end.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -22,7 +24,9 @@ from parallel.environment import Environment
 
 _USAGE = "usage: python -m launch.local --nproc-per-node N launch/STAGE.py CONFIG [the entry point's own options]"
 _POLL_SECONDS = 0.1
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1}
+_FORWARDED[signal.SIGHUP] = signal.SIGTERM
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,15 +49,19 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, patience_seconds: float
     other signal did. Once a rank has failed the others get SIGTERM, `patience_seconds` to leave, then SIGKILL.
     """
     port = find_free_port()
-    ranks = [_start_rank(command, rank, num_ranks, port) for rank in range(num_ranks)]
+    ranks: list[subprocess.Popen[bytes]] = []
     handed_on: set[int] = set()
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
-        handed_on.add(number)
-        _send(ranks, number)
+        handed_on.add(_FORWARDED[signal.Signals(number)])
+        _send(ranks, _FORWARDED[signal.Signals(number)])
 
     previous = {number: signal.signal(number, hand_on) for number in _FORWARDED}
     try:
+        for rank in range(num_ranks):
+            ranks.append(_start_rank(command, rank, num_ranks, port))
+            if handed_on:  # a rank more would miss what the others were told
+                break
         code = _wait_for_failure(ranks)
         if code is None:
             return ExitCode.DONE
@@ -83,7 +91,14 @@ def _start_rank(command: Sequence[str], rank: int, num_ranks: int, port: int) ->
         rank=rank, world_size=num_ranks, local_rank=rank, local_world_size=num_ranks, master_port=port
     ).as_variables()
     # A session of its own: Ctrl-C must reach a rank once, through us, not a second time from the terminal.
-    return subprocess.Popen(command, env=os.environ | place | {"SHARDWRIGHT_LAUNCHER": "local"}, start_new_session=True)
+    environment = os.environ | place | {"SHARDWRIGHT_LAUNCHER": "local"}
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
+
+
+def _end_with_launcher() -> None:
+    """Ask the kernel, in the new rank, for SIGTERM when the launcher dies without having been able to say so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_for_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:

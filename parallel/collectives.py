@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,11 +55,11 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(vote.item())
 
 
-def max_over_ranks(value: float, device: torch.device) -> float:
-    """Return the largest value of all ranks. Collective: all ranks of the world must call this."""
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return the largest of each value over all ranks. Collective: all ranks of the world must call this."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor.item())
+    return tensor.tolist()
 
 
 def broadcast_object(value: Any) -> Any:

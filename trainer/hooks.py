@@ -7,46 +7,25 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from configs.errors import NonFinite
 from configs.estimate import flops_per_step
 from configs.schema import Config
-from parallel.collectives import any_rank, gather_objects, max_over_ranks
+from parallel.collectives import gather_objects, max_over_ranks
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine import Engine
 from trainer.evaluate import VALIDATION_LOSS, Evaluator
 from trainer.metrics import LiveLine, MetricsWriter
 from trainer.optimizer import has_non_finite_gradient
+from trainer.signals import StopSignals
 from trainer.stages.base import Stage
 from trainer.state import StepResult, TrainState
 
 log = logging.getLogger(__name__)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopSignals:
-    """Remembers SIGTERM and SIGUSR1, so that the run saves and exits between two steps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._received: int | None = None
-        self.is_agreed = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        self._received = number
-
-    def requested(self) -> bool:
-        """Return whether any rank has been signalled."""
-        self.is_agreed = self.is_agreed or any_rank(self._received is not None, self._device)
-        return self.is_agreed
 
 
 class Reporter:
@@ -61,9 +40,13 @@ class Reporter:
         if config.log.device_peak_tflops is not None:
             self._peaks["bf16"] = config.log.device_peak_tflops
 
+    def write_start(self, step: int, values: Mapping[str, float]) -> None:
+        """Write what was measured before the first step; metrics.jsonl has rows of steps alone."""
+        if self._writer is not None:
+            self._writer.write_start(step, values)
+
     def write(self, state: TrainState, result: StepResult, extras: Mapping[str, float]) -> None:
         """Write one step's row; `extras` are further columns, such as validation losses."""
-        peak_memory = max_over_ranks(self._mesh.platform.peak_memory_bytes(), self._mesh.device)
         if self._writer is None or self._live is None:
             return
         seconds = sum(result.phase_seconds[name] for name in ("data", "forward_backward", "optimizer"))
@@ -80,7 +63,6 @@ class Reporter:
             **{f"seconds_{name}": value for name, value in result.phase_seconds.items()},
             "tflops_per_device": tflops,
             **{f"mfu_{number_format}": tflops / peak for number_format, peak in self._peaks.items()},
-            "peak_memory_gb": peak_memory / 1e9,
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             "num_skipped_steps": state.num_skipped_steps,
@@ -129,10 +111,12 @@ class Hooks:
         """Measure the validation loss before the first step of a run."""
         if state.step == 0 and self._config.train.num_steps > 0:
             self._first_validation = self._evaluate(state)
+            self._reporter.write_start(state.step, self._first_validation)
+        self._vote()
 
     def stop_requested(self) -> bool:
         """Return whether any rank has been asked to save and exit."""
-        return self._signals.requested()
+        return self._signals.is_agreed
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Report faults, evaluate, log and save after a step."""
@@ -144,7 +128,8 @@ class Hooks:
         if is_last or (train.eval_every is not None and state.step % train.eval_every == 0):
             extras = self._evaluate(state)
         started = time.perf_counter()
-        self._checkpoints.poll()
+        is_any_rank_writing, extras["peak_memory_gb"] = self._vote()
+        self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)
         save_every = self._config.checkpoint.save_every
         # Weights that give non-finite losses must not push the last good ones out of the retention.
         if save_every is not None and state.step % save_every == 0 and state.num_nonfinite_in_a_row == 0:
@@ -171,6 +156,14 @@ class Hooks:
             if name.startswith(VALIDATION_LOSS) and self._last_validation_step == state.step:
                 log.info("%s: %.4f before training, %.4f after", name, first, self._last_validation[name])
 
+    def _vote(self) -> tuple[bool, float]:
+        """Agree, in one reduction a step, on stopping; return whether any rank is writing and the peak memory in GB."""
+        mesh = self._engine.mesh
+        mine = (self._signals.is_received, self._checkpoints.is_writing, mesh.platform.peak_memory_bytes() / 1e9)
+        is_stop, is_writing, peak_memory = max_over_ranks(mine, mesh.device)
+        self._signals.is_agreed = self._signals.is_agreed or bool(is_stop)
+        return bool(is_writing), peak_memory
+
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         values = self._evaluator.evaluate(self._engine, self._stage)
         self._last_validation, self._last_validation_step = values, state.step
@@ -182,7 +175,10 @@ class Hooks:
     def _report_skip(self, state: TrainState, result: StepResult) -> None:
         if result.is_overflow_expected:
             log.info(
-                "step %d: fp16 overflow at loss scale %g; update skipped, scale halves", state.step, result.loss_scale
+                "step %d: fp16 overflow at loss scale %g; update skipped, scale now %g",
+                state.step,
+                result.loss_scale,
+                self._engine.optimizer.get_loss_scale().item(),
             )
             return
         log.warning(

@@ -52,6 +52,12 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(ordered)
 
+    def write_start(self, step: int, values: Mapping[str, float]) -> None:
+        """Write what was measured before a step was taken, which has no row in metrics.jsonl."""
+        for sink in self._sinks:
+            if not isinstance(sink, JsonLines):
+                sink.write({"step": step, **values})
+
     def close(self) -> None:
         """Close every sink."""
         for sink in self._sinks:
@@ -105,11 +111,13 @@ class LiveLine:
         """Show progress from `start_step` to `num_steps`; off a terminal, one line every `log_every` steps."""
         self._num_steps = num_steps
         self._log_every = log_every
+        self._is_wide = console.width >= 110
         self._step_seconds: float | None = None
+        self._tokens_per_second: float | None = None
         self._last_time = time.monotonic()
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=30 if self._is_wide else 8),
             TextColumn("{task.description}"),
             console=console,
             transient=True,
@@ -124,11 +132,13 @@ class LiveLine:
         now = time.monotonic()
         elapsed, self._last_time = now - self._last_time, now
         # Smoothed over about ten steps: one slow step (a checkpoint, an evaluation) must not swing the estimate.
-        self._step_seconds = elapsed if self._step_seconds is None else 0.9 * self._step_seconds + 0.1 * elapsed
+        self._step_seconds = _smooth(self._step_seconds, elapsed)
+        self._tokens_per_second = _smooth(self._tokens_per_second, row["tokens_per_second"])
         left = format_duration(self._step_seconds * (self._num_steps - step))
+        more = f"grad norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
         text = (
-            f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {left} left"
+            f"loss {row['loss']:.4f}  {more if self._is_wide or not console.is_terminal else ''}"
+            f"{self._tokens_per_second:,.0f} tokens/s  {left} left"
         )
         if console.is_terminal:
             self._progress.update(self._task, completed=step, description=text)
@@ -168,6 +178,10 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _smooth(average: float | None, value: float) -> float:
+    return value if average is None else 0.9 * average + 0.1 * value
 
 
 def _step_of(line: str) -> float:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from configs.errors import BadInput, ExitCode
 from configs.load import resolved_dict
 from configs.schema import Config
+from parallel.collectives import any_rank
 from parallel.environment import Environment
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
 from parallel.platform import PlatformName, has_transformer_engine, load_platform
@@ -27,7 +28,15 @@ from trainer.checkpoint.layout import (
 from trainer.checkpoint.manifest import check_architecture, read_manifest
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.metrics import LiveLine, MetricsWriter
-from trainer.run_directory import check_run_directory, describe_environment, show_start, start_rank_log, write_run_files
+from trainer.run_directory import (
+    RunLock,
+    check_run_directory,
+    describe_environment,
+    show_start,
+    start_rank_log,
+    write_run_files,
+)
+from trainer.signals import StopSignals
 from trainer.state import TrainState
 
 if TYPE_CHECKING:
@@ -51,6 +60,18 @@ class Start:
         return f"starting with the weights of {self.init_from}" if self.init_from is not None else "a fresh start"
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a run consists of beside the engine."""
+
+    stage_name: str
+    launcher: str
+    corpus: Corpus
+    start: Start
+    signals: StopSignals
+    lock: RunLock
+
+
 def run(config: Config, stage_name: str, environment: Environment, platform_name: PlatformName) -> ExitCode:
     """Run one training stage from start to end on this rank and return the exit code.
 
@@ -66,7 +87,12 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
     try:
         mesh = build_mesh(platform, device, config)
-        return _train(config, stage_name, mesh, corpus, start)
+        # From here on a signal saves and ends the run; before, there is nothing to save and it just ends.
+        lock = RunLock(str(config.run.dir))
+        try:
+            return _train(config, mesh, _Job(stage_name, environment.launcher, corpus, start, StopSignals(), lock))
+        finally:
+            lock.release()
     finally:
         destroy_mesh()
         dist.destroy_process_group()
@@ -85,7 +111,11 @@ def find_start(config: Config) -> Start:
                 f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run.dir, or resume=auto."
             )
     elif settings.resume != "auto":
-        resume_from = _existing(settings.resume, "checkpoint.resume")
+        named = _existing(settings.resume, "checkpoint.resume")
+        if resume_from is not None and resume_from != named and _is_continuing(resume_from, config):
+            log.info("checkpoint.resume: this very command has already gone back to %s; it continues from there", named)
+        else:
+            resume_from = named
     if resume_from is not None:
         manifest = read_manifest(resume_from)
         check_architecture(manifest, model, resume_from, is_warm_start=False)
@@ -103,6 +133,14 @@ def find_start(config: Config) -> Start:
     return Start(None, init_from)
 
 
+def _is_continuing(latest: Path, config: Config) -> bool:
+    """Return whether the run's newest checkpoint is this same config's own: a job that was queued again."""
+    try:
+        return read_manifest(latest).config == resolved_dict(config)
+    except BadInput:
+        return False
+
+
 def _existing(path: str, field: str) -> Path:
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
@@ -110,10 +148,10 @@ def _existing(path: str, field: str) -> Path:
     return checkpoint
 
 
-def _train(config: Config, stage_name: str, mesh: Mesh, corpus: Corpus, start: Start) -> ExitCode:
+def _train(config: Config, mesh: Mesh, job: _Job) -> ExitCode:
     engine = build_engine(config, mesh)
     try:
-        return _train_with(engine, stage_name, corpus, start)
+        return _train_with(engine, job)
     finally:
         engine.close()
 
@@ -132,29 +170,29 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     return Engine(config, mesh, replicas, build_optimizer(config, replicas, is_overlapping=is_overlapping))
 
 
-def _train_with(engine: Engine, stage_name: str, corpus: Corpus, start: Start) -> ExitCode:
+def _train_with(engine: Engine, job: _Job) -> ExitCode:
     from trainer.checkpoint.load import resume, warm_start
     from trainer.checkpoint.save import CheckpointWriter
     from trainer.evaluate import Evaluator
-    from trainer.hooks import Hooks, StopSignals
+    from trainer.hooks import Hooks
     from trainer.loop import fit
     from trainer.stages.build import build_stage
 
-    config, mesh = engine.config, engine.mesh
-    stage = build_stage(stage_name, corpus, mesh)
+    config, mesh, start, signals = engine.config, engine.mesh, job.start, job.signals
+    stage = build_stage(job.stage_name, job.corpus, mesh)
     state = TrainState()
     if start.resume_from is not None:
         state = resume(engine, stage, start.resume_from)
     elif start.init_from is not None:
         warm_start(engine, start.init_from)
     run_dir = Path(str(config.run.dir))
-    signals = StopSignals(mesh.device)
+    job.lock.take(mesh)
     hooks = Hooks(
         config,
         engine,
         stage,
-        reporter=_open_run_directory(engine, run_dir, start, state),
-        evaluator=Evaluator(corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)),
+        reporter=_open_run_directory(engine, run_dir, job, state),
+        evaluator=Evaluator(job.corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)),
         checkpoints=CheckpointWriter(
             run_dir, config.checkpoint, engine, last_saved_step=state.step if start.resume_from else None
         ),
@@ -166,15 +204,15 @@ def _train_with(engine: Engine, stage_name: str, corpus: Corpus, start: Start) -
     if signals.is_agreed and state.step < config.train.num_steps:
         log.info("stopped by signal after saving step %d; the same command continues", state.step)
         return ExitCode.STOPPED_AFTER_SAVING
-    show_samples(config, engine, corpus)
+    show_samples(config, engine, job.corpus, signals)
     return ExitCode.DONE
 
 
-def _open_run_directory(engine: Engine, run_dir: Path, start: Start, state: TrainState) -> Reporter:
+def _open_run_directory(engine: Engine, run_dir: Path, job: _Job, state: TrainState) -> Reporter:
     """Begin writing: the first thing on disk, after everything that can be refused has been checked."""
     from trainer.hooks import Reporter
 
-    config, mesh = engine.config, engine.mesh
+    config, mesh, start = engine.config, engine.mesh, job.start
     details = describe_environment(mesh, use_te=has_transformer_engine())
     try:
         start_rank_log(run_dir, mesh)
@@ -183,7 +221,7 @@ def _open_run_directory(engine: Engine, run_dir: Path, start: Start, state: Trai
     log.info("%s: %s", config.run.name, start.describe())
     if mesh.rank != 0:
         return Reporter(config, engine, None, None)
-    write_run_files(config, details, run_dir)
+    write_run_files(config, details, run_dir, launcher=job.launcher)
     remove_leftovers(run_dir)
     if start.resume_from is not None and start.resume_from.parent == checkpoints_dir(run_dir).resolve():
         for aside in set_aside_after(run_dir, state.step):
@@ -194,12 +232,17 @@ def _open_run_directory(engine: Engine, run_dir: Path, start: Start, state: Trai
     return Reporter(config, engine, writer, live)
 
 
-def show_samples(config: Config, engine: Engine, corpus: Corpus) -> None:
-    """Continue the configured prompts and log the text. Collective: all ranks of the world must call this."""
+def show_samples(config: Config, engine: Engine, corpus: Corpus, signals: StopSignals) -> None:
+    """Continue the configured prompts and log the text, until a signal comes.
+
+    Collective: all ranks of the world must call this.
+    """
     from trainer.rollout.generate import generate_text
 
     if corpus.tokenizer is None:
         return
     for prompt in config.sample.prompts:
+        if any_rank(signals.is_received, engine.mesh.device):
+            return
         text = generate_text(engine, corpus.tokenizer, prompt, config.sample, config.run.seed)
         log.info("sample: %s", prompt + text)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import socket
@@ -12,18 +15,20 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.table import Table
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
 from configs.schema import Config
-from parallel.collectives import gather_objects
+from parallel.collectives import broadcast_object, gather_objects
 from parallel.mesh import Mesh
 from trainer.adam import has_fused_adam
 from trainer.checkpoint.layout import LATEST, checkpoints_dir
 from trainer.log import add_rank_file, console, next_attempt
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
 
@@ -41,6 +46,55 @@ def check_run_directory(run_dir: str) -> None:
     latest = checkpoints_dir(run_dir) / LATEST
     if latest.exists() and not latest.is_symlink():
         raise BadInput(f"{latest}: is not a link but a file or directory of its own; move it away.")
+
+
+class RunLock:
+    """Keeps a second run out of a run directory while the first one writes there.
+
+    A POSIX lock: it goes with the process that holds it, however that ends, and works over NFS.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self._path = Path(run_dir) / ".lock"
+        self._file: IO[str] | None = None
+
+    def take(self, mesh: Mesh) -> None:
+        """Lock the directory for rank 0's process, or raise BadInput on all ranks, naming who holds it.
+
+        Collective: all ranks of the world must call this.
+        """
+        problem = broadcast_object(self._try() if mesh.rank == 0 else None)
+        if problem:
+            raise BadInput(problem)
+
+    def release(self) -> None:
+        """Let the next run in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _try(self) -> str | None:
+        """Take the lock and return None, or the sentence that says why not."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            return f"run.dir: {self._path.parent} cannot be written to ({error}); choose another path."
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log.warning("%s: this file system has no locks (%s); start one run at a time here", self._path, error)
+                return None
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            return f"run.dir: {self._path.parent} is being written to by {holder}; wait for it, or choose another path."
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._file = file
+        return None
 
 
 def describe_environment(mesh: Mesh, *, use_te: bool) -> dict[str, Any]:
@@ -65,11 +119,12 @@ def describe_environment(mesh: Mesh, *, use_te: bool) -> dict[str, Any]:
     }
 
 
-def write_run_files(config: Config, environment: Mapping[str, Any], run_dir: Path) -> None:
+def write_run_files(config: Config, environment: Mapping[str, Any], run_dir: Path, *, launcher: str) -> None:
     """Write config.json, command.txt and environment.json. Rank 0 alone calls this."""
     run_dir.mkdir(parents=True, exist_ok=True)
     _write(run_dir / "config.json", json.dumps(resolved_dict(config), indent=1))
-    _write(run_dir / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
+    started = f"# {len(environment['devices'])} ranks on {len(environment['hosts'])} host(s), by {launcher}, each:\n"
+    _write(run_dir / "command.txt", started + shlex.join([sys.executable, *sys.argv]) + "\n")
     _write(run_dir / "environment.json", json.dumps(environment, indent=1))
 
 

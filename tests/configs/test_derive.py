@@ -106,14 +106,18 @@ def test_chunks_hold_the_layers_megatron_core_builds(
         (
             5,
             {"pp": 2, "num_layers_in_first_pp_stage": 2, "num_layers_in_last_pp_stage": 2},
-            "parallel.num_layers_in_last_pp_stage: first and last stage hold 2 + 2 layers of model.num_layers=5",
+            "parallel.num_layers_in_last_pp_stage: the two stages hold 2 + 2 layers, not the 5 of model.num_layers",
         ),
         (
             12,
             {"pp": 2, "vpp": 2, "num_layers_in_first_pp_stage": 4, "num_layers_in_last_pp_stage": 8},
             "parallel.num_layers_in_last_pp_stage: two interleaved pipeline stages",
         ),
-        (4, {"pp": 2, "num_layers_in_first_pp_stage": 4}, "parallel.pp: 0 layers do not divide"),
+        (
+            4,
+            {"pp": 2, "num_layers_in_first_pp_stage": 4},
+            "parallel.num_layers_in_first_pp_stage: 4 leaves too few of model.num_layers=4",
+        ),
     ],
 )
 def test_layers_that_do_not_divide_are_refused(num_layers: int, parallel: dict[str, int], start: str) -> None:

@@ -103,6 +103,19 @@ def test_overrides_set_lists_maps_and_whole_sections(tiny: str) -> None:
         ("parralel.tp=2", "parralel: unknown field; did you mean parallel?"),
         ("parallel.tp=x", "parallel.tp: 'x' is not a whole number; a value that would work: 1"),
         ("parallel.tp=1.5", "parallel.tp: '1.5' is not a whole number; a value that would work: 1"),
+        ("model.rope.base=1", "model.rope.base: 1 must be above 1.0; a value that would work: 10000.0"),
+        (
+            "model.num_layers=1000000000000",
+            "model.num_layers: 1000000000000 must be at most 100000; a value that would work: 32",
+        ),
+        (
+            "data.train=[{path: ''}]",
+            "data.train[0].path: is empty; a value that would work: data/corpus_train",
+        ),
+        (
+            "train.num_steps=!!int abc",
+            "train.num_steps: '!!int abc' is not a whole number; a value that would work: 1000",
+        ),
         ("parallel.pp=0", "parallel.pp: 0 must be at least 1; a value that would work: 1"),
         ("parallel.sp=maybe", "parallel.sp: 'maybe' is not true or false; a value that would work: false"),
         ("optimizer.lr=nan", "optimizer.lr: 'nan' is not a finite number; a value that would work: 0.0003"),
@@ -112,9 +125,12 @@ def test_overrides_set_lists_maps_and_whole_sections(tiny: str) -> None:
             "precision.compute=fp8",
             "precision.compute: 'fp8' is not one of bf16, fp16, fp32; a value that would work: bf16",
         ),
-        ("data.train=[a]", "data.train[0]: 'a' is not a section with fields; a value that would work: {path: text}"),
+        (
+            "data.train=[a]",
+            "data.train[0]: 'a' is not a section with fields; a value that would work: {path: data/corpus_train}",
+        ),
         ("data.train=[{path: a, wight: 3}]", "data.train[0].wight: unknown field; its fields are {path, weight}"),
-        ("data.train=a", "data.train: 'a' is not a list; a value that would work: [{path: text}]"),
+        ("data.train=a", "data.train: 'a' is not a list; a value that would work: [{path: data/corpus_train}]"),
         ("model.moe={top_k: 1, ffn_hidden_size: 8}", "model.moe.num_experts: missing; a value that would work: 2"),
         ("foo", "override 'foo': not of the form section.field=value, such as train.num_steps=100"),
         ("base=x", "base: cannot be overridden on the command line; name the base in the YAML file"),
@@ -126,7 +142,10 @@ def test_each_problem_is_one_exact_sentence(tiny: str, override: str, sentence: 
 
 def test_override_below_a_list_or_value_says_to_give_it_whole(tiny: str) -> None:
     (line,) = problems_of(tiny, ["data.train=[{path: a}]", "data.train.0.path=b"])
-    assert line.startswith("data.train.0.path: data.train has no fields") and "data.train=[{path: text}]" in line
+    assert (
+        line.startswith("data.train.0.path: data.train has no fields")
+        and "data.train=[{path: data/corpus_train}]" in line
+    )
 
 
 def test_override_with_an_open_bracket_is_one_sentence(tiny: str) -> None:
@@ -156,6 +175,9 @@ def test_missing_sections_are_named(tmp_path: Path) -> None:
         ("base: 3: 4\n", "bad.yaml:1: "),
         ("base: {a: b}\n", "base: must be a path or a list of paths"),
         ("model: !!python/object:os.system {}\n", "bad.yaml:1: "),
+        ("train: {num_steps: !!int abc}\n", "bad.yaml: not YAML (invalid literal"),
+        ("model: &again {moe: *again}\n", "an anchor that holds itself"),
+        (f"model: {'[' * 3000}{']' * 3000}\n", "nested too deep"),
     ],
 )
 def test_unreadable_yaml_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:

@@ -19,15 +19,15 @@ def inject(fault: str | None, rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signal_in_step_3(number: int, rank: int) -> Iterator[None]:
-    """Send the last rank a signal while it reads its third batch."""
+def signal_while_reading(number: int, *, call: int, is_hit: bool) -> Iterator[None]:
+    """Send this rank a signal, if it is the one to hit, while it reads the batches of its `call`-th step."""
     from trainer.data.reader import BatchReader
 
     read, calls = BatchReader.read_step, [0]
 
     def read_step(self):
         calls[0] += 1
-        if calls[0] == 3 and rank == 1:
+        if calls[0] == call and is_hit:
             os.kill(os.getpid(), number)
         return read(self)
 
@@ -88,8 +88,9 @@ def too_small_disk_at_step_4(rank: int) -> Iterator[None]:
 
 
 FAULTS = {
-    "sigterm": lambda rank: signal_in_step_3(signal.SIGTERM, rank),
-    "sigusr1": lambda rank: signal_in_step_3(signal.SIGUSR1, rank),
+    "sigterm": lambda rank: signal_while_reading(signal.SIGTERM, call=3, is_hit=rank == 1),
+    "sigusr1": lambda rank: signal_while_reading(signal.SIGUSR1, call=3, is_hit=rank == 1),
+    "sigterm_rank_0_second_step": lambda rank: signal_while_reading(signal.SIGTERM, call=2, is_hit=rank == 0),
     "nan_loss": nan_loss,
     "full_disk": full_disk_at_step_4,
     "too_small_disk": too_small_disk_at_step_4,

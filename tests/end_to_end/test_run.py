@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import ExitCode
 
@@ -44,8 +47,10 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
     assert (run_dir / "checkpoints" / "latest").resolve().name == "step_00000006"
     assert json.loads((run_dir / "config.json").read_text())["parallel"]["tp"] == 2
     assert json.loads((run_dir / "environment.json").read_text())["layout"]["tp"] == 2
-    assert (run_dir / "command.txt").read_text().strip()
-    assert list((run_dir / "tensorboard").glob("events.*"))
+    assert (run_dir / "command.txt").read_text().startswith("# 2 ranks on 1 host(s), by single, each:\n")
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("validation_loss/validation")] == [0, 3, 6]
     log = (run_dir / "logs" / "attempt_1" / "rank_0.log").read_text()
     assert log.count("sample: ") == 2 and "before training" in log
     assert (run_dir / "logs" / "attempt_1" / "rank_1.log").exists()
@@ -84,6 +89,40 @@ def test_going_back_sets_later_checkpoints_aside(train, tmp_path):
     assert (folder / "latest").resolve() == (folder / "step_00000007").resolve()
     assert (folder / "abandoned_step_00000008").exists()
     assert [step for step, *_ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_command_queued_again_continues_instead_of_going_back_twice(train, tmp_path):
+    """The same command goes on from its own newest checkpoint; a changed one goes back once more."""
+    folder = tmp_path / "run" / "checkpoints"
+    assert train(1, "checkpoint.save_every=1")[0] == ExitCode.DONE
+    back = ("checkpoint.save_every=1", f"checkpoint.resume={folder}/step_00000002", "train.num_steps=5")
+    assert train(1, *back, fault="sigterm_rank_0_second_step")[0] == ExitCode.STOPPED_AFTER_SAVING
+    assert (folder / "abandoned_step_00000006").exists()
+    assert (folder / "latest").resolve().name == "step_00000004"
+    assert train(1, *back)[0] == ExitCode.DONE
+    assert "step 3/5" not in (tmp_path / "run" / "logs" / "attempt_3" / "rank_0.log").read_text()
+    assert train(1, *back, "optimizer.lr=5.0e-3")[0] == ExitCode.DONE
+    assert "step 3/5" in (tmp_path / "run" / "logs" / "attempt_4" / "rank_0.log").read_text()
+
+
+def test_a_run_directory_takes_one_run_at_a_time(train, tmp_path):
+    holder = (
+        "import fcntl, sys\n"
+        f"file = open(r'{tmp_path}/run/.lock', 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "file.write('process 7 on elsewhere')\n"
+        "file.flush()\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        code, sentence = train(2)
+        other.stdin.close()
+    assert code == ExitCode.BAD_INPUT and "being written to by process 7 on elsewhere" in sentence
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert train(2)[0] == ExitCode.DONE
 
 
 def test_layouts_agree_from_one_seed_checkpoint(train, tmp_path):

@@ -38,21 +38,40 @@ def test_a_killed_rank_is_a_lost_peer():
     assert run_snippet(snippet, 2) == ExitCode.PEER_LOST
 
 
-def test_a_signal_is_handed_on_to_every_rank(tmp_path):
+def wait_for_files(folder: Path, name: str) -> None:
+    """Wait until both ranks have made the file `<name><rank>`, 20 seconds at most."""
+    deadline = time.monotonic() + 20
+    while not all((folder / f"{name}{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("sent", "received", "code"),
+    [
+        (signal.SIGUSR1, "SIGUSR1", ExitCode.STOPPED_AFTER_SAVING),
+        (signal.SIGHUP, "SIGTERM", ExitCode.STOPPED_AFTER_SAVING),
+        (signal.SIGKILL, "SIGTERM", -signal.SIGKILL),
+    ],
+)
+def test_a_signal_reaches_every_rank(tmp_path, sent, received, code):
+    """Also when it closes the terminal, or ends the launcher before it can hand anything on."""
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))\n"
+        "def leave(*_):\n"
+        f"    open(r'{tmp_path}/left' + os.environ['RANK'], 'w').close()\n"
+        "    sys.exit(3)\n"
+        f"signal.signal(signal.{received}, leave)\n"
         f"open(r'{tmp_path}/ready' + os.environ['RANK'], 'w').close()\n"
         "time.sleep(60)\n"
     )
     command = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2", str(worker), "config"]
     launcher = subprocess.Popen(command, cwd=ROOT)
-    deadline = time.monotonic() + 20
-    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGUSR1)
-    assert launcher.wait(timeout=20) == ExitCode.STOPPED_AFTER_SAVING
+    wait_for_files(tmp_path, "ready")
+    launcher.send_signal(sent)
+    assert launcher.wait(timeout=20) == code
+    wait_for_files(tmp_path, "left")
+    assert (tmp_path / "left0").exists() and (tmp_path / "left1").exists()
 
 
 def test_bad_command_lines_are_refused(capsys):

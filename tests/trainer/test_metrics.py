@@ -1,11 +1,13 @@
 """metrics.jsonl is continuous over resumes and kills; TensorBoard purges; the live line degrades to plain lines."""
 
+import io
 import json
 import logging
 import math
 import re
 
 import pytest
+from rich.console import Console
 
 from trainer.log import add_rank_file, next_attempt, start_console
 from trainer.metrics import STEP_KEYS, LiveLine, MetricsWriter, drop_rows_after, format_duration
@@ -84,6 +86,18 @@ def test_tensorboard_hides_what_a_resume_trains_again(tmp_path):
         *[(step, 1.0) for step in (4, 5, 6)],
     ]
     assert "step" not in events.Tags()["scalars"]
+
+
+def test_the_live_line_fits_a_narrow_terminal(monkeypatch):
+    narrow = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("trainer.metrics.console", narrow)
+    line = LiveLine(100_000, start_step=99_000)
+    line.update(row(99_001) | {"tokens_per_second": 1_234_567.0})
+    shown = line._progress.get_renderable()
+    text = narrow.render_lines(shown, pad=False)
+    line.close()
+    assert len(text) == 1
+    assert "left" in "".join(segment.text for segment in text[0])
 
 
 def test_off_a_terminal_the_live_line_is_one_plain_line_every_log_every_steps(caplog):

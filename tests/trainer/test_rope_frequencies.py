@@ -64,7 +64,7 @@ def transformers_frequencies(rope: RopeConfig) -> tuple[np.ndarray, float]:
     return frequencies.numpy(), float(factor)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("yarn")])
 def test_frequencies_equal_transformers(name):
     from trainer.model.rope import compute_inverse_frequencies
 

@@ -16,8 +16,7 @@ from configs.errors import BadInput
 from configs.load import resolved_dict
 from parallel.collectives import gather_objects
 from parallel.seeding import set_rng_state
-from trainer.checkpoint.layout import list_checkpoints
-from trainer.checkpoint.manifest import Manifest, check_architecture, find_damage, read_manifest
+from trainer.checkpoint.manifest import Manifest, advise_another, check_architecture, find_damage, read_manifest
 from trainer.checkpoint.sharded_state import build_full_state, build_model_state, build_rng_state, fit_optimizer_state
 from trainer.engine import Engine
 from trainer.stages.base import Stage
@@ -68,11 +67,7 @@ def _check(engine: Engine, checkpoint: Path, manifest: Manifest, *, is_warm_star
     mine = sorted(manifest.files)[engine.mesh.rank :: engine.mesh.world_size]
     problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
     if problems:
-        others = [path for path in list_checkpoints(checkpoint.parent.parent) if path != checkpoint]
-        advice = (
-            f"continue from checkpoint.resume={others[-1]}" if others else "there is no other checkpoint of the run"
-        )
-        raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted: {advice}.")
+        raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted: {advise_another(checkpoint)}.")
 
 
 def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

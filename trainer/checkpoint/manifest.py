@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
+from trainer.checkpoint.layout import list_checkpoints
 from trainer.state import TrainState
 
 MANIFEST = "checkpoint.json"
@@ -70,7 +71,13 @@ def read_manifest(checkpoint: Path) -> Manifest:
             "runs/<name>/checkpoints/step_00000100."
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: unreadable ({error}); use an earlier checkpoint of the run.") from error
+        raise BadInput(f"{path}: unreadable ({error}); {advise_another(checkpoint)}.") from error
+
+
+def advise_another(checkpoint: Path) -> str:
+    """Return what to do instead of using a damaged checkpoint: name the newest other one of its run."""
+    others = [path for path in list_checkpoints(checkpoint.parent.parent) if path != checkpoint]
+    return f"continue from checkpoint.resume={others[-1]}" if others else "there is no other checkpoint of the run"
 
 
 def check_architecture(manifest: Manifest, model: Mapping[str, Any], where: Path, *, is_warm_start: bool) -> None:

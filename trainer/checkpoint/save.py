@@ -105,13 +105,15 @@ class CheckpointWriter:
             self.finish()
         self.last_saved_step = state.step
 
-    def poll(self) -> None:
-        """Publish a background save if every rank has written its part; call it once a step."""
-        pending = self._pending
-        if pending is None:
-            return
-        is_writing = pending.thread is not None and pending.thread.is_alive()
-        if not any_rank(is_writing, self._engine.mesh.device):
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's part of a background save is still being written (not collective)."""
+        thread = self._pending.thread if self._pending is not None else None
+        return thread is not None and thread.is_alive()
+
+    def publish_if_written(self, *, is_any_rank_writing: bool) -> None:
+        """Publish a background save once every rank has written its part; call it once a step."""
+        if self._pending is not None and not is_any_rank_writing:
             self.finish()
 
     def finish(self) -> None:

@@ -213,7 +213,7 @@ def _parse_line(line: bytes, where: str, text_key: str) -> str:
     """Take the text out of one JSON line."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
     if not isinstance(record, dict):
         raise BadInput(f'{where}: not a JSON object; each line must be one, like {{{json.dumps(text_key)}: "..."}}')

@@ -79,7 +79,10 @@ def _use_torch_kernels(spec: TransformerBlockSubmodules, transformer: Transforme
 
 
 def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.device) -> None:
-    """Set the frequencies of the scaling kinds that Megatron-Core has no fields for, or only with fixed constants."""
+    """Set the frequencies of the scaling kinds that Megatron-Core has no fields for, or only with fixed constants.
+
+    yarn (Peng et al. 2023, arXiv:2309.00071) it computes itself, from `trainer.model.config`.
+    """
     if model.rope.scaling == "yarn":
         return
     if model.mla is None:

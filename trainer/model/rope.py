@@ -1,4 +1,4 @@
-"""Rotary frequencies of every scaling kind, as pure functions of the config. Knows no model class."""
+"""Rotary frequencies of the scaling kinds that Megatron-Core lacks, as pure functions. Knows no model class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def compute_inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor
     """Return the fp32 inverse frequencies `[rotary_dim / 2]` in radians per token, scaling applied.
 
     Sources: Su et al. 2021 (arXiv:2104.09864) eq. 15; linear: Chen et al. 2023 (arXiv:2306.15595); llama3: Llama 3
-    report (arXiv:2407.21783) as published with the weights; yarn: Peng et al. 2023 (arXiv:2309.00071) eq. 20-23.
+    report (arXiv:2407.21783) as published with the weights.
     """
     rotary_dim = int(head_dim * rope.fraction)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
@@ -22,8 +22,7 @@ def compute_inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor
         return plain / rope.factor
     if rope.scaling == "llama3":
         return _scale_llama3(plain, rope)
-    if rope.scaling == "yarn":
-        return _scale_yarn(plain, rope, rotary_dim)
+    assert rope.scaling == "none", "yarn is Megatron-Core's own"
     return plain
 
 
@@ -32,16 +31,3 @@ def _scale_llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     rotations = rope.original_max_position_embeddings * plain / (2 * math.pi)
     smooth = ((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return (1 - smooth) * plain / rope.factor + smooth * plain
-
-
-def _scale_yarn(plain: torch.Tensor, rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
-    """Interpolate dimensions that turn fewer than beta_slow times over the original context, keep fast ones."""
-
-    def dimension_of(rotations: float) -> float:
-        original = rope.original_max_position_embeddings
-        return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
-
-    low = max(math.floor(dimension_of(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension_of(rope.beta_slow)), rotary_dim - 1)
-    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return plain / rope.factor * ramp + plain * (1 - ramp)
