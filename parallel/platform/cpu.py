@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform as host_platform
 import resource
@@ -25,6 +26,8 @@ class CpuPlatform:
         from parallel.platform.cpu_patches import apply_cpu_patches
 
         apply_cpu_patches()
+        # Here the CPU's generator is the device's own, which Megatron-Core remarks on at every use.
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
         return torch.device("cpu")
 
     def get_rng_state(self) -> torch.Tensor:
