@@ -88,16 +88,25 @@ class TensorBoard:
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         """Open an event file in `folder`; events of steps beyond `resume_step` in older files are purged."""
-        from torch.utils.tensorboard import SummaryWriter  # here: costs a second that runs without it need not pay
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        purge_step = resume_step + 1 if folder.exists() else None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        is_resumed = folder.exists()
+        self._writer = EventFileWriter(str(folder), flush_secs=10)
+        if is_resumed:
+            self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add one scalar a key under the row's step."""
-        for key, value in row.items():
-            if key != "step":
-                self._writer.add_scalar(key, value, int(row["step"]))
+        """Add one scalar a key under the row's step, all in one event: the library opens its file for each."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in row.items() if key != "step"]
+        self._add(int(row["step"]), summary=Summary(value=values))
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
         """Flush and close the event file."""
