@@ -68,6 +68,7 @@ STAGE_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_layers", "pp", "vpp", "first", "last"), STAGE_CASES)
 def test_chunks_hold_the_layers_megatron_core_builds(
     num_layers: int, pp: int, vpp: int, first: int | None, last: int | None

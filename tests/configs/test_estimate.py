@@ -79,6 +79,7 @@ def hf_config(name: str, model: ModelConfig) -> object:
     return transformers.Qwen3Config(**shared, head_dim=model.head_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3_2_1b", "qwen3_0_6b", "qwen3_30b_a3b", "mixtral_8x7b", "deepseek_v3"])
 def test_parameters_equal_transformers_own_model(name: str) -> None:
     import torch

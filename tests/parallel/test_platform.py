@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.pool import Place
 from tests.small_runs import build_stage, open_engine, small_config, train_steps
 
@@ -45,6 +47,7 @@ print("all is well")
 """
 
 
+@pytest.mark.slow
 def test_each_patch_has_its_target_and_nothing_is_patched_on_cuda():
     command = [sys.executable, "-W", "ignore", "-c", IN_A_FRESH_PROCESS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)

@@ -60,26 +60,22 @@ def test_layout_equals_one_rank(judge, name):
     judge.check(*LAYOUTS[name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_LAYOUTS)
 def test_further_layout_equals_one_rank(judge, name):
     judge.check(*MORE_LAYOUTS[name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EIGHT_RANKS)
 def test_eight_ranks_equal_one_rank(judge, name):
     judge.check(*EIGHT_RANKS[name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [TP2_SP, TP2_PP2], ids=["tp2_sp", "tp2_pp2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_architecture_equals_one_rank(judge, name, layout):
     judge.check(*layout, model=MODELS[name])
 
 
-@pytest.mark.slow
 def test_tied_embeddings_on_interleaved_stages_with_replicas(judge):
     judge.check(4, {"pp": 2, "vpp": 2}, model=MODELS["tied_embeddings"])
 
@@ -89,7 +85,6 @@ def test_uneven_token_counts(judge, name):
     judge.check(*LAYOUTS[name], masks="uneven")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [TP2_SP, PP2_VPP2, TP2_DP2], ids=["tp2_sp", "pp2_vpp2", "tp2_dp2"])
 def test_uneven_token_counts_on_more_layouts(judge, layout):
     judge.check(*layout, masks="uneven")
@@ -100,23 +95,21 @@ def test_replica_without_a_counted_token(judge):
     judge.check(4, {}, masks="uneven")
 
 
-@pytest.mark.parametrize("name", ["tp2_sp", pytest.param("pp2_vpp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tp2_sp", pytest.param("pp2_vpp2")])
 def test_document_masks(judge, name):
     judge.check(*LAYOUTS[name], masks="documents", data={"document_mask": True})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [TP2, PP2, DP2, TP2_PP2], ids=["tp2", "pp2", "dp2", "tp2_pp2"])
 def test_document_masks_on_more_layouts(judge, layout):
     judge.check(*layout, masks="documents", data={"document_mask": True})
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_batch_size", [1, 8, pytest.param(4)])
 def test_gradient_accumulation(judge, micro_batch_size):
     judge.check(1, {}, masks="uneven", train={"micro_batch_size": micro_batch_size})
 
 
-@pytest.mark.slow
 def test_gradient_accumulation_with_documents_on_pipeline(judge):
     judge.check(*PP2, masks="documents", data={"document_mask": True}, train={"micro_batch_size": 1})
 
@@ -126,7 +119,6 @@ def test_recomputation_changes_nothing(judge, name):
     judge.check(1, {}, train={"recompute": RECOMPUTE[name]})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [TP2_SP, PP2_VPP2], ids=["tp2_sp", "pp2_vpp2"])
 @pytest.mark.parametrize("name", RECOMPUTE)
 def test_recomputation_changes_nothing_on_layouts(judge, name, layout):
@@ -138,8 +130,8 @@ def test_recomputation_changes_nothing_on_layouts(judge, name, layout):
     "layout",
     [
         pytest.param(DP2, id="dp2"),
-        pytest.param((4, {"pp": 2}), id="pp2_dp2", marks=pytest.mark.slow),
-        pytest.param((4, {"pp": 2, "vpp": 2}), id="vpp2_dp2", marks=pytest.mark.slow),
+        pytest.param((4, {"pp": 2}), id="pp2_dp2"),
+        pytest.param((4, {"pp": 2, "vpp": 2}), id="vpp2_dp2"),
     ],
 )
 def test_overlapped_communication_changes_nothing(judge, layout, param_gather):

@@ -42,7 +42,6 @@ def test_experts_on_ranks_equal_one_rank(judge, layout):
     judge.check(*layout, model=SOFTMAX)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [(2, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (4, {"ep": 4}), (4, {"ep": 2, "pp": 2, "vpp": 2})],
@@ -52,27 +51,22 @@ def test_experts_on_further_layouts(judge, layout):
     judge.check(*layout, model=SOFTMAX)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [EP2, EP2_TP2, (4, {"ep": 2, "pp": 2})], ids=["ep2", "ep2_tp2", "ep2_pp2"])
 @pytest.mark.parametrize("model", [DEEPSEEK, NO_BALANCING, Z_LOSS], ids=["deepseek", "no_balancing", "z_loss"])
 def test_routers_on_ranks_equal_one_rank(judge, model, layout):
     judge.check(*layout, model=model)
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(EP2, id="ep2"), pytest.param((4, {"ep": 4}), id="ep4", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layout", [pytest.param(EP2, id="ep2"), pytest.param((4, {"ep": 4}), id="ep4")])
 def test_experts_with_uneven_token_counts(judge, layout):
     judge.check(*layout, masks="uneven", model=NO_BALANCING)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [EP2, EP2_TP2], ids=["ep2", "ep2_tp2"])
 def test_experts_with_documents(judge, layout):
     judge.check(*layout, masks="documents", model=SOFTMAX, data={"document_mask": True})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("modules", [["moe"], ["core_attn", "moe"]], ids=["moe", "core_attn_moe"])
 def test_recomputed_experts(judge, modules):
     judge.check(*EP2, model=SOFTMAX, train={"recompute": {"granularity": "selective", "modules": modules}})
@@ -82,37 +76,31 @@ def test_latent_attention_tp2(judge):
     judge.check(2, {"tp": 2}, model=MLA)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(2, {"tp": 2, "sp": True}), (4, {"tp": 2, "pp": 2})], ids=["tp2_sp", "tp2_pp2"])
 @pytest.mark.parametrize("masks", ["all", "documents"])
 def test_latent_attention_on_layouts(judge, layout, masks):
     judge.check(*layout, masks=masks, model=MLA, data={"document_mask": masks == "documents"})
 
 
-@pytest.mark.slow
 def test_latent_attention_with_yarn(judge):
     model = MLA | {"rope": MLA["rope"] | YARN}
     judge.check(2, {"tp": 2, "sp": True}, model=model)
 
 
-@pytest.mark.slow
 def test_latent_attention_without_query_compression(judge):
     model = MLA | {"mla": MLA["mla"] | {"q_lora_rank": None}}
     judge.check(4, {"tp": 2, "sp": True, "pp": 2}, model=model)
 
 
-@pytest.mark.slow
 def test_latent_attention_recomputed(judge):
     judge.check(2, {"tp": 2}, model=MLA, train={"recompute": {"granularity": "selective"}})
 
 
-@pytest.mark.slow
 def test_pipeline_stage_without_experts(judge):
     """The first stage's layers are all dense, so its ranks have no optimizer for experts."""
     model = {"moe": MOE | {"num_dense_layers": 2}}
     judge.check(4, {"ep": 2, "pp": 2}, model=model)
 
 
-@pytest.mark.slow
 def test_latent_attention_and_experts_together(judge):
     judge.check(*EP2_TP2, model=MLA | DEEPSEEK)

@@ -86,7 +86,7 @@ def stopped_run(ranks, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", ["one", "tp2_pp2", pytest.param("pp2_vpp2_dp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["one", "tp2_pp2", pytest.param("pp2_vpp2_dp2")])
 def test_same_layout_bit_for_bit(ranks, stopped_run, name):
     """With dropout, so that the random generators must continue too."""
     model = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -100,8 +100,8 @@ def test_same_layout_bit_for_bit(ranks, stopped_run, name):
 
 @pytest.mark.parametrize(
     "before, after",
-    [("one", "tp2_pp2"), ("tp2_pp2", "dp2"), pytest.param("dp2", "pp2_vpp2_dp2", marks=pytest.mark.slow)]
-    + [pytest.param("pp2_vpp2_dp2", after, marks=pytest.mark.slow) for after in ("one", "tp2_sp", "pp2")],
+    [("one", "tp2_pp2"), ("tp2_pp2", "dp2"), pytest.param("dp2", "pp2_vpp2_dp2")]
+    + [pytest.param("pp2_vpp2_dp2", after) for after in ("one", "tp2_sp", "pp2")],
 )
 def test_another_layout(ranks, stopped_run, before, after):
     run_dir, uninterrupted = stopped_run(before)
@@ -110,7 +110,6 @@ def test_another_layout(ranks, stopped_run, before, after):
     assert_equal_runs(resumed, uninterrupted)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [("one", "ep2"), ("one", "ep2_tp2"), ("ep2", "one"), ("ep2_tp2", "ep4")])
 def test_experts_on_another_layout(ranks, stopped_run, before, after):
     """Experts share the optimizer with the rest on one rank and have one of their own under expert parallelism."""

@@ -75,6 +75,7 @@ def test_bad_numbers_are_refused(capsys):
     assert error.value.code == 2 and "--rounds 5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_one_sentence(tmp_path):
     with pytest.raises(RunFailed, match="fit on 1 rank ended with exit code"):
         run_once(Case("1 rank", 1, ("parallel.nonsense=1",), ("fit",)), "fit", 1, tmp_path / "none", tmp_path / "run")

@@ -55,6 +55,7 @@ def run_broken(place):
         dist.all_gather_into_tensor = gather
 
 
+@pytest.mark.slow
 def test_steps_collectives_scaler_and_speed_pass(ranks):
     outcomes = ranks.run(run_step_checks)[0]
     assert [one.status for one in outcomes] == ["passed"] * 6, outcomes
