@@ -1,6 +1,6 @@
 """Measure what our training loop costs: tokens/s of `fit` against a bare megatron-core loop and Hugging Face's Trainer.
 
-Run: python tools/bench/throughput.py [--rounds 5] [--steps 10] [--out FILE.json]   (`make bench`)
+Run: python tools/bench/throughput.py [--rounds 7] [--steps 20] [--out FILE.json]   (`make bench`)
 Every run is a process (or two) of its own: the demo's model on made-up tokens in fp32, the loops taking turns.
 On CPU ranks unless SHARDWRIGHT_PLATFORM says otherwise. Exit code 1 if a run failed.
 """
@@ -149,8 +149,8 @@ def _is_same_loss(rows: Sequence[dict[str, Any]], layout: str, other: str) -> bo
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="throughput.py", description="Tokens/s of our loop against two others.")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each loop (default 5)")
-    parser.add_argument("--steps", type=int, default=10, help=f"measured steps a run, after {NUM_WARMUP} (default 10)")
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each loop (default 7)")
+    parser.add_argument("--steps", type=int, default=20, help=f"measured steps a run, after {NUM_WARMUP} (default 20)")
     default_out = ROOT / "tools" / "bench" / "results" / "throughput_cpu.json"
     parser.add_argument("--out", type=Path, default=default_out, help="result file")
     arguments = parser.parse_args(argv)

@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from configs.derive import padded_vocab_size
 from configs.schema import Config, MlaConfig, ModelConfig
@@ -61,6 +62,8 @@ def _build_chunk(
         _normalise_latent_alone(chunk, model.mla)
     if model.mla is not None and mesh.tp_size > 1 and not use_te:
         _sum_shared_key_gradients(chunk, model.mla)
+    if not use_te:
+        _name_norms_as_fused(chunk)
     return chunk
 
 
@@ -76,6 +79,25 @@ def _use_torch_kernels(spec: TransformerBlockSubmodules, transformer: Transforme
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) is not IdentityOp:
                 setattr(attention, name, norm)
+
+
+def _name_norms_as_fused(chunk: GPTModel) -> None:
+    """Give the norms the names in checkpoints that they have in Transformer Engine's layers, which fuse them.
+
+    A checkpoint then reads the same with and without Transformer Engine; Megatron-Core's own map of the local layers
+    sees to that in dense layers with ordinary attention alone.
+    """
+    for layer in chunk.decoder.layers:
+        if isinstance(chunk.config, MLATransformerConfig):
+            names = {
+                "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+                "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+            }
+        else:
+            names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        if not isinstance(layer.mlp, MoELayer):
+            names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        layer.submodules_config.sharded_state_dict_keys_map = names
 
 
 def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.device) -> None:
