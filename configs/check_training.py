@@ -140,11 +140,14 @@ def _check_checkpoint(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
     if not checkpoint.resume.strip():
         yield "checkpoint.resume: is empty; a value that would work: auto"
-    if checkpoint.resume not in ("auto", "never") and checkpoint.init_from is not None:
-        yield (
-            "checkpoint.init_from: checkpoint.resume names a checkpoint too, and a run starts from one; a value that "
-            "would work: null (to continue), or checkpoint.resume=auto (for a warm start)"
-        )
+    for name in ("init_from", "init_from_hf"):
+        if checkpoint.resume not in ("auto", "never") and getattr(checkpoint, name) is not None:
+            yield (
+                f"checkpoint.{name}: checkpoint.resume names a checkpoint too, and a run starts from one; a value that "
+                "would work: null (to continue), or checkpoint.resume=auto (for a warm start)"
+            )
+    if checkpoint.init_from is not None and checkpoint.init_from_hf is not None:
+        yield "checkpoint.init_from_hf: checkpoint.init_from names weights too; a value that would work: null"
     if checkpoint.keep_every is None:
         return
     if checkpoint.save_every is None:

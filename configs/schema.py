@@ -330,6 +330,11 @@ class CheckpointConfig(Section):
     or a checkpoint's path."""
     init_from: str | None = None
     """Warm start: weights alone from this checkpoint (or run directory); step, optimizer and data start anew."""
+    init_from_hf: str | None = None
+    """Warm start from the directory of a Hugging Face model, onto any layout; `model` must say the same as its
+    config.json (`python tools/convert_hf.py model DIR` prints it)."""
+    export_hf: bool = False
+    """Write each checkpoint as a Hugging Face model too, under `hf/` in its directory; training waits for it."""
 
 
 class SampleConfig(Section):

@@ -113,7 +113,7 @@ def write_json(path: Path, machine: Mapping[str, Any], outcomes: Sequence[Outcom
 
 def check_platform(platform: PlatformName, *, quick: bool, out: Path | None) -> bool:
     """Run every check on a platform, print the table, write `out`, and return whether none failed."""
-    from tools.device_checks.engine import open_world
+    from tools.one_rank import open_world
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, open_world(platform) as mesh:
         machine = describe_machine(mesh.platform.describe())

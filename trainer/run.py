@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,11 @@ from trainer.checkpoint.layout import (
     resolve_checkpoint,
     set_aside_after,
 )
-from trainer.checkpoint.manifest import check_architecture, read_manifest
+from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
 from trainer.data.corpus import Corpus, open_corpus
+from trainer.hf.companions import carried_folder, carry
+from trainer.hf.config_json import compare_models, load_config_json, write_model
+from trainer.hf.source import HfModel
 from trainer.metrics import LiveLine, MetricsWriter
 from trainer.run_directory import (
     RunLock,
@@ -48,16 +52,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where the run begins: at most one of the two is set."""
+    """Where the run begins: at most one of the three is set."""
 
-    resume_from: Path | None
-    init_from: Path | None
+    resume_from: Path | None = None
+    init_from: Path | None = None
+    init_from_hf: HfModel | None = None
 
     def describe(self) -> str:
         """Return the start in words."""
         if self.resume_from is not None:
             return f"resuming from {self.resume_from}"
-        return f"starting with the weights of {self.init_from}" if self.init_from is not None else "a fresh start"
+        weights = self.init_from or (self.init_from_hf and self.init_from_hf.directory)
+        return f"starting with the weights of {weights}" if weights else "a fresh start"
+
+    @property
+    def carried(self) -> Path | None:
+        """Directory with the `config.json` and companions of the Hugging Face model that the weights come from."""
+        if self.init_from_hf is not None:
+            return self.init_from_hf.directory
+        checkpoint = self.resume_from or self.init_from
+        return carried_folder(checkpoint.parent.parent) if checkpoint is not None else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,10 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     if problem:
         raise BadInput(problem)
     start = find_start(config)
+    if config.checkpoint.export_hf:
+        write_model(
+            config.model, load_config_json(start.carried) if start.carried else None
+        )  # refuses what no family has
     device = platform.activate(environment.local_rank)
     corpus = open_corpus(config)
     init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
@@ -125,12 +143,27 @@ def find_start(config: Config) -> Start:
                 f"run.seed: {config.run.seed} differs from the {saved_seed} of {resume_from}, on which the order of "
                 f"the data hangs; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
             )
-        return Start(resume_from, None)
+        return Start(resume_from=resume_from)
+    if settings.init_from_hf is not None:
+        return Start(init_from_hf=_open_hf_model(settings.init_from_hf, config))
     if settings.init_from is None:
-        return Start(None, None)
+        return Start()
     init_from = _existing(settings.init_from, "checkpoint.init_from")
     check_architecture(read_manifest(init_from), model, init_from, is_warm_start=True)
-    return Start(None, init_from)
+    return Start(init_from=init_from)
+
+
+def _open_hf_model(directory: str, config: Config) -> HfModel:
+    """Return the model whose weights the run starts with, after comparing its architecture with the config's."""
+    source = HfModel(directory, config.model)
+    free = tuple(f"model.{name}" for name in FREE_WARM_START_FIELDS)
+    differences = [line for line in compare_models(config.model, source.model) if not line.startswith(free)]
+    if differences:
+        raise BadInput(
+            f"checkpoint.init_from_hf: {directory} is another architecture ({'; '.join(differences)}); "
+            f"python tools/convert_hf.py model {directory} prints the section that fits."
+        )
+    return source
 
 
 def _is_continuing(latest: Path, config: Config) -> bool:
@@ -174,6 +207,7 @@ def _train_with(engine: Engine, job: _Job) -> ExitCode:
     from trainer.checkpoint.load import resume, warm_start
     from trainer.checkpoint.save import CheckpointWriter
     from trainer.evaluate import Evaluator
+    from trainer.hf.warm_start import load_hf_weights
     from trainer.hooks import Hooks
     from trainer.loop import fit
     from trainer.stages.build import build_stage
@@ -185,6 +219,8 @@ def _train_with(engine: Engine, job: _Job) -> ExitCode:
         state = resume(engine, stage, start.resume_from)
     elif start.init_from is not None:
         warm_start(engine, start.init_from)
+    elif start.init_from_hf is not None:
+        load_hf_weights(engine, start.init_from_hf)
     run_dir = Path(str(config.run.dir))
     job.lock.take(mesh)
     hooks = Hooks(
@@ -194,7 +230,11 @@ def _train_with(engine: Engine, job: _Job) -> ExitCode:
         reporter=_open_run_directory(engine, run_dir, job, state),
         evaluator=Evaluator(job.corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)),
         checkpoints=CheckpointWriter(
-            run_dir, config.checkpoint, engine, last_saved_step=state.step if start.resume_from else None
+            run_dir,
+            config.checkpoint,
+            engine,
+            last_saved_step=state.step if start.resume_from else None,
+            on_published=partial(_export, engine) if config.checkpoint.export_hf else None,
         ),
         signals=signals,
     )
@@ -226,10 +266,31 @@ def _open_run_directory(engine: Engine, run_dir: Path, job: _Job, state: TrainSt
     if start.resume_from is not None and start.resume_from.parent == checkpoints_dir(run_dir).resolve():
         for aside in set_aside_after(run_dir, state.step):
             log.info("%s: set aside, since the run goes back to step %d", aside, state.step)
+    if start.carried is not None and start.resume_from is None:
+        carry(start.carried, run_dir)
     show_start(config, details)
     writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
     live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)
     return Reporter(config, engine, writer, live)
+
+
+def _export(engine: Engine, checkpoint: Path) -> None:
+    """Write a checkpoint as a Hugging Face model too. Collective: all ranks of the world must call this."""
+    from trainer.hf.exporting import ExportSource, export_checkpoint
+
+    config, mesh = engine.config, engine.mesh
+    carried = carried_folder(checkpoint.parent.parent)
+    report = export_checkpoint(
+        ExportSource(checkpoint, config.model, carried, config.data.tokenizer),
+        checkpoint / "hf",
+        dtype=None,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        on_bytes=lambda done: None,
+    )
+    log.info("exported %s (%.1f s)", checkpoint / "hf", report.seconds)
+    if report.non_finite:
+        log.warning("%s holds NaN or infinite values: %s", checkpoint / "hf", report.non_finite)
 
 
 def show_samples(config: Config, engine: Engine, corpus: Corpus, signals: StopSignals) -> None:

@@ -11,9 +11,10 @@ TINY = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attentio
 
 
 def run_step_checks(place):
-    from tools.device_checks.engine import build_config, open_world
+    from tools.device_checks.engine import build_config
     from tools.device_checks.speed import check_speed
     from tools.device_checks.steps import check_collectives, check_loss_scaler, check_steps
+    from tools.one_rank import open_world
 
     with open_world("cpu") as mesh:
         outcomes = [check_collectives(mesh), *(check_steps(mesh, name) for name in ("fp32", "bf16", "fp16"))]
@@ -23,7 +24,7 @@ def run_step_checks(place):
 
 def run_attention_checks(place):
     from tools.device_checks.attention import check_attention
-    from tools.device_checks.engine import open_world
+    from tools.one_rank import open_world
 
     with open_world("cpu") as mesh:
         return [check_attention(mesh, name, use_te=False, seq_len=96) for name in ("fp32", "bf16", "fp16")]
@@ -35,7 +36,7 @@ def run_broken(place):
 
     from tools.device_checks import steps
     from tools.device_checks.attention import check_attention
-    from tools.device_checks.engine import open_world
+    from tools.one_rank import open_world
     from trainer import engine
     from trainer.model.attention import SdpaCoreAttention
 

@@ -7,7 +7,6 @@ The words are the loop (fit, bare or hf), the result's file, warm-up steps, meas
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,12 +17,13 @@ from configs.schema import Config
 from parallel.environment import Environment
 from parallel.platform import PlatformName, detect_platform_name, load_platform
 from tools.bench.clock import RunMeasure, StepClock
+from tools.ranks import read_environment
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the loop that `argv` names and return the exit code."""
     loop, result, num_warmup, num_steps, config_path, *overrides = argv
-    environment = _read_environment()
+    environment = read_environment()
     name = detect_platform_name()
     platform = load_platform(name)
     clock = StepClock(int(num_warmup), int(num_steps), platform.synchronize)
@@ -57,16 +57,6 @@ def _run(loop: str, config: Config, environment: Environment, platform: Platform
 
     run_hf(config, platform, clock)
     return None
-
-
-def _read_environment() -> Environment:
-    """Return this rank's place as `launch.local` set it, a world of one where nobody did."""
-    variables = os.environ
-    return Environment(
-        rank=int(variables.get("RANK", "0")),
-        world_size=int(variables.get("WORLD_SIZE", "1")),
-        local_rank=int(variables.get("LOCAL_RANK", "0")),
-    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
-"""A world of one rank on a platform, and engines of any config on it with made-up batches: what checks run on."""
+"""Configs, made-up batches and steps of the device checks, on an engine of one rank (`tools.one_rank`)."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import Config
-from parallel.platform import PlatformName
 
 if TYPE_CHECKING:
-    from parallel.mesh import Mesh
     from trainer.engine import Engine
     from trainer.stages.base import Stage
     from trainer.state import StepResult
@@ -41,41 +35,6 @@ def build_config(compute: str, model: Mapping[str, Any] = SMALL_MODEL, **section
     for name, section in sections.items():
         fields[name] = fields.get(name, {}) | dict(section)
     return Config.model_validate(fields)
-
-
-@contextlib.contextmanager
-def open_world(platform_name: PlatformName) -> Iterator[Mesh]:
-    """Start a world of one rank with the platform's collectives and yield its mesh; it ends with the context."""
-    import torch.distributed as dist
-
-    from parallel.mesh import build_mesh, destroy_mesh, init_world
-    from parallel.platform import load_platform
-
-    platform = load_platform(platform_name)
-    device = platform.activate(0)
-    config = build_config("fp32")
-    with tempfile.TemporaryDirectory(prefix="world-") as folder:
-        meeting = (Path(folder) / "store").as_uri()
-        init_world(platform, config, rank=0, world_size=1, init_method=meeting)
-        try:
-            yield build_mesh(platform, device, config)
-        finally:
-            destroy_mesh()
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def open_engine(config: Config, mesh: Mesh) -> Iterator[Engine]:
-    """Yield an engine with new weights, built as `trainer.run` builds it; its memory is free after the context."""
-    from trainer.run import build_engine
-
-    engine = build_engine(config, mesh)
-    try:
-        yield engine
-    finally:
-        engine.close()
-        del engine
-        gc.collect()
 
 
 def build_repeating_stage(config: Config) -> Stage:

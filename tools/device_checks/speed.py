@@ -10,8 +10,9 @@ import yaml
 
 from configs.estimate import count_parameters, flops_per_step
 from configs.schema import Config
-from tools.device_checks.engine import build_config, build_repeating_stage, open_engine, train
+from tools.device_checks.engine import build_config, build_repeating_stage, train
 from tools.device_checks.outcome import Outcome
+from tools.one_rank import open_engine
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tools.device_checks.engine import build_config, build_repeating_stage, open_engine, train
+from tools.device_checks.engine import build_config, build_repeating_stage, train
 from tools.device_checks.outcome import Outcome, judge
+from tools.one_rank import open_engine
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh

@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
 from parallel.collectives import gather_objects
 from parallel.seeding import set_rng_state
-from trainer.checkpoint.manifest import Manifest, advise_another, check_architecture, find_damage, read_manifest
+from trainer.checkpoint.manifest import (
+    IMPORT_STAGE,
+    Manifest,
+    advise_another,
+    check_architecture,
+    find_damage,
+    read_manifest,
+)
 from trainer.checkpoint.sharded_state import build_full_state, build_model_state, build_rng_state, fit_optimizer_state
 from trainer.engine import Engine
 from trainer.stages.base import Stage
@@ -56,7 +64,13 @@ def warm_start(engine: Engine, checkpoint: Path) -> None:
     """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does."""
     manifest = read_manifest(checkpoint)
     _check(engine, checkpoint, manifest, is_warm_start=True)
-    _set_weights(engine, _load(build_model_state(engine), checkpoint))
+    state = build_model_state(engine)
+    if manifest.stage["name"] == IMPORT_STAGE:  # Hugging Face models have no state of Transformer Engine
+        state = {
+            chunk: {name: value for name, value in tensors.items() if not isinstance(value, ShardedObject)}
+            for chunk, tensors in state.items()
+        }
+    _set_weights(engine, _load(state, checkpoint))
     engine.optimizer.reload_model_params()
 
 

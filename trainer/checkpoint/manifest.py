@@ -19,6 +19,8 @@ from trainer.state import TrainState
 
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
+IMPORT_STAGE = "import_hf"
+"""Stage name of a checkpoint that was made of a Hugging Face model; a run begins from it with checkpoint.init_from."""
 # Fields of `model` that shape no weight and may differ between the run that saved and the run that continues.
 FREE_MODEL_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_std"})
 # A new stage may also stretch the context.

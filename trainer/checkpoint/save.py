@@ -10,7 +10,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -58,9 +58,18 @@ class CheckpointWriter:
     """Saves the engine's state under a run directory, one checkpoint at a time."""
 
     def __init__(
-        self, run_dir: str | Path, settings: CheckpointConfig, engine: Engine, last_saved_step: int | None = None
+        self,
+        run_dir: str | Path,
+        settings: CheckpointConfig,
+        engine: Engine,
+        last_saved_step: int | None = None,
+        on_published: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write under `run_dir`; `last_saved_step` is the step the run was resumed from, which is on disk already."""
+        """Write under `run_dir`; `last_saved_step` is the step the run was resumed from, which is on disk already.
+
+        `on_published` is called on all ranks with each checkpoint once it is visible.
+        """
+        self._on_published = on_published
         self._dir = checkpoints_dir(run_dir)
         self._run_dir = Path(run_dir)
         self._settings = settings
@@ -134,6 +143,8 @@ class CheckpointWriter:
         if self._engine.mesh.rank == 0:
             self._publish(pending, {name: info for _, files in outcomes for name, info in files.items()})
         barrier()
+        if self._on_published is not None:
+            self._on_published(self._dir / checkpoint_name(pending.step))
 
     def _check_space(self, pending: _Pending, buckets: Any) -> None:
         """Raise CheckpointFailed on all ranks if the disk cannot hold what all ranks are about to write."""

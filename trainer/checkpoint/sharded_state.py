@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
 from parallel.seeding import get_rng_state
+from trainer.checkpoint.places import name_at
 from trainer.engine import Engine
 from trainer.optimizer import init_optimizer_state
 
@@ -15,6 +20,31 @@ def build_model_state(engine: Engine) -> dict[str, Any]:
     """Return the sharded weights of this rank's model chunks, by `model<chunk>`."""
     metadata = _metadata(engine)
     return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(engine.chunks)}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of one tensor of the model."""
+
+    name: str
+    """Of the whole tensor (see `trainer.checkpoint.places`)."""
+    offsets: tuple[int, ...]
+    """Where the part begins in the whole tensor."""
+    data: torch.Tensor
+    """The part itself, in the engine's own memory."""
+
+
+def model_shards(engine: Engine) -> Iterator[Shard]:
+    """Yield every tensor that this rank holds a part of, pieces of one tensor in a row."""
+    state = build_model_state(engine)
+    apply_factories(state)
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor):
+            index, offsets = (
+                tensor.global_offset[: tensor.prepend_axis_num],
+                tensor.global_offset[tensor.prepend_axis_num :],
+            )
+            yield Shard(name_at(tensor.key, index), tuple(offsets), tensor.data)
 
 
 def build_full_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:

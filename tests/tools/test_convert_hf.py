@@ -1,0 +1,207 @@
+"""The command: in, verified, out again; and one sentence for everything that is wrong, with nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.pool import Place
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.06,
+}  # fmt: skip
+
+
+def run_tool(place: Place, argv: list[str]) -> tuple[int, str, str]:
+    """Run the command in a worker and return its exit code, stdout and stderr."""
+    import contextlib
+    import io
+
+    from tools.convert_hf import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return int(code), out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def convert(ranks):
+    """Return a function that runs the command on one rank."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        return ranks.run(run_tool, [str(word) for word in argv])[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """Return the directory of a small Llama in bf16, with a chat template and a generation config."""
+    import transformers
+
+    directory = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).bfloat16()
+    model.save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    return directory
+
+
+@pytest.fixture
+def copy(llama, tmp_path) -> Path:
+    """Return a copy of the small Llama that a test may spoil."""
+    return Path(shutil.copytree(llama, tmp_path / "hf"))
+
+
+def test_in_verified_and_out_again(convert, llama, tmp_path):
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    code, said, _ = convert("import", llama, run_dir)
+    assert code == 0 and "21 tensors" in said and "MB/s" in said
+    assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoints", "hf", "model.yaml"]
+    code, said, _ = convert("verify", llama, run_dir)
+    assert code == 0 and "the same within 0.0001" in said
+    code, said, err = convert("export", run_dir, out)
+    assert code == 0 and "no tokenizer" in err
+    before, after = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}" and (out / "generation_config.json").exists()
+    wanted, got = (json.loads((folder / "config.json").read_text()) for folder in (llama, out))
+    assert {key: got[key] for key in wanted} == wanted
+    code, _, _ = convert("export", run_dir / "checkpoints" / "latest", tmp_path / "single", "--dtype", "fp32")
+    single = load_file(tmp_path / "single" / "model.safetensors")
+    assert code == 0 and all(torch.equal(before[name].float(), single[name]) for name in before)
+    assert not list(tmp_path.glob("*.growing"))
+
+
+def test_verify_names_the_first_module_that_parts(convert, copy, llama, tmp_path):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    convert("import", llama, tmp_path / "run")
+    code, said, _ = convert("verify", copy, tmp_path / "run")
+    assert code == 1 and "they part first at: layer 1" in said
+
+
+def test_the_model_section_is_printed(convert, llama):
+    code, said, _ = convert("model", llama)
+    assert code == 0 and said.startswith("model:\n") and "num_layers: 2" in said
+
+
+def test_nan_is_counted(convert, copy, tmp_path):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = convert("import", copy, tmp_path / "run")
+    assert code == 0 and "decoder.layers.0.mlp.linear_fc2.weight holds 3 NaN or infinite values" in err
+
+
+def spoil(copy: Path, how: str) -> None:
+    """Spoil a model directory."""
+    weights, config = copy / "model.safetensors", copy / "config.json"
+    tensors = load_file(weights)
+    content = json.loads(config.read_text())
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "no_weights":
+        weights.unlink()
+    elif how == "shape":
+        config.write_text(json.dumps(content | {"intermediate_size": 64}))
+    elif how == "missing":
+        del tensors["model.norm.weight"]
+    elif how == "unknown":
+        tensors["model.layers.0.adapter.weight"] = torch.zeros(2)
+    elif how == "option":
+        config.write_text(json.dumps(content | {"logit_softcapping": 30.0}))
+    elif how == "family":
+        config.write_text(json.dumps(content | {"architectures": ["Gemma2ForCausalLM"]}))
+    elif how == "no_config":
+        config.unlink()
+    elif how == "mixed":
+        tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].float()
+    if how in ("missing", "unknown", "mixed"):
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("truncated", "model.safetensors: truncated"),
+        ("no_weights", "model.safetensors: missing"),
+        ("shape", "has shape [48, 32], config.json says [64, 32]"),
+        ("missing", "lacks model.norm.weight"),
+        ("unknown", "has no place for: model.layers.0.adapter.weight"),
+        ("option", "logit_softcapping: not understood"),
+        ("family", "architectures ['Gemma2ForCausalLM'] cannot be converted"),
+        ("no_config", "config.json: cannot be read"),
+        ("mixed", "differ in their number format"),
+    ],
+)
+def test_a_bad_model_is_one_sentence_and_leaves_nothing(convert, copy, tmp_path, how, expected):
+    spoil(copy, how)
+    code, _, err = convert("import", copy, tmp_path / "run")
+    assert code == 2 and expected in err and len(err.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_bad_checkpoints_and_targets_are_one_sentence(convert, llama, tmp_path):
+    run_dir = tmp_path / "run"
+    convert("import", llama, run_dir)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    cases = [
+        (("import", llama, tmp_path / "full"), "full: is not empty"),
+        (("import", llama, run_dir), "run: is not empty"),
+        (("import", tmp_path / "nothing", tmp_path / "x"), "nothing: no such directory"),
+        (("export", run_dir, tmp_path / "full"), "full: is not empty"),
+        (("export", tmp_path, tmp_path / "x"), "holds no complete checkpoint"),
+        (("verify", llama, tmp_path), "holds no complete checkpoint"),
+    ]
+    for argv, expected in cases:
+        code, _, err = convert(*argv)
+        assert code == 2 and expected in err and len(err.strip().splitlines()) == 1, err
+    shard = next((run_dir / "checkpoints" / "latest").glob("__0_*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, _, err = convert("export", run_dir, tmp_path / "x")
+    assert code == 2 and "its content has changed" in err
+    (run_dir / "checkpoints" / "step_00000000" / "checkpoint.json").unlink()
+    code, _, err = convert("export", run_dir, tmp_path / "x")
+    assert code == 2 and "holds no complete checkpoint" in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work_and_a_kill_leaves_nothing_half(llama, tmp_path):
+    tool = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2", "tools/convert_hf.py"]
+    run_dir = tmp_path / "run"
+    subprocess.run([*tool, "import", str(llama), str(run_dir)], cwd=ROOT, check=True)
+    checkpoint = run_dir / "checkpoints" / "latest"
+    assert {path.name for path in checkpoint.glob("__*_0.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    subprocess.run([*tool, "export", str(run_dir), str(tmp_path / "out")], cwd=ROOT, check=True)
+    before, after = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    command = [sys.executable, "tools/convert_hf.py", "export", str(run_dir), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed.growing").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = tmp_path / "killed"
+    assert not killed.exists() or (killed / "config.json").exists(), "half-written"
+    if not killed.exists():
+        subprocess.run(command, cwd=ROOT, check=True)
+    assert (killed / "config.json").exists() and not (tmp_path / "killed.growing").exists()

@@ -1,0 +1,141 @@
+"""config.json to our model section and back: nothing is dropped, and what cannot be said is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import BadInput
+from configs.load import load_config
+from configs.schema import ModelConfig
+from trainer.hf.config_json import compare_models, read_model, write_model
+from trainer.hf.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[3]
+PRESETS = {
+    "llama3_1_8b": "LlamaForCausalLM",
+    "llama3_2_1b": "LlamaForCausalLM",
+    "qwen3_8b": "Qwen3ForCausalLM",
+    "mixtral_8x7b": "MixtralForCausalLM",
+    "qwen3_30b_a3b": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "tiny": "LlamaForCausalLM",
+}
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "torch_dtype": "bfloat16", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_cache": True,
+}  # fmt: skip
+
+
+def preset(name: str) -> ModelConfig:
+    return load_config(str(ROOT / "configs" / "models" / f"{name}.yaml"), ["train.num_steps=0"]).model
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_written_and_read_back_the_same(name):
+    model = preset(name)
+    config = write_model(model)
+    assert config["architectures"] == [PRESETS[name]]
+    assert compare_models(model, read_model(config)) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformers_reads_what_is_written(name):
+    """transformers' own config class sees the same values, in its own words."""
+    import transformers
+
+    config = write_model(preset(name))
+    theirs = transformers.AutoConfig.for_model(**config)
+    again = {key: value for key, value in theirs.to_diff_dict().items() if value is not None}
+    assert compare_models(preset(name), read_model(again | {"architectures": config["architectures"]})) == []
+
+
+def test_published_llama_3_1_is_the_preset():
+    assert compare_models(read_model(LLAMA), preset("llama3_1_8b")) == []
+
+
+def test_a_carried_config_keeps_its_style_and_its_other_keys():
+    written = write_model(read_model(LLAMA), LLAMA | {"bos_token_id": 128000})
+    assert written["rope_theta"] == 500000.0 and "rope_parameters" not in written
+    assert written["rope_scaling"] == LLAMA["rope_scaling"] and written["bos_token_id"] == 128000
+
+
+def test_a_changed_context_is_written():
+    model = read_model(LLAMA)
+    longer = model.model_copy(
+        update={"max_position_embeddings": 262144, "rope": model.rope.model_copy(update={"factor": 16.0})}
+    )
+    written = write_model(longer, LLAMA)
+    assert written["max_position_embeddings"] == 262144 and written["rope_scaling"]["factor"] == 16.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"architectures": ["GptOssForCausalLM"]}, "architectures ['GptOssForCausalLM'] cannot be converted"),
+        ({"architectures": None}, "architectures [] cannot be converted"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported, only 'silu'"),
+        ({"attention_bias": True}, "only both or neither"),
+        ({"logit_scale": 2.0}, "logit_scale: not understood"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: missing"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters.factor: missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast: 3 is not understood"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+        ({"architectures": ["MistralForCausalLM"]}, "sliding_window: attention within 4096 tokens is not supported"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+            "use_sliding_window: True is not supported, only False",
+        ),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types: sliding_attention is not supported",
+        ),
+        ({"num_attention_heads": 31}, "model.head_dim"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(changes, expected):
+    config = LLAMA | changes
+    if config["architectures"] != LLAMA["architectures"]:
+        config = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias")}
+    with pytest.raises(BadInput) as caught:
+        read_model(config)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"norm": "layernorm"}, "model.norm"),
+        ({"activation": "gelu"}, "model.activation"),
+        ({"rope": {"fraction": 0.5}}, "model.rope.fraction"),
+        ({"qkv_bias": True, "qk_norm": True}, "model.qkv_bias"),
+        ({"mla": {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}}, "model.mla"),
+    ],
+)
+def test_a_model_that_no_family_has_is_not_written(fields, expected):
+    model = ModelConfig.model_validate(preset("tiny").model_dump() | fields)
+    with pytest.raises(BadInput) as caught:
+        write_model(model)
+    assert expected in str(caught.value)
+
+
+def test_every_option_is_a_field():
+    for family in FAMILIES.values():
+        for option in family.options:
+            head, _, rest = option.field.partition(".")
+            assert head in ModelConfig.model_fields, option
+            if rest:
+                section = {"moe": "MoeConfig", "mla": "MlaConfig"}[head]
+                import configs.schema
+
+                assert rest in getattr(configs.schema, section).model_fields, option

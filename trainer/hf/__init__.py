@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: names and shapes (families, rules), files, import, export, comparison."""

@@ -1,0 +1,158 @@
+"""`config.json` of a Hugging Face model -> our `model` section, and back, by the family's table. Torch-free.
+
+Nothing is ignored: a key that the table does not know, or a value that the engine would not act on, is refused by name.
+What is written is read back and compared, so that a model which the family cannot express is refused too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.check_model import check_model
+from configs.derive import head_dim, num_query_groups
+from configs.errors import BadInput
+from configs.schema import ModelConfig
+from trainer.hf.families import FAMILIES, HARMLESS, Family, choose_family
+from trainer.hf.rope_json import read_rope, write_rope
+
+# What shapes training alone: a checkpoint says the same whatever these are.
+_TRAINING_ONLY = {"vocab_pad_multiple", "init_std", "hidden_dropout", "attention_dropout"}
+_TRAINING_ONLY_MOE = {"aux_loss_coeff", "z_loss_coeff", "bias_update_rate"}
+
+
+def load_config_json(directory: Path) -> dict[str, Any]:
+    """Read `config.json`. Raises BadInput if it is missing or unreadable."""
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); give the directory of a Hugging Face model.") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: holds no mapping; give the directory of a Hugging Face model.")
+    return content
+
+
+def find_family(config: Mapping[str, Any], where: object) -> Family:
+    """Return the table that `architectures` names. Raises BadInput for one that is unknown."""
+    architectures = config.get("architectures") or []
+    for name in architectures:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise BadInput(
+        f"{where}: architectures {architectures} cannot be converted; those that can: {', '.join(sorted(FAMILIES))}."
+    )
+
+
+def read_model(config: Mapping[str, Any], where: object = "config.json") -> ModelConfig:
+    """Return the `model` section that means the same. Raises BadInput with every key that cannot be expressed."""
+    family = find_family(config, where)
+    problems: list[str] = []
+    fields: dict[str, Any] = {}
+    for option in family.options:
+        value = config.get(option.key, option.default)
+        if value is None and option.is_required:
+            problems.append(f"{option.key}: missing")
+        elif value is not None:
+            _put(fields, option.field, value)
+    for only in family.only:
+        value = config.get(only.key, only.default)
+        if value not in only.values and not (isinstance(value, float) and math.isclose(value, only.values[0])):
+            problems.append(f"{only.key}: {value!r} is not supported, only {', '.join(map(repr, only.values))}")
+    known = {option.key for option in family.options} | {only.key for only in family.only} | family.known | HARMLESS
+    problems += [f"{key}: not understood" for key in sorted(config.keys() - known) if config[key] is not None]
+    rope, rope_problems = read_rope(config, family)
+    problems += rope_problems
+    if not problems:
+        problems += family.read(config, fields)
+    if problems:
+        raise BadInput(f"{where}: {family.architecture} with these cannot be converted: {'; '.join(problems)}.")
+    return _validated(fields | {"rope": rope}, where)
+
+
+def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the `config.json` of a model, over the one that was `carried` from its import, if there is one.
+
+    Raises BadInput naming each field of `model` that no family expresses.
+    """
+    family = choose_family(model) if carried is None else find_family(carried, "the imported config.json")
+    config: dict[str, Any] = {
+        **(carried or {}),
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+    }
+    if carried is None:
+        config |= {only.key: only.values[0] for only in family.only if only.values[0] is not None}
+    for option in family.options:
+        value = _get(model, option.field)
+        if value is not None:
+            config[option.key] = value
+    config |= family.write(model)
+    config |= write_rope(model, carried)
+    _check_expressed(model, config, family)
+    return config
+
+
+def compare_models(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Return the fields in which two architectures differ, as `field: ours, not theirs`."""
+    left, right = _inference_fields(ours), _inference_fields(theirs)
+    return [
+        f"model.{name}: {left.get(name)!r}, not {right.get(name)!r}"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name)
+    ]
+
+
+def _check_expressed(model: ModelConfig, config: Mapping[str, Any], family: Family) -> None:
+    differences = compare_models(model, read_model(config, f"the config.json of {family.architecture}"))
+    if differences:
+        raise BadInput(
+            f"{family.architecture}: cannot express {'; '.join(differences)}; no Hugging Face family of ours fits "
+            "this model exactly."
+        )
+
+
+def _inference_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return what a checkpoint's meaning hangs on, flat, with defaults written out."""
+    flat: dict[str, Any] = {}
+    for name, value in model.model_dump().items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    for name in _TRAINING_ONLY | {f"moe.{field}" for field in _TRAINING_ONLY_MOE}:
+        flat.pop(name, None)
+    flat["num_query_groups"] = num_query_groups(model)
+    flat["head_dim"] = head_dim(model) if model.mla is None else None
+    if model.moe is not None:
+        flat["moe.balancing"] = model.moe.balancing == "bias"
+        flat["moe.scaling_factor"] = model.moe.scaling_factor or 1.0
+        if model.moe.num_dense_layers == 0:
+            flat.pop("ffn_hidden_size")  # of no layer
+    return flat
+
+
+def _validated(fields: dict[str, Any], where: object) -> ModelConfig:
+    model = ModelConfig.model_validate(fields)
+    problems = check_model(model)
+    if problems:
+        raise BadInput(f"{where}: {' '.join(problems)}")
+    return model
+
+
+def _put(fields: dict[str, Any], path: str, value: Any) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        fields = fields.setdefault(parent, {})
+    fields[name] = value
+
+
+def _get(model: Any, path: str) -> Any:
+    for name in path.split("."):
+        model = getattr(model, name)
+        if model is None:
+            return None
+    return model

@@ -1,0 +1,127 @@
+"""A Hugging Face model -> a distributed checkpoint of ours, tensor by tensor, the work shared among ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+from configs.load import resolved_dict
+from configs.schema import Config, ModelConfig
+from parallel.collectives import gather_objects
+from trainer.checkpoint.layout import PARTIAL_PREFIX, checkpoint_name, checkpoints_dir, publish
+from trainer.checkpoint.manifest import IMPORT_STAGE, Manifest, hash_file
+from trainer.checkpoint.places import choose_place
+from trainer.checkpoint.tensors import TensorFileWriter, write_metadata
+from trainer.hf.companions import carry
+from trainer.hf.growing import growing_directory
+from trainer.hf.source import HfModel
+from trainer.state import TrainState
+
+_COMPUTE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was converted, over all ranks."""
+
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    non_finite: dict[str, int]
+    """Number of NaN and infinite values by tensor."""
+    ignored: list[str]
+    """Tensors left aside, as `transformers` does (multi-token prediction)."""
+
+
+def import_checkpoint(
+    source: HfModel, run_dir: Path, *, rank: int, world_size: int, on_bytes: Callable[[int], None]
+) -> ConversionReport:
+    """Write the model as the first checkpoint of a new run directory, which appears when it is whole.
+
+    Peak memory is a few of the largest tensors; `on_bytes` is told the bytes this rank has done so far. Raises
+    BadInput. Collective: all ranks of the world must call this.
+    """
+    started = time.perf_counter()
+    rules = list(source.rules.values())
+    with growing_directory(run_dir, rank=rank) as growing:
+        partial = checkpoints_dir(growing) / f"{PARTIAL_PREFIX}{checkpoint_name(0)}"
+        partial.mkdir(parents=True, exist_ok=True)
+        writer = TensorFileWriter(partial, rank)
+        non_finite: dict[str, int] = {}
+        done = 0
+        for rule in rules[share([source.num_bytes(rule) for rule in rules], rank, world_size)]:
+            tensor = source.read(rule.megatron.name)
+            num_bad = count_non_finite(tensor)
+            if num_bad:
+                non_finite[rule.megatron.name] = num_bad
+            place, sizes = choose_place(rule.megatron.name, source.model)
+            writer.write(place, sizes, tensor)
+            done += source.num_bytes(rule)
+            on_bytes(done)
+        written = writer.close()
+        files = {file.name: hash_file(file) for file in sorted(partial.glob(f"__{rank}_*.distcp"))}
+        parts = gather_objects((written, files, done, non_finite))
+        if rank == 0:
+            write_metadata(partial, [part[0] for part in parts])
+            _finish(source, growing, partial, {name: info for part in parts for name, info in part[1].items()})
+    return ConversionReport(
+        num_tensors=sum(len(rule.hf) for rule in rules),
+        num_bytes=sum(part[2] for part in parts),
+        seconds=time.perf_counter() - started,
+        non_finite={name: count for part in parts for name, count in part[3].items()},
+        ignored=source.ignored,
+    )
+
+
+def share(sizes: Sequence[int], rank: int, world_size: int) -> slice:
+    """Return which of the items in a row are this rank's, so that all ranks have about as many bytes."""
+    total, bounds, done = sum(sizes), [0], 0
+    for position, size in enumerate(sizes):
+        while len(bounds) < world_size and done >= total * len(bounds) / world_size:
+            bounds.append(position)
+        done += size
+    bounds += [len(sizes)] * (world_size + 1 - len(bounds))
+    return slice(bounds[rank], bounds[rank + 1])
+
+
+def count_non_finite(tensor: torch.Tensor) -> int:
+    """Return how many values are NaN or infinite."""
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
+
+
+def model_yaml(model: ModelConfig) -> str:
+    """Return a `model:` section as YAML, to be named as `base:` of a run."""
+    return yaml.safe_dump({"model": model.model_dump(mode="json", exclude_defaults=True)}, sort_keys=False)
+
+
+def _finish(source: HfModel, growing: Path, partial: Path, files: dict[str, dict[str, object]]) -> None:
+    """Write what makes the files a checkpoint and the directory a run directory. Rank 0 alone calls this."""
+    config = Config.model_validate(
+        {
+            "run": {"name": "imported", "dir": str(source.directory)},
+            "model": source.model.model_dump(),
+            "precision": {"compute": _COMPUTE.get(source.dtype, "fp32")},
+            "train": {"num_steps": 0, "seq_len": min(4096, source.model.max_position_embeddings)},
+        }
+    )
+    for path in partial.iterdir():
+        if path.name not in files:
+            files[path.name] = hash_file(path)
+    Manifest(
+        step=0,
+        state=TrainState().as_dict(),
+        stage={"name": IMPORT_STAGE, "state": {}},
+        layout={"world": 1},
+        config=resolved_dict(config),
+        versions={name: version(name) for name in ("torch", "megatron-core")},
+        files=dict(sorted(files.items())),
+    ).write(partial)
+    publish(partial, 0)
+    carry(source.directory, growing)
+    (growing / "model.yaml").write_text(model_yaml(source.model), encoding="utf-8")

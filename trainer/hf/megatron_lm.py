@@ -1,0 +1,197 @@
+"""Checkpoints that Megatron-LM itself wrote (`--ckpt-format torch_dist`): their arguments -> our `model` section.
+
+The arguments are a pickled namespace; it is read without executing anything in it, so that a checkpoint from elsewhere
+can do no harm. An argument that changes what the weights compute and that the engine does not have is refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from configs.check_model import check_model
+from configs.errors import BadInput
+from configs.schema import ModelConfig
+from trainer.checkpoint.tensors import CheckpointTensors
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_COMMON_KEY = "common_state/shard_0_1"
+# Arguments that must be as they are here, since nothing of ours does otherwise.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("rope",),
+    "apply_layernorm_1p": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "softmax_type": ("vanilla", None),
+    "window_size": (None,),
+    "qk_l2_norm": (False, None),
+    "rotary_interleaved": (False, None),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "moe_router_num_groups": (None,),
+    "moe_layer_freq": (None, 1),
+    "multi_latent_attention": (False, None),
+    "mtp_num_layers": (None, 0),
+    "attention_output_gate": (False, None),
+    "experimental_attention_variant": (None,),
+    "heterogeneous_layers_config_path": (None,),
+}
+
+
+def find_megatron_checkpoint(path: Path) -> Path | None:
+    """Return the iteration's directory that a path to it, or to its parent with the tracker file, means."""
+    if (path / "metadata.json").is_file() and (path / ".metadata").is_file():
+        return path
+    tracker = path / _TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    found = path / (text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text)
+    if not (found / ".metadata").is_file():
+        raise BadInput(f"{tracker}: names {found.name}, which is no whole torch_dist checkpoint; name another one.")
+    return found
+
+
+def read_megatron_model(checkpoint: Path) -> ModelConfig:
+    """Return the `model` section of a Megatron-LM checkpoint. Raises BadInput for what cannot be expressed."""
+    arguments = _read_arguments(checkpoint)
+    problems = [
+        f"{name.replace('_', '-')} {arguments[name]!r} (only {allowed[0]!r})"
+        for name, allowed in _ONLY.items()
+        if name in arguments and arguments[name] not in allowed
+    ]
+    if not (arguments.get("swiglu") or arguments.get("squared_relu") is False):
+        problems.append("an activation other than swiglu")
+    if problems:
+        raise BadInput(f"{checkpoint}: was trained with {', '.join(problems)}, which cannot be converted.")
+    try:
+        model = ModelConfig.model_validate(_model_fields(arguments))
+    except (KeyError, ValueError) as error:
+        raise BadInput(
+            f"{checkpoint}: its arguments cannot be read ({error}); was it written by Megatron-LM?"
+        ) from error
+    found = check_model(model)
+    if found:
+        raise BadInput(f"{checkpoint}: {' '.join(found)}")
+    return model
+
+
+def _model_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    has_groups = bool(arguments.get("group_query_attention"))
+    padded = arguments["padded_vocab_size"]
+    fields: dict[str, Any] = {
+        "num_layers": arguments["num_layers"],
+        "hidden_size": arguments["hidden_size"],
+        "ffn_hidden_size": arguments["ffn_hidden_size"],
+        "num_attention_heads": arguments["num_attention_heads"],
+        "num_query_groups": arguments["num_query_groups"] if has_groups else None,
+        "head_dim": arguments.get("kv_channels"),
+        # Megatron-LM keeps the tokenizer's size only where it was given; else every padded id is a token.
+        "vocab_size": arguments.get("vocab_size") or padded,
+        "max_position_embeddings": arguments["max_position_embeddings"],
+        "rope": _rope_fields(arguments),
+        "norm": "rmsnorm" if arguments.get("normalization") == "RMSNorm" else "layernorm",
+        "norm_eps": arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5)),
+        "tie_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
+        "linear_bias": bool(arguments.get("add_bias_linear", True)),
+        "qkv_bias": bool(arguments.get("add_qkv_bias", False)) and not arguments.get("add_bias_linear", True),
+        "qk_norm": bool(arguments.get("qk_layernorm", False)),
+        "init_std": arguments.get("init_method_std", 0.02),
+    }
+    if arguments.get("num_experts"):
+        fields["moe"] = _moe_fields(arguments)
+    return fields
+
+
+def _rope_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    rope: dict[str, Any] = {"base": arguments.get("rotary_base", 10000), "fraction": arguments.get("rotary_percent", 1)}
+    if arguments.get("use_rope_scaling"):
+        # What Megatron-Core does with the flag, whose other constants are fixed.
+        rope |= {"scaling": "llama3", "factor": arguments.get("rope_scaling_factor", 8.0)}
+        rope |= {"original_max_position_embeddings": 8192}
+    return rope
+
+
+def _moe_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    has_bias = bool(arguments.get("moe_router_enable_expert_bias"))
+    return {
+        "num_experts": arguments["num_experts"],
+        "top_k": arguments.get("moe_router_topk", 2),
+        "ffn_hidden_size": arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"],
+        "shared_expert_ffn_hidden_size": arguments.get("moe_shared_expert_intermediate_size"),
+        "score_function": arguments.get("moe_router_score_function", "softmax"),
+        "softmax_before_topk": bool(arguments.get("moe_router_pre_softmax")),
+        "balancing": "bias" if has_bias else "none",
+        "scaling_factor": arguments.get("moe_router_topk_scaling_factor"),
+    }
+
+
+def _read_arguments(checkpoint: Path) -> dict[str, Any]:
+    """Return Megatron-LM's arguments from `common.pt`, or from the state that newer versions put among the tensors."""
+    common = checkpoint / "common.pt"
+    try:
+        content = common.read_bytes() if common.is_file() else CheckpointTensors(checkpoint).read_bytes(_COMMON_KEY)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False, pickle_module=_HARMLESS)
+    except (OSError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise BadInput(
+            f"{checkpoint}: its arguments cannot be read ({error}); was it written by Megatron-LM?"
+        ) from error
+    state = loaded[0] if isinstance(loaded, list) else loaded
+    arguments = state.get("args") if isinstance(state, dict) else None
+    if arguments is None:
+        raise BadInput(f"{checkpoint}: holds no arguments (args), by which Megatron-LM says what model it is.")
+    return dict(vars(arguments))
+
+
+_TORCH = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "Size"),
+    ("torch", "device"),
+}
+
+
+class _Anything:
+    """Stands for whatever class a pickle names: takes anything, does nothing."""
+
+    def __init__(self, *values: Any, **fields: Any) -> None:
+        self.values = values
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+class _HarmlessUnpickler(pickle.Unpickler):
+    """Builds namespaces, containers and tensors; everything else becomes `_Anything`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("argparse", "Namespace"):
+            return argparse.Namespace
+        is_torch = (module, name) in _TORCH or (module == "torch" and name.endswith("Storage"))
+        is_torch = is_torch or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        is_plain = module == "collections" and name in ("OrderedDict", "defaultdict", "deque")
+        is_builtin = module == "builtins" and name in (
+            "set",
+            "frozenset",
+            "slice",
+            "complex",
+            "bytearray",
+            "list",
+            "dict",
+        )
+        if is_torch or is_plain or is_builtin:
+            return super().find_class(module, name)
+        return type(name, (_Anything,), {})
+
+
+_HARMLESS = SimpleNamespace(
+    Unpickler=_HarmlessUnpickler, load=lambda file, **options: _HarmlessUnpickler(file, **options).load()
+)

@@ -1,0 +1,87 @@
+"""Rotary position embedding in `config.json` -> our `model.rope`, and back. Torch-free.
+
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 both in one `rope_parameters`; either is read, and
+what was read is written the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from configs.schema import ModelConfig, RopeConfig
+from trainer.hf.families import Family
+
+_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
+# Keys that say nothing new, or the only thing that the engine does.
+_EXPECTED = {"rope_type": None, "type": None, "rope_theta": None, "attention_factor": (None,), "truncate": (None, True)}
+_ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+def read_rope(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of `model.rope`, and one sentence for everything that cannot be expressed."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        return {}, [f"rope_parameters: {given!r} is not one set of parameters for all layers"]
+    kind = given.get("rope_type", given.get("type", "default")) or "default"
+    base = given.get("rope_theta", config.get("rope_theta", family.rope_theta))
+    rope: dict[str, Any] = {"base": base, "interleaved": family.is_rope_interleaved}
+    fraction = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if fraction not in (None, 1.0):
+        return {}, [f"partial_rotary_factor: {fraction} is not supported, only 1.0"]
+    if kind not in _KEYS:
+        return {}, [f"rope_parameters: rope_type {kind!r} is not supported, only {', '.join(_KEYS)}"]
+    problems = [
+        f"rope_parameters.{key}: {value!r} is not understood with rope_type {kind}"
+        for key, value in given.items()
+        if key not in (*_KEYS[kind], "partial_rotary_factor") and not _is_expected(key, value)
+    ]
+    if kind == "default":
+        return rope, problems
+    rope |= {"scaling": kind} | {key: given[key] for key in _KEYS[kind] if given.get(key) is not None}
+    if "factor" not in rope:
+        problems.append(f"rope_parameters.factor: missing with rope_type {kind}")
+    if kind in ("llama3", "yarn"):
+        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    if kind == "yarn" and not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        if rope.get("mscale_all_dim"):
+            problems.append("rope_parameters.mscale: missing beside mscale_all_dim")
+        rope |= {"mscale": 1.0, "mscale_all_dim": 0.0}  # transformers heeds the two together or not at all
+    return rope, problems
+
+
+def write_rope(model: ModelConfig, carried: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the keys of `config.json` that say `model.rope`, in the style of the `carried` one."""
+    rope = model.rope
+    kind = "default" if rope.scaling == "none" else rope.scaling
+    parameters: dict[str, Any] = {"rope_type": kind}
+    parameters |= {key: _plain(rope, key) for key in _KEYS[kind]}
+    if kind == "yarn" and not rope.mscale_all_dim:
+        del parameters["mscale"], parameters["mscale_all_dim"]
+    if carried is not None and "rope_theta" in carried:
+        return {"rope_theta": rope.base, "rope_scaling": None if kind == "default" else _in_style(parameters, carried)}
+    return {"rope_parameters": {"rope_theta": rope.base, **parameters}}
+
+
+def _plain(rope: RopeConfig, key: str) -> Any:
+    return getattr(rope, key)
+
+
+def _in_style(parameters: dict[str, Any], carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Call the kind `type` where the carried config does, as the configs of DeepSeek and older models do."""
+    before = carried.get("rope_scaling") or {}
+    if "type" in before and "rope_type" not in before:
+        parameters = {"type": parameters.pop("rope_type"), **parameters}
+    return parameters
+
+
+def _is_expected(key: str, value: Any) -> bool:
+    allowed = _EXPECTED.get(key, ())
+    return allowed is None or value in allowed
