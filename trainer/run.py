@@ -29,7 +29,7 @@ from trainer.checkpoint.layout import (
 from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.hf.companions import carried_folder, carry
-from trainer.hf.config_json import compare_models, load_config_json, write_model
+from trainer.hf.config_json import compare_models, load_config_json, read_model, write_model
 from trainer.hf.source import HfModel
 from trainer.metrics import LiveLine, MetricsWriter
 from trainer.run_directory import (
@@ -155,15 +155,15 @@ def find_start(config: Config) -> Start:
 
 def _open_hf_model(directory: str, config: Config) -> HfModel:
     """Return the model whose weights the run starts with, after comparing its architecture with the config's."""
-    source = HfModel(directory, config.model)
+    theirs = read_model(load_config_json(Path(directory)), Path(directory) / "config.json")
     free = tuple(f"model.{name}" for name in FREE_WARM_START_FIELDS)
-    differences = [line for line in compare_models(config.model, source.model) if not line.startswith(free)]
+    differences = [line for line in compare_models(config.model, theirs) if not line.startswith(free)]
     if differences:
         raise BadInput(
             f"checkpoint.init_from_hf: {directory} is another architecture ({'; '.join(differences)}); "
             f"python tools/convert_hf.py model {directory} prints the section that fits."
         )
-    return source
+    return HfModel(directory, config.model)
 
 
 def _is_continuing(latest: Path, config: Config) -> bool:

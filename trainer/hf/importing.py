@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from trainer.hf.growing import growing_directory
 from trainer.hf.source import HfModel
 from trainer.state import TrainState
 
+_PIECE = 2**22  # values
 _COMPUTE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -91,8 +93,11 @@ def share(sizes: Sequence[int], rank: int, world_size: int) -> slice:
 
 
 def count_non_finite(tensor: torch.Tensor) -> int:
-    """Return how many values are NaN or infinite."""
-    return tensor.numel() - int(torch.isfinite(tensor).sum())
+    """Return how many values are NaN or infinite; by pieces, since the check takes several times their memory."""
+    if math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return 0  # one of them would show in the sum
+    pieces = tensor.reshape(-1).split(_PIECE)
+    return sum(piece.numel() - int(torch.isfinite(piece).sum()) for piece in pieces)
 
 
 def model_yaml(model: ModelConfig) -> str:

@@ -193,5 +193,7 @@ class _HarmlessUnpickler(pickle.Unpickler):
 
 
 _HARMLESS = SimpleNamespace(
-    Unpickler=_HarmlessUnpickler, load=lambda file, **options: _HarmlessUnpickler(file, **options).load()
+    __name__="harmless",
+    Unpickler=_HarmlessUnpickler,
+    load=lambda file, **options: _HarmlessUnpickler(file, **options).load(),
 )

@@ -34,7 +34,9 @@ class Comparison:
 def compare_with_transformers(engine: Engine, directory: Path, tokens: torch.Tensor) -> Comparison:
     """Run both models on `tokens [batch, seq]`. For an engine on one rank, which alone has every module's output."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     ours, theirs = _Recorder(), _Recorder()
     chunk = engine.chunks[0]
     modules = {"embedding": chunk.embedding}

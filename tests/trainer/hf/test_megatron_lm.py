@@ -1,0 +1,158 @@
+"""A checkpoint that Megatron-LM's own code saved comes out as the same model; a hostile one does nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import BadInput
+from trainer.hf.megatron_lm import find_megatron_checkpoint, read_megatron_model
+
+ROOT = Path(__file__).resolve().parents[3]
+# Megatron-LM's argument parser, validation and save_checkpoint, as pretrain_gpt.py calls them, on one CPU rank.
+SAVE_WITH_MEGATRON_LM = """
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def main():
+    folder = sys.argv.pop(1)
+    from parallel.platform import load_platform
+
+    load_platform("cpu").activate(0)
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+    from megatron.training.checkpointing import save_checkpoint
+    from megatron.training.global_vars import set_args
+    from trainer.model.attention import SdpaCoreAttention
+
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    sys.argv += f"--save {folder}/megatron --save-interval 1".split()
+    args = parse_args()
+    args.padded_vocab_size = 256
+    validate_args(args, {})
+    set_args(args)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=args.qk_layernorm)
+    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention  # theirs makes a mask on a GPU
+    model = GPTModel(
+        core_transformer_config_from_args(args), spec, vocab_size=256, max_sequence_length=128,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type="rope", rotary_base=args.rotary_base,
+    )
+    save_checkpoint(10, [model], None, None, 0)
+    tokens = torch.arange(24).view(1, 24) * 7 % 251
+    with torch.no_grad():
+        logits = model.eval()(tokens, torch.arange(24).view(1, 24), None)
+    torch.save({"tokens": tokens, "logits": logits}, f"{folder}/logits.pt")
+
+
+if __name__ == "__main__":
+    main()
+"""
+ARGUMENTS = (
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 112 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --seq-length 32 --max-position-embeddings 128 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope --rotary-base 50000 --micro-batch-size 1 --vocab-size 251 "
+    "--make-vocab-size-divisible-by 16 --tokenizer-type NullTokenizer --transformer-impl local "
+    "--ckpt-format torch_dist "
+    "--no-save-optim --no-save-rng --use-cpu-initialization --lr 1e-3 --train-iters 1 --no-persist-layer-norm "
+    "--no-gradient-accumulation-fusion --no-rope-fusion --no-masked-softmax-fusion"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "architecture"),
+    [
+        (["--untie-embeddings-and-output-weights"], "LlamaForCausalLM"),
+        (["--qk-layernorm"], "Qwen3ForCausalLM"),
+        (["--add-qkv-bias"], "Qwen2ForCausalLM"),
+    ],
+)
+def test_megatron_lms_own_checkpoint_is_exported(tmp_path, extra, architecture):
+    import transformers
+
+    script = tmp_path / "save.py"
+    script.write_text(SAVE_WITH_MEGATRON_LM)
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), *ARGUMENTS, *extra]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    tool = [sys.executable, "tools/convert_hf.py", "export", str(tmp_path / "megatron"), str(tmp_path / "hf")]
+    subprocess.run(tool, cwd=ROOT, check=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert model.config.architectures == [architecture]
+    expected = torch.load(tmp_path / "logits.pt")
+    with torch.no_grad():
+        logits = model(expected["tokens"]).logits
+    torch.testing.assert_close(logits, expected["logits"][..., :251], atol=1e-6, rtol=0)
+
+
+class Hostile:
+    """Pickles to a call of os.mkdir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def whole_arguments(**changes) -> Namespace:
+    arguments = {
+        "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 112, "num_attention_heads": 4, "padded_vocab_size": 256,
+        "max_position_embeddings": 128, "swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False,
+        "position_embedding_type": "rope", "group_query_attention": False, "kv_channels": 16,
+    }  # fmt: skip
+    return Namespace(**(arguments | changes))
+
+
+def save_common(folder: Path, content: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata.json").write_text("{}")
+    (folder / ".metadata").touch()
+    torch.save(content, folder / "common.pt")
+    return folder
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path):
+    arguments = whole_arguments(backend=Hostile(tmp_path / "executed"))
+    checkpoint = save_common(tmp_path / "iter_0000001", {"args": arguments})
+    assert read_megatron_model(checkpoint).num_layers == 2
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"args": whole_arguments(position_embedding_type="learned_absolute")}, "position-embedding-type"),
+        ({"args": whole_arguments(multi_latent_attention=True)}, "multi-latent-attention True"),
+        ({"args": whole_arguments(swiglu=False)}, "an activation other than swiglu"),
+        ({"args": whole_arguments(num_layers=0)}, "its arguments cannot be read"),
+        ({"iteration": 3}, "holds no arguments"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(tmp_path, content, expected):
+    with pytest.raises(BadInput) as caught:
+        read_megatron_model(save_common(tmp_path / "iter_0000001", content))
+    assert expected in str(caught.value)
+
+
+def test_the_tracker_names_the_iteration(tmp_path):
+    save_common(tmp_path / "iter_0000007", {})
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    assert find_megatron_checkpoint(tmp_path) == tmp_path / "iter_0000007"
+    assert find_megatron_checkpoint(tmp_path / "iter_0000007") == tmp_path / "iter_0000007"
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    with pytest.raises(BadInput, match="names iter_0000008, which is no whole"):
+        find_megatron_checkpoint(tmp_path)
+    assert find_megatron_checkpoint(tmp_path / "nothing") is None
