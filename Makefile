@@ -32,8 +32,9 @@ test: setup  ## run every test
 test-fast: setup  ## run the tests that take seconds
 	$(PYTHON) -m pytest -m "not slow"
 
-bench: setup  ## measure tokens/s against bare megatron-core and Hugging Face Trainer
+bench: setup  ## measure tokens/s against bare megatron-core and Hugging Face Trainer, and model conversion
 	$(PYTHON) tools/bench/throughput.py
+	$(PYTHON) tools/bench/conversion.py
 
 lint: setup  ## check style and formatting
 	$(PYTHON) -m ruff check $(CODE)

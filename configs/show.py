@@ -100,9 +100,15 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
     places = [("data.tokenizer", data.tokenizer, data.tokenizer)] if data.tokenizer else []
     for name in ("train", "validation"):
         places += [(f"data.{name}", source.path, f"{source.path}.bin") for source in getattr(data, name)]
+    if config.checkpoint.init_from_hf is not None:
+        path = config.checkpoint.init_from_hf
+        places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
+    if config.checkpoint.init_from is not None:
+        places.append(("checkpoint.init_from", config.checkpoint.init_from, config.checkpoint.init_from))
     for name, path, file in places:
-        found = f"found, {_size_text(os.path.getsize(file))}" if os.path.isfile(file) else "found"
-        yield name, f"{path}: {found if os.path.exists(file) else 'not on this machine'}"
+        found = "found" if os.path.exists(file) else "not on this machine"
+        size = f", {_size_text(os.path.getsize(file))}" if file.endswith(".bin") and os.path.isfile(file) else ""
+        yield name, f"{path}: {found}{size}"
 
 
 def _size_text(num_bytes: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ def replicate(chunks: list[Any], config: Config, *, is_overlapping: bool) -> lis
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    # It remarks on every start that it computes a layout itself, which is what it is for.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     overlap = resolve_overlap(config.parallel, is_overlapping)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import errno
-import fcntl
 import importlib.util
 import json
-import logging
 import os
 import shlex
 import socket
@@ -15,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.table import Table
 
@@ -26,9 +23,8 @@ from parallel.collectives import broadcast_object, gather_objects
 from parallel.mesh import Mesh
 from trainer.adam import has_fused_adam
 from trainer.checkpoint.layout import LATEST, checkpoints_dir
+from trainer.file_lock import FileLock
 from trainer.log import add_rank_file, console, next_attempt
-
-log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
 
@@ -49,14 +45,11 @@ def check_run_directory(run_dir: str) -> None:
 
 
 class RunLock:
-    """Keeps a second run out of a run directory while the first one writes there.
-
-    A POSIX lock: it goes with the process that holds it, however that ends, and works over NFS.
-    """
+    """Keeps a second run out of a run directory while the first one writes there."""
 
     def __init__(self, run_dir: str) -> None:
         self._path = Path(run_dir) / ".lock"
-        self._file: IO[str] | None = None
+        self._lock = FileLock(self._path)
 
     def take(self, mesh: Mesh) -> None:
         """Lock the directory for rank 0's process, or raise BadInput on all ranks, naming who holds it.
@@ -69,32 +62,19 @@ class RunLock:
 
     def release(self) -> None:
         """Let the next run in."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._lock.release()
 
     def _try(self) -> str | None:
         """Take the lock and return None, or the sentence that says why not."""
+        directory = self._path.parent
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("a+", encoding="utf-8")
+            directory.mkdir(parents=True, exist_ok=True)
+            holder = self._lock.take()
         except OSError as error:
-            return f"run.dir: {self._path.parent} cannot be written to ({error}); choose another path."
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                log.warning("%s: this file system has no locks (%s); start one run at a time here", self._path, error)
-                return None
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            return f"run.dir: {self._path.parent} is being written to by {holder}; wait for it, or choose another path."
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        self._file = file
-        return None
+            return f"run.dir: {directory} cannot be written to ({error}); choose another path."
+        if holder is None:
+            return None
+        return f"run.dir: {directory} is being written to by {holder}; wait for it, or choose another path."
 
 
 def describe_environment(mesh: Mesh, *, use_te: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ TRAINER_LEVELS = {
     "log": 0, "model": 0, "data": 0, "losses": 0,
     "optimizer": 1, "metrics": 1, "state": 1,
     "engine": 2, "checkpoint": 3, "evaluate": 3, "rollout": 3, "hf": 4, "stages": 4, "hooks": 5, "loop": 5,
-    "run_directory": 5, "run": 6,
+    "run_directory": 5, "start": 5, "run": 6,
 }  # fmt: skip
 STRANGERS = {"model", "data", "losses"}
 SLOW_TO_IMPORT = {"torch", "megatron", "trainer", "transformers", "tensorboard"}

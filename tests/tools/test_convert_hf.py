@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parallel.environment import Environment
 from tests.pool import Place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +32,8 @@ def run_tool(place: Place, argv: list[str]) -> tuple[int, str, str]:
 
     from tools.convert_hf import main
 
+    for name in Environment().as_variables():  # a run on the pool's ranks leaves them behind
+        os.environ.pop(name, None)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(argv)
@@ -128,9 +132,11 @@ def spoil(copy: Path, how: str) -> None:
         config.write_text(json.dumps(content | {"architectures": ["Gemma2ForCausalLM"]}))
     elif how == "no_config":
         config.unlink()
+    elif how == "int8":
+        tensors = {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
     elif how == "mixed":
         tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].float()
-    if how in ("missing", "unknown", "mixed"):
+    if how in ("missing", "unknown", "mixed", "int8"):
         save_file(tensors, weights, metadata={"format": "pt"})
 
 
@@ -146,6 +152,7 @@ def spoil(copy: Path, how: str) -> None:
         ("family", "architectures ['Gemma2ForCausalLM'] cannot be converted"),
         ("no_config", "config.json: cannot be read"),
         ("mixed", "differ in their number format"),
+        ("int8", "quantised weights cannot be converted"),
     ],
 )
 def test_a_bad_model_is_one_sentence_and_leaves_nothing(convert, copy, tmp_path, how, expected):
@@ -181,6 +188,37 @@ def test_bad_checkpoints_and_targets_are_one_sentence(convert, llama, tmp_path):
     code, _, err = convert("export", run_dir, tmp_path / "x")
     assert code == 2 and "holds no complete checkpoint" in err
     assert not (tmp_path / "x").exists()
+
+
+def test_two_conversions_to_one_target_do_not_meet(convert, llama, tmp_path):
+    """The second one is refused while the first one's process lives; what a dead one left is taken over."""
+    growing = tmp_path / "run.growing"
+    growing.mkdir()
+    holder = (
+        "import fcntl, sys\n"
+        f"file = open(r'{growing}/.lock', 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "file.write('process 7 on elsewhere')\n"
+        "file.flush()\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    (growing / "half").write_text("half-written")
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        code, _, err = convert("import", llama, tmp_path / "run")
+        assert code == 2 and "is being written by process 7 on elsewhere" in err
+        assert (growing / "half").exists()
+        other.stdin.close()
+    assert convert("import", llama, tmp_path / "run")[0] == 0
+    assert not growing.exists() and not (tmp_path / "run" / "half").exists()
+
+
+def test_a_directory_of_the_users_own_is_not_taken_for_a_leftover(convert, llama, tmp_path):
+    (tmp_path / "run.growing").mkdir()
+    (tmp_path / "run.growing" / "mine").touch()
+    code, _, err = convert("import", llama, tmp_path / "run")
+    assert code == 2 and "no leftover of a conversion" in err and (tmp_path / "run.growing" / "mine").exists()
 
 
 @pytest.mark.slow

@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs.check_model import check_model
 from configs.derive import head_dim, num_query_groups
 from configs.errors import BadInput
+from configs.fields import location_text
 from configs.schema import ModelConfig
 from trainer.hf.families import FAMILIES, HARMLESS, Family, choose_family
 from trainer.hf.rope_json import read_rope, write_rope
@@ -39,8 +42,8 @@ def load_config_json(directory: Path) -> dict[str, Any]:
 def find_family(config: Mapping[str, Any], where: object) -> Family:
     """Return the table that `architectures` names. Raises BadInput for one that is unknown."""
     architectures = config.get("architectures") or []
-    for name in architectures:
-        if name in FAMILIES:
+    for name in architectures if isinstance(architectures, list) else []:
+        if isinstance(name, str) and name in FAMILIES:
             return FAMILIES[name]
     raise BadInput(
         f"{where}: architectures {architectures} cannot be converted; those that can: {', '.join(sorted(FAMILIES))}."
@@ -49,6 +52,13 @@ def find_family(config: Mapping[str, Any], where: object) -> Family:
 
 def read_model(config: Mapping[str, Any], where: object = "config.json") -> ModelConfig:
     """Return the `model` section that means the same. Raises BadInput with every key that cannot be expressed."""
+    try:
+        return _read_model(config, where)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise BadInput(f"{where}: holds a value of the wrong kind ({error}); use the one of the weights.") from error
+
+
+def _read_model(config: Mapping[str, Any], where: object) -> ModelConfig:
     family = find_family(config, where)
     problems: list[str] = []
     fields: dict[str, Any] = {}
@@ -136,7 +146,11 @@ def _inference_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _validated(fields: dict[str, Any], where: object) -> ModelConfig:
-    model = ModelConfig.model_validate(fields)
+    try:
+        model = ModelConfig.model_validate(fields, strict=True)
+    except ValidationError as error:
+        wrong = [f"model.{location_text(one['loc'])} {one['input']!r} ({one['msg'].lower()})" for one in error.errors()]
+        raise BadInput(f"{where}: gives {'; '.join(wrong)}; use the config.json of these weights.") from error
     problems = check_model(model)
     if problems:
         raise BadInput(f"{where}: {' '.join(problems)}")

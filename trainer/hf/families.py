@@ -19,7 +19,8 @@ from trainer.hf.names import TensorNames
 HARMLESS = frozenset(
     "architectures model_type dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
     "_name_or_path auto_map pretraining_tp output_router_logits output_attentions output_hidden_states return_dict "
-    "rope_parameters rope_theta rope_scaling partial_rotary_factor unsloth_fixed unsloth_version".split()
+    "rope_parameters rope_theta rope_scaling partial_rotary_factor unsloth_fixed unsloth_version "
+    "is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type".split()
 )
 
 

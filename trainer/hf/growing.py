@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import BadInput
-from parallel.collectives import gather_objects
+from parallel.collectives import broadcast_object, gather_objects
+from trainer.file_lock import FileLock
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -17,18 +20,18 @@ def growing_directory(target: Path, *, rank: int) -> Iterator[Path]:
     """Yield a directory beside `target` to write into; it takes the target's name when all ranks leave the block.
 
     An error removes it; what a kill leaves behind is removed by the next attempt. Raises BadInput where `target` holds
-    something or cannot be written. Collective: all ranks of the world must call this.
+    something, cannot be written, or is being written by another process. Collective: all ranks must call this.
     """
-    check_target(target)
     growing = target.with_name(target.name + ".growing")
+    lock = FileLock(growing / _LOCK)
+    problem = broadcast_object(_begin(target, growing, lock) if rank == 0 else None)
+    if problem:
+        raise BadInput(problem)
     try:
-        if rank == 0:
-            shutil.rmtree(growing, ignore_errors=True)
-            growing.mkdir(parents=True)
-        gather_objects(None)  # the directory is there
         yield growing
         gather_objects(None)  # every rank has written its part
         if rank == 0:
+            (growing / _LOCK).unlink()
             os.replace(growing, target)
         gather_objects(None)  # the target is there
     except OSError as error:
@@ -37,16 +40,39 @@ def growing_directory(target: Path, *, rank: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(growing, ignore_errors=True)
         raise
+    finally:
+        lock.release()
 
 
-def check_target(directory: Path) -> None:
-    """Raise BadInput unless the directory is empty or not there yet, in one that can be written to."""
+def _begin(target: Path, growing: Path, lock: FileLock) -> str | None:
+    """Make the directory, empty and locked, and return None, or the sentence that says why not."""
+    problem = check_target(target)
+    if problem:
+        return problem
+    if growing.exists() and not (growing / _LOCK).exists():
+        return f"{growing}: is in the way, and no leftover of a conversion; move it away, or give another path."
+    try:
+        growing.mkdir(parents=True, exist_ok=True)
+        holder = lock.take()
+        if holder is not None:
+            return f"{target}: is being written by {holder}; wait for it, or give another path."
+        for leftover in growing.iterdir():
+            if leftover.name != _LOCK:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    except OSError as error:
+        return f"{target}: cannot be written ({error}); give another path."
+    return None
+
+
+def check_target(directory: Path) -> str | None:
+    """Return what is wrong with a directory to be made: it must be empty or not there yet, where one can write."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise BadInput(f"{directory}: is not a directory; give a path that does not exist yet.")
+        return f"{directory}: is not a directory; give a path that does not exist yet."
     if directory.is_dir() and any(directory.iterdir()):
-        raise BadInput(f"{directory}: is not empty; give a path that does not exist yet.")
+        return f"{directory}: is not empty; give a path that does not exist yet."
     parent = directory.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput(f"{directory}: {parent} cannot be written to; give another path.")
+        return f"{directory}: {parent} cannot be written to; give another path."
+    return None

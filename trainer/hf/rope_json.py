@@ -28,6 +28,8 @@ _ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_f
 def read_rope(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of `model.rope`, and one sentence for everything that cannot be expressed."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        return {}, ["rope_parameters, rope_scaling: both given, of which transformers heeds one; keep that"]
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         return {}, [f"rope_parameters: {given!r} is not one set of parameters for all layers"]
     kind = given.get("rope_type", given.get("type", "default")) or "default"
@@ -36,7 +38,9 @@ def read_rope(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any]
     fraction = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if fraction not in (None, 1.0):
         return {}, [f"partial_rotary_factor: {fraction} is not supported, only 1.0"]
-    if kind not in _KEYS:
+    if base != config.get("rope_theta", base):
+        return {}, [f"rope_theta: {config['rope_theta']!r} beside {base!r} in rope_parameters; keep one"]
+    if not isinstance(kind, str) or kind not in _KEYS:
         return {}, [f"rope_parameters: rope_type {kind!r} is not supported, only {', '.join(_KEYS)}"]
     problems = [
         f"rope_parameters.{key}: {value!r} is not understood with rope_type {kind}"
@@ -46,9 +50,9 @@ def read_rope(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any]
     if kind == "default":
         return rope, problems
     rope |= {"scaling": kind} | {key: given[key] for key in _KEYS[kind] if given.get(key) is not None}
-    if "factor" not in rope:
-        problems.append(f"rope_parameters.factor: missing with rope_type {kind}")
-    if kind in ("llama3", "yarn"):
+    needed = _KEYS["llama3"] if kind == "llama3" else ("factor",)
+    problems += [f"rope_parameters.{key}: missing with rope_type {kind}" for key in needed if key not in rope]
+    if kind == "yarn":
         rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     if kind == "yarn" and not (rope.get("mscale") and rope.get("mscale_all_dim")):
         if rope.get("mscale_all_dim"):

@@ -174,27 +174,30 @@ def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the tensors of one file. Raises BadInput if its length and its header disagree."""
+    """Yield the tensors of one file. Raises BadInput unless they fill it from end to end."""
     size = file.stat().st_size
     try:
         with open(file, "rb") as stream:
-            length = _LENGTH.unpack(stream.read(_LENGTH.size))[0]
+            start = stream.read(_LENGTH.size)
+            if b"version ".startswith(start[:8]) and start:
+                raise ValueError("it is a git-lfs pointer; git lfs pull fetches the file")
+            length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else _MAX_HEADER_BYTES + 1
             if length > min(_MAX_HEADER_BYTES, size - _LENGTH.size):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
+                raise ValueError(f"its {size} bytes do not begin with a header")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        start = _LENGTH.size + length
-        end = start
-        for name, entry in header.items():
+        begin = end = _LENGTH.size + length
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"{name} has the unknown number format {entry['dtype']}")
             first, last = entry["data_offsets"]
-            stored = StoredTensor(file, start + first, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            if last - first != stored.num_bytes or first < 0:
-                raise ValueError(f"{name} of shape {list(stored.shape)} does not fill its {last - first} bytes")
-            end = max(end, start + last)
+            stored = StoredTensor(file, begin + first, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if last - first != stored.num_bytes or begin + first != end:
+                raise ValueError(f"{name} of shape {list(stored.shape)} does not follow the one before it")
+            end = begin + last
             yield name, stored
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{file}: not a whole safetensors file ({error}); download it again.") from error
-    if size < end:
-        raise BadInput(f"{file}: truncated, {size} bytes instead of {end}; download it again.")
+    if size != end:
+        word = "truncated" if size < end else "too long"
+        raise BadInput(f"{file}: {word}, {size} bytes instead of {end}; download it again.")

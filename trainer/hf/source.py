@@ -14,6 +14,7 @@ from trainer.hf.rules import Rule
 from trainer.hf.safetensors_files import SafetensorsDirectory
 from trainer.hf.tensors import model_rules
 
+_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 _COMPUTED = r"\.rotary_emb\.inv_freq$"  # old files hold what follows from config.json
 
 
@@ -69,6 +70,11 @@ class HfModel:
                     raise BadInput(
                         f"{self.directory}: lacks {part.name}, which a {self.family.architecture} of its config.json "
                         "has; download the model again."
+                    )
+                if stored.dtype not in _FORMATS:
+                    raise BadInput(
+                        f"{stored.file}: {part.name} is {stored.dtype}; quantised weights cannot be converted, only "
+                        "bfloat16, float16 and float32."
                     )
                 if stored.shape != part.shape:
                     raise BadInput(

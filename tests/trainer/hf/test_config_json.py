@@ -100,6 +100,18 @@ def test_a_changed_context_is_written():
             "layer_types: sliding_attention is not supported",
         ),
         ({"num_attention_heads": 31}, "model.head_dim"),
+        ({"rope_parameters": {"rope_type": "default"}}, "both given"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_theta": 7.0}}, "rope_theta: 500000.0 beside 7.0"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.low_freq_factor: missing"),
+        ({"architectures": 5}, "architectures 5 cannot be converted"),
+        ({"architectures": [{"a": 1}]}, "cannot be converted"),
+        ({"num_attention_heads": "four"}, "model.num_attention_heads 'four'"),
+        ({"hidden_size": -64}, "model.hidden_size -64"),
+        ({"rms_norm_eps": float("nan")}, "model.norm_eps nan"),
+        ({"tie_word_embeddings": "yes"}, "model.tie_embeddings 'yes'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -2.0}}, "model.rope.factor -2.0"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": "x"}, "value of the wrong kind"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(changes, expected):

@@ -87,6 +87,16 @@ def spoil(tmp_path, how):
         first.write_bytes(b"abc")
     elif how == "huge_header":
         first.write_bytes(b"\xff" * 8 + content[8:])
+    elif how == "trailing":
+        first.write_bytes(content + b"x" * 64)
+    elif how == "overlap":
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        header["b"]["data_offsets"] = [header["a"]["data_offsets"][0], header["a"]["data_offsets"][0] + 14]
+        text = json.dumps(header).encode()
+        first.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    elif how == "lfs":
+        first.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
     elif how == "garbage":
         first.write_bytes(b"x" * len(content))
     elif how == "missing_file":
@@ -108,6 +118,9 @@ def spoil(tmp_path, how):
         ("tiny", "not a whole safetensors file"),
         ("huge_header", "not a whole safetensors file"),
         ("garbage", "not a whole safetensors file"),
+        ("trailing", "model-00001-of-00002.safetensors: too long"),
+        ("overlap", "does not follow the one before it"),
+        ("lfs", "git-lfs pointer"),
         ("missing_file", "model-00001-of-00002.safetensors: missing, which model.safetensors.index.json names"),
         ("missing_tensor", "lacks d, which model.safetensors.index.json says it holds"),
         ("twice", "keep one of the files"),
