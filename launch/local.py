@@ -24,8 +24,8 @@ from parallel.environment import Environment
 
 _USAGE = "usage: python -m launch.local --nproc-per-node N launch/STAGE.py CONFIG [the entry point's own options]"
 _POLL_SECONDS = 0.1
-_FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1}
-_FORWARDED[signal.SIGHUP] = signal.SIGTERM
+_FORWARDED = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+_FORWARDED |= {signal.SIGHUP: signal.SIGTERM}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

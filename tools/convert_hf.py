@@ -152,7 +152,7 @@ def _tell(what: str, report: ConversionReport) -> None:
     size = f"{report.num_bytes / 1e6:,.1f} MB in {report.seconds:.1f} s, {rate:,.0f} MB/s"
     print(f"{what}: {report.num_tensors} tensors, {size}")
     if report.ignored:
-        shown = f"{report.ignored[0]} and {len(report.ignored) - 1} more"
+        shown = f"{len(report.ignored)} tensors, such as {report.ignored[0]}"
         print(f"warning: left aside, as transformers does: {shown}", file=sys.stderr)
     for name, count in list(report.non_finite.items())[:10]:
         print(f"warning: {name} holds {count} NaN or infinite values", file=sys.stderr)

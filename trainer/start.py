@@ -11,7 +11,7 @@ from configs.load import resolved_dict
 from configs.schema import Config
 from trainer.checkpoint.layout import latest_checkpoint, resolve_checkpoint
 from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
-from trainer.hf.companions import carried_folder
+from trainer.hf.companions import carried_config, carried_folder
 from trainer.hf.config_json import compare_models, load_config_json, read_model, write_model
 from trainer.hf.source import HfModel
 from trainer.run_directory import check_run_directory
@@ -47,7 +47,7 @@ def find_start(config: Config) -> Start:
     """Return where the run begins, after checking that it can, and that it can be exported. Raises BadInput."""
     start = _find(config)
     if config.checkpoint.export_hf:
-        write_model(config.model, load_config_json(start.carried) if start.carried is not None else None)
+        write_model(config.model, carried_config(start.carried))
     return start
 
 

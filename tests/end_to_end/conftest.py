@@ -71,6 +71,7 @@ checkpoint: {{save_every: 2, keep_last: 10}}
 def train_on_ranks(place: Place, path: str, overrides: tuple[str, ...], port: int, fault: str | None) -> Any:
     """Run the pretraining stage as `launch` does; return its exit code, or the class and text of what it raised."""
     import os
+    from unittest.mock import patch
 
     from configs.errors import ShardwrightError
     from parallel.environment import Environment
@@ -80,12 +81,11 @@ def train_on_ranks(place: Place, path: str, overrides: tuple[str, ...], port: in
 
     start_console(place.rank)
     environment = Environment(rank=place.rank, world_size=place.world_size, master_port=port)
-    os.environ.update(environment.as_variables())
     config = load_config(path, overrides)
     problems = check_config(config, place.world_size, platform="cpu", has_te=False)
     assert not problems, problems
     try:
-        with inject(fault, place.rank):
+        with patch.dict(os.environ, environment.as_variables()), inject(fault, place.rank):
             return int(run(config, "pretrain", environment, "cpu")), ""
     except ShardwrightError as error:
         return int(error.exit_code), str(error)

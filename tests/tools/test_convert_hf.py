@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallel.environment import Environment
 from tests.pool import Place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +30,6 @@ def run_tool(place: Place, argv: list[str]) -> tuple[int, str, str]:
 
     from tools.convert_hf import main
 
-    for name in Environment().as_variables():  # a run on the pool's ranks leaves them behind
-        os.environ.pop(name, None)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(argv)

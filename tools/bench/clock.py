@@ -1,4 +1,4 @@
-"""When the measured steps of one run began and ended, and what the run reports. Torch-free; knows no loop."""
+"""Where a run's steps begin and end, and what it reports. Torch-free; knows no loop."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tools.bench.turns import Turns
+
 
 class StepClock:
-    """Times `num_steps` steps after `num_warmup`; every loop calls `tick` at the start of each of its steps."""
+    """Waits for the run's turn before each step; every loop calls `tick` at the start of each of its steps."""
 
-    def __init__(self, num_warmup: int, num_steps: int, synchronize: Callable[[], None]) -> None:
-        """`synchronize` waits for queued device work; it is called at the two ends of the measured steps alone."""
+    def __init__(self, num_warmup: int, num_steps: int, synchronize: Callable[[], None], turns: Turns) -> None:
+        """`num_steps` steps are measured after `num_warmup`; `synchronize` waits for queued device work."""
         self._first, self._last = num_warmup, num_warmup + num_steps
-        self._synchronize = synchronize
+        self._synchronize, self._turns = synchronize, turns
         self._count = 0
-        self._began = self._ended = (0.0, 0.0)  # seconds of wall time, of processor time
+        self._processor = (0.0, 0.0)
 
     @property
     def total_steps(self) -> int:
@@ -23,35 +25,32 @@ class StepClock:
         return self._last + 1
 
     def tick(self) -> None:
-        """Note that a step begins."""
+        """Note that the step before has ended and another is to begin; return when it is this run's turn."""
+        if self._count > 0:
+            self._synchronize()
+            if self._count == self._last:
+                self._processor = (self._processor[0], time.process_time())
+            self._turns.give_back()
+        self._turns.wait()
         if self._count == self._first:
-            self._synchronize()
-            self._began = (time.perf_counter(), time.process_time())
-        elif self._count == self._last:
-            self._synchronize()
-            self._ended = (time.perf_counter(), time.process_time())
+            self._processor = (time.process_time(), 0.0)
         self._count += 1
 
     @property
-    def seconds(self) -> float:
-        """Wall time of the measured steps with everything that happened around them."""
+    def processor_seconds(self) -> float:
+        """Processor time of this process over the measured steps, which other work on the machine hardly changes."""
         if self._count != self.total_steps:
             raise RuntimeError(f"the loop took {self._count} steps, {self.total_steps} were asked for")
-        return self._ended[0] - self._began[0]
-
-    @property
-    def processor_seconds(self) -> float:
-        """Processor time of this process in the measured steps, which other work on the machine hardly changes."""
-        return self._ended[1] - self._began[1]
+        return self._processor[1] - self._processor[0]
 
 
 @dataclass(frozen=True)
-class RunMeasure:
-    """What one run of one loop measured, on rank 0."""
+class RunReport:
+    """What one run tells of itself, on rank 0; the conductor measures its steps."""
 
     loop: str
-    tokens_per_second: float
-    """Tokens of the global batch per second of wall time, over all ranks."""
+    tokens_per_step: int
+    """Tokens of the global batch, over all ranks."""
     processor_seconds_per_step: float
     """Processor time of rank 0, all threads."""
     loss: float | None

@@ -1,7 +1,8 @@
 """One measured run of one loop in this process, started by `throughput.py`; rank 0 writes what it measured as JSON.
 
-Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json 2 10 CONFIG [key=value ...]
-The words are the loop (fit, bare or hf), the result's file, warm-up steps, measured steps and the run's config.
+Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json PIPES 2 10 CONFIG [key=value ...]
+The words are the loop (fit, bare or hf), the result's file, the directory of the conductor's pipes, warm-up steps,
+measured steps and the run's config.
 """
 
 from __future__ import annotations
@@ -16,29 +17,30 @@ from configs.load import load_config
 from configs.schema import Config
 from parallel.environment import Environment
 from parallel.platform import PlatformName, detect_platform_name, load_platform
-from tools.bench.clock import RunMeasure, StepClock
+from tools.bench.clock import RunReport, StepClock
+from tools.bench.turns import Turns
 from tools.ranks import read_environment
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the loop that `argv` names and return the exit code."""
-    loop, result, num_warmup, num_steps, config_path, *overrides = argv
+    loop, result, pipes, num_warmup, num_steps, config_path, *overrides = argv
     environment = read_environment()
     name = detect_platform_name()
     platform = load_platform(name)
-    clock = StepClock(int(num_warmup), int(num_steps), platform.synchronize)
+    turns = Turns(Path(pipes), loop, environment.rank)
+    clock = StepClock(int(num_warmup), int(num_steps), platform.synchronize, turns)
     config = load_config(config_path, [*overrides, f"train.num_steps={clock.total_steps}"])
     loss = _run(loop, config, environment, name, clock)
     if environment.rank == 0:
-        tokens = int(num_steps) * config.train.global_batch_size * config.train.seq_len
-        measure = RunMeasure(
+        report = RunReport(
             loop=loop,
-            tokens_per_second=tokens / clock.seconds,
+            tokens_per_step=config.train.global_batch_size * config.train.seq_len,
             processor_seconds_per_step=clock.processor_seconds / int(num_steps),
             loss=loss,
             device=platform.describe()["device"],
         )
-        Path(result).write_text(json.dumps(asdict(measure)), encoding="utf-8")
+        Path(result).write_text(json.dumps(asdict(report)), encoding="utf-8")
     return 0
 
 

@@ -33,12 +33,11 @@ def describe_machine(device: str, load_before: float) -> dict[str, Any]:
 def write_report(
     path: Path,
     machine: Mapping[str, Any],
-    num_steps: int,
     comparisons: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
+    measures: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write everything measured, atomically."""
-    content = {"machine": machine, "num_steps": num_steps, "limit": LIMIT, "comparisons": comparisons, "runs": rows}
+    content = {"machine": machine, "limit": LIMIT, "comparisons": comparisons, "runs": measures}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -46,23 +45,23 @@ def write_report(
 
 
 def print_report(machine: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> None:
-    """Print the comparisons as a table: medians with their ranges, the ratio pair by pair, and what it means."""
+    """Print the comparisons as a table: medians, the ratio step by step with its interval, and what it means."""
     from rich.console import Console
     from rich.table import Table
 
-    title = f"tokens/s, median (lowest-highest); {machine['processor']}, {machine['device']}"
+    title = f"tokens/s, median step (95 % interval); {machine['processor']}, {machine['device']}"
     table = Table(title=title, title_justify="left")
-    for column in ("layout", "against", "pairs", "ours", "theirs", "ours / theirs", "processor time", "verdict"):
+    for column in ("layout", "against", "steps", "ours", "theirs", "ours / theirs", "processor time", "verdict"):
         table.add_column(column)
     for one in comparisons:
         table.add_row(
             one["layout"],
             NAMES[one["other"]],
             str(one["num_pairs"]),
-            _range(one["ours"], ",.0f"),
-            _range(one["theirs"], ",.0f"),
-            _range(one["ratio"], ".3f"),
-            _range(one["processor_ratio"], ".3f"),
+            f"{one['ours']:,.0f}",
+            f"{one['theirs']:,.0f}",
+            "{median:.3f} ({low:.3f}-{high:.3f})".format(**one["ratio"]),
+            f"{one['processor_ratio']:.3f}",
             describe_verdict(one),
         )
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -77,10 +76,6 @@ def describe_verdict(comparison: Mapping[str, Any]) -> str:
         return f"{comparison['ratio']['median']:.2f} times its speed"
     cost = max(comparison["cost"], 0.0)
     return f"costs {cost:.1%}, {'within' if cost <= LIMIT else 'over'} the limit of {LIMIT:.0%}"
-
-
-def _range(spread: Mapping[str, float], style: str) -> str:
-    return f"{spread['median']:{style}} ({spread['min']:{style}}-{spread['max']:{style}})"
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 """Checkpoints that Megatron-LM itself wrote (`--ckpt-format torch_dist`): their arguments -> our `model` section.
 
 The arguments are a pickled namespace; it is read without executing anything in it, so that a checkpoint from elsewhere
-can do no harm. An argument that changes what the weights compute and that the engine does not have is refused by name.
+can do no harm. The arguments in `_ONLY` change what the weights compute in ways the engine has not, and are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "apply_layernorm_1p": (False, None),
     "apply_residual_connection_post_layernorm": (False, None),
     "softmax_type": ("vanilla", None),
+    "softmax_scale": (None,),
     "window_size": (None,),
+    "no_rope_freq": (None,),
+    "glu_linear_offset": (0.0, None),
+    "activation_func_clamp_value": (None,),
+    "moe_apply_probs_on_input": (False, None),
+    "use_mup": (False, None),
     "qk_l2_norm": (False, None),
     "rotary_interleaved": (False, None),
     "rotary_seq_len_interpolation_factor": (None, 1),
@@ -65,7 +71,7 @@ def read_megatron_model(checkpoint: Path) -> ModelConfig:
         for name, allowed in _ONLY.items()
         if name in arguments and arguments[name] not in allowed
     ]
-    if not (arguments.get("swiglu") or arguments.get("squared_relu") is False):
+    if not arguments.get("swiglu"):
         problems.append("an activation other than swiglu")
     if problems:
         raise BadInput(f"{checkpoint}: was trained with {', '.join(problems)}, which cannot be converted.")

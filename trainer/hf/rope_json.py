@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from configs.schema import ModelConfig, RopeConfig
+from configs.schema import ModelConfig
 from trainer.hf.families import Family
 
 _KEYS = {
@@ -22,7 +22,6 @@ _KEYS = {
 }  # fmt: skip
 # Keys that say nothing new, or the only thing that the engine does.
 _EXPECTED = {"rope_type": None, "type": None, "rope_theta": None, "attention_factor": (None,), "truncate": (None, True)}
-_ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 def read_rope(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
@@ -66,16 +65,13 @@ def write_rope(model: ModelConfig, carried: Mapping[str, Any] | None) -> dict[st
     rope = model.rope
     kind = "default" if rope.scaling == "none" else rope.scaling
     parameters: dict[str, Any] = {"rope_type": kind}
-    parameters |= {key: _plain(rope, key) for key in _KEYS[kind]}
+    parameters |= {key: getattr(rope, key) for key in _KEYS[kind]}
     if kind == "yarn" and not rope.mscale_all_dim:
         del parameters["mscale"], parameters["mscale_all_dim"]
-    if carried is not None and "rope_theta" in carried:
+    if carried is not None and "rope_parameters" not in carried:
         return {"rope_theta": rope.base, "rope_scaling": None if kind == "default" else _in_style(parameters, carried)}
-    return {"rope_parameters": {"rope_theta": rope.base, **parameters}}
-
-
-def _plain(rope: RopeConfig, key: str) -> Any:
-    return getattr(rope, key)
+    beside = {"rope_theta": rope.base} if carried is not None and "rope_theta" in carried else {}
+    return beside | {"rope_parameters": {"rope_theta": rope.base, **parameters}}
 
 
 def _in_style(parameters: dict[str, Any], carried: Mapping[str, Any]) -> dict[str, Any]:

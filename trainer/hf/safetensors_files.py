@@ -8,13 +8,13 @@ the header as JSON, the tensors' bytes: https://github.com/huggingface/safetenso
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from configs.errors import BadInput
@@ -30,8 +30,20 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
+class _Sized:
+    """What has a number format and a shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(_Sized):
     """Where a tensor lies and what it is."""
 
     file: Path
@@ -39,11 +51,6 @@ class StoredTensor:
     """Bytes from the start of the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 class SafetensorsDirectory:
@@ -72,17 +79,12 @@ class SafetensorsDirectory:
 
 
 @dataclass(frozen=True)
-class OutputTensor:
+class OutputTensor(_Sized):
     """A tensor to be written, before its content is known."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def plan_files(tensors: Sequence[OutputTensor], max_bytes: int) -> dict[str, list[OutputTensor]]:

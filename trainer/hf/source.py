@@ -98,6 +98,7 @@ class HfModel:
                     "set tie_word_embeddings to false."
                 )
             unknown.remove(names.output)
+            further.remove(names.output)
         if unknown:
             shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             raise BadInput(

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import load_config
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, RopeConfig
 from trainer.hf.config_json import compare_models, read_model, write_model
 from trainer.hf.families import FAMILIES
 
@@ -66,6 +66,25 @@ def test_a_carried_config_keeps_its_style_and_its_other_keys():
     written = write_model(read_model(LLAMA), LLAMA | {"bos_token_id": 128000})
     assert written["rope_theta"] == 500000.0 and "rope_parameters" not in written
     assert written["rope_scaling"] == LLAMA["rope_scaling"] and written["bos_token_id"] == 128000
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": None},
+        {},
+    ],
+)
+def test_every_style_of_rope_can_be_written_over(rope):
+    """Also after the context was changed, and where the carried config named no base or named it twice."""
+    carried = {key: value for key, value in LLAMA.items() if not key.startswith("rope")} | rope
+    model = read_model(carried)
+    changed = model.model_copy(update={"rope": RopeConfig(base=1e6, scaling="linear", factor=4.0)})
+    for one in (model, changed):
+        assert compare_models(one, read_model(write_model(one, carried))) == []
 
 
 def test_a_changed_context_is_written():

@@ -136,7 +136,9 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
     [
         ({"args": whole_arguments(position_embedding_type="learned_absolute")}, "position-embedding-type"),
         ({"args": whole_arguments(multi_latent_attention=True)}, "multi-latent-attention True"),
-        ({"args": whole_arguments(swiglu=False)}, "an activation other than swiglu"),
+        ({"args": whole_arguments(swiglu=False, squared_relu=False)}, "an activation other than swiglu"),
+        ({"args": whole_arguments(no_rope_freq=4)}, "no-rope-freq 4"),
+        ({"args": whole_arguments(glu_linear_offset=1.0)}, "glu-linear-offset 1.0"),
         ({"args": whole_arguments(num_layers=0)}, "its arguments cannot be read"),
         ({"iteration": 3}, "holds no arguments"),
     ],

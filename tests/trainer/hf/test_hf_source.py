@@ -1,0 +1,60 @@
+"""A model directory: further tensors that are expected are left aside, others are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import BadInput
+from trainer.hf.config_json import read_model
+from trainer.hf.families import FAMILIES
+from trainer.hf.source import HfModel
+from trainer.hf.tensors import model_rules
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+DEEPSEEK = LLAMA | {
+    "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 2, "n_routed_experts": 2,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": None, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
+
+
+def write(directory: Path, config: dict, further: dict[str, torch.Tensor]) -> Path:
+    """Write a model of random weights and further tensors."""
+    from safetensors.torch import save_file
+
+    names = FAMILIES[config["architectures"][0]].names
+    parts = [part for rule in model_rules(read_model(config), names) for part in rule.hf]
+    tensors = {part.name: torch.randn(part.shape) for part in parts} | further
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_multi_token_prediction_is_left_aside_by_name(tmp_path):
+    name = "model.layers.2.eh_proj.weight"
+    assert HfModel(write(tmp_path, DEEPSEEK, {name: torch.zeros(2)})).ignored == [name]
+
+
+def test_what_follows_from_the_config_is_no_tensor_of_the_model(tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert HfModel(write(tmp_path, LLAMA, {name: torch.zeros(4)})).ignored == []
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_tied_output_layer_must_be_the_embedding(tmp_path, is_same):
+    tied, table = LLAMA | {"tie_word_embeddings": True}, torch.randn(11, 16)
+    both = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone() if is_same else table + 1}
+    write(tmp_path, tied, both)
+    if is_same:
+        assert HfModel(tmp_path).ignored == []
+        return
+    with pytest.raises(BadInput, match="differs from model.embed_tokens.weight"):
+        HfModel(tmp_path)
