@@ -18,6 +18,8 @@ _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.")
 _EXPERT = re.compile(r"(\.experts\.experts\.)(\d+)\.")
 _LAYER_AXIS = re.compile(r"^decoder\.layers\.(?!\d)")
 _EXPERT_AXIS = re.compile(r"\.experts\.experts\.(?!\d)")
+# Megatron-LM's local layers name the norm before experts as if it were fused into a dense MLP.
+_OTHER_SPELLING = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,12 @@ class Place:
 
 def find_place(name: str, keys: Container[str]) -> Place | None:
     """Return where `name` lies among the `keys` of a checkpoint, whichever way it was written; None if nowhere."""
-    for has_layer_axis in (True, False):
-        for has_expert_axis in (True, False):
-            place = _place(name, has_layer_axis=has_layer_axis, has_expert_axis=has_expert_axis)
-            if place.key in keys:
-                return place
+    for spelling in (name, name.replace(*_OTHER_SPELLING)):
+        for has_layer_axis in (True, False):
+            for has_expert_axis in (True, False):
+                place = _place(spelling, has_layer_axis=has_layer_axis, has_expert_axis=has_expert_axis)
+                if place.key in keys:
+                    return place
     return None
 
 

@@ -43,7 +43,7 @@ def main():
     args.padded_vocab_size = 256
     validate_args(args, {})
     set_args(args)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=args.qk_layernorm)
+    spec = get_gpt_layer_local_spec(args.num_experts, False, qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention  # theirs makes a mask on a GPU
     model = GPTModel(
         core_transformer_config_from_args(args), spec, vocab_size=256, max_sequence_length=128,
@@ -69,6 +69,10 @@ ARGUMENTS = (
     "--no-save-optim --no-save-rng --use-cpu-initialization --lr 1e-3 --train-iters 1 --no-persist-layer-norm "
     "--no-gradient-accumulation-fusion --no-rope-fusion --no-masked-softmax-fusion"
 ).split()
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-router-load-balancing-type none "
+    "--moe-token-dispatcher-type alltoall"
+).split()
 
 
 @pytest.mark.slow
@@ -78,6 +82,8 @@ ARGUMENTS = (
         (["--untie-embeddings-and-output-weights"], "LlamaForCausalLM"),
         (["--qk-layernorm"], "Qwen3ForCausalLM"),
         (["--add-qkv-bias"], "Qwen2ForCausalLM"),
+        (["--untie-embeddings-and-output-weights", *EXPERTS], "MixtralForCausalLM"),
+        (["--qk-layernorm", "--untie-embeddings-and-output-weights", *EXPERTS], "Qwen3MoeForCausalLM"),
     ],
 )
 def test_megatron_lms_own_checkpoint_is_exported(tmp_path, extra, architecture):
