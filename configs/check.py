@@ -14,6 +14,7 @@ from configs.check_model import check_model
 from configs.check_training import check_training
 from configs.derive import (
     Layout,
+    chunk_layers,
     derive_layout,
     head_dim,
     layers_per_pp_stage,
@@ -24,6 +25,7 @@ from configs.derive import (
     ramp_batch_sizes,
 )
 from configs.errors import BadInput
+from configs.fp8 import check_fp8, uses_te_layers
 from configs.schema import Config
 
 
@@ -32,9 +34,11 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
 
     `has_te` says whether Transformer Engine is installed; some layouts and recomputations need it.
     """
+    has_te = uses_te_layers(config, has_te=has_te)
     problems = [
         *check_model(config.model),
         *check_training(config),
+        *check_fp8(config),
         *_check_world(config, world_size),
         *_check_tensor_axis(config, has_te),
         *_check_sequence(config, has_te),
@@ -185,7 +189,7 @@ def _check_recompute(config: Config, has_te: bool) -> Iterator[str]:
     recompute, model, parallel = config.train.recompute, config.model, config.parallel
     if recompute.granularity == "full":
         try:
-            longest = max(layers_per_pp_stage(model, parallel)) // parallel.vpp
+            longest = max(len(chunk) for chunks in chunk_layers(model, parallel) for chunk in chunks)
         except BadInput:
             return
         if recompute.num_layers > longest:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from configs.derive import head_dim, num_query_groups
 from configs.fields import value_text
-from configs.schema import ModelConfig, MoeConfig, Section
+from configs.model_schema import ModelConfig, MoeConfig
+from configs.section import Section
 
 
 def check_model(model: ModelConfig) -> list[str]:

@@ -16,6 +16,7 @@ def check_training(config: Config) -> list[str]:
         *_check_ramp(config),
         *_check_recompute_fields(config),
         *_check_precision(config),
+        *_check_fp8_fields(config),
         *_check_optimizer(config),
         *_check_schedule(config),
         *_check_checkpoint(config),
@@ -95,6 +96,13 @@ def _check_precision(config: Config) -> Iterator[str]:
             f"precision.min_loss_scale: {precision.min_loss_scale:g} exceeds precision.initial_loss_scale="
             f"{precision.initial_loss_scale:g}; a value that would work: 1.0"
         )
+
+
+def _check_fp8_fields(config: Config) -> Iterator[str]:
+    fp8 = config.precision.fp8
+    if fp8 is not None and fp8.recipe != "delayed":
+        reason = f"with precision.fp8.recipe={fp8.recipe}"
+        yield from check_unused(fp8, "precision.fp8", ("amax_history_len", "amax_compute"), reason)
 
 
 def _check_optimizer(config: Config) -> Iterator[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.errors import BadInput
-from configs.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from configs.model_schema import ModelConfig
+from configs.schema import Config, ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def layers_per_pp_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[i
     The rule is megatron-core's `get_num_layers_to_build`. Raises BadInput where the layers do not divide.
     """
     first, last = parallel.num_layers_in_first_pp_stage, parallel.num_layers_in_last_pp_stage
+    if parallel.vocabulary_counts_as_layers:
+        return _stages_with_vocabulary(model, parallel)
     if parallel.pp == 1 and (first or last):
         name = "num_layers_in_first_pp_stage" if first else "num_layers_in_last_pp_stage"
         raise BadInput(f"parallel.{name}: has no meaning with parallel.pp=1; a value that would work: null")
@@ -132,9 +135,14 @@ def chunk_layers(model: ModelConfig, parallel: ParallelConfig) -> tuple[tuple[ra
     stages = layers_per_pp_stage(model, parallel)
     chunks: list[list[range]] = [[] for _ in stages]
     start = 0
-    for _ in range(parallel.vpp):
+    for vpp_rank in range(parallel.vpp):
         for pp_rank, num_layers in enumerate(stages):
-            stop = start + num_layers // parallel.vpp
+            size = num_layers // parallel.vpp
+            if parallel.vocabulary_counts_as_layers:
+                place = (pp_rank, vpp_rank)
+                size = _layers_per_full_chunk(model, parallel)
+                size -= (place == (0, 0)) + (place == (parallel.pp - 1, parallel.vpp - 1))
+            stop = start + size
             chunks[pp_rank].append(range(start, stop))
             start = stop
     return tuple(tuple(chunk) for chunk in chunks)
@@ -206,6 +214,31 @@ def tokens_after(train: TrainConfig, num_steps: int) -> int:
 def _remaining_layers(model: ModelConfig, first: int | None) -> int | str:
     left = model.num_layers - (first or 0)
     return left if left > 0 else "null, with a smaller parallel.num_layers_in_first_pp_stage"
+
+
+def _layers_per_full_chunk(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Return the layers of a chunk without embedding and output layer, which count as one each."""
+    return (model.num_layers + 2) // (parallel.pp * parallel.vpp)
+
+
+def _stages_with_vocabulary(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Return the layers of each pipeline stage where the first and the last chunk hold one less."""
+    field, num_chunks = "parallel.vocabulary_counts_as_layers", parallel.pp * parallel.vpp
+    if parallel.pp == 1:
+        raise BadInput(f"{field}: has no meaning with parallel.pp=1; a value that would work: false")
+    if parallel.num_layers_in_first_pp_stage or parallel.num_layers_in_last_pp_stage:
+        raise BadInput(f"{field}: the layers of the first or last stage are given too; a value that would work: false")
+    size = _layers_per_full_chunk(model, parallel)
+    if (model.num_layers + 2) % num_chunks or size < 2:
+        fits = [ways for ways in range(2, model.num_layers // 2 + 2) if (model.num_layers + 2) % ways == 0]
+        raise BadInput(
+            f"{field}: {model.num_layers} layers and two more do not divide among pp*vpp = {num_chunks} chunks of two "
+            f"or more; products that would work: {', '.join(map(str, fits)) or 'none, so false'}"
+        )
+    stages = [size * parallel.vpp] * parallel.pp
+    stages[0] -= 1
+    stages[-1] -= 1
+    return tuple(stages)
 
 
 def _uneven_sentence(model: ModelConfig, parallel: ParallelConfig, num_layers: int, num_stages: int) -> str:

@@ -20,7 +20,8 @@ from configs.derive import (
     num_query_groups,
     padded_vocab_size,
 )
-from configs.schema import Config, ModelConfig
+from configs.model_schema import ModelConfig
+from configs.schema import Config
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from configs.schema import Config, Section
+from configs.schema import Config
+from configs.section import Section
 
 
 @dataclass(frozen=True)

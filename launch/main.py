@@ -69,15 +69,28 @@ def _load(arguments: Arguments) -> Config:
 
 def _check(config: Config, world_size: int, platform_name: PlatformName) -> None:
     """Raise BadInput with every cross-field problem, one a line."""
-    from configs.check import check_config
-
-    problems = check_config(config, world_size, platform=platform_name, has_te=has_transformer_engine())
+    problems = _problems(config, world_size, platform_name, has_te=has_transformer_engine())
+    problems += _machine_problems(config, platform_name)
     if problems:
         raise BadInput("\n".join(problems))
 
 
+def _problems(config: Config, world_size: int, platform_name: PlatformName, *, has_te: bool) -> list[str]:
+    from configs.check import check_config
+
+    return check_config(config, world_size, platform=platform_name, has_te=has_te)
+
+
+def _machine_problems(config: Config, platform_name: PlatformName) -> list[str]:
+    """Return what this machine's devices cannot do."""
+    from configs.fp8 import check_backend
+
+    fp8 = config.precision.fp8
+    return [] if fp8 is None else list(check_backend(fp8, platform=platform_name, has_te=has_transformer_engine()))
+
+
 def _dry_run(config: Config, arguments: Arguments, environment: Environment) -> int:
-    """Print what a run of this config would be; writes nothing."""
+    """Print what a run of this config would be, perhaps on other machines than this one; writes nothing."""
     from configs.derive import derive_layout
     from configs.show import describe
 
@@ -85,9 +98,15 @@ def _dry_run(config: Config, arguments: Arguments, environment: Environment) -> 
     if world_size is None:
         started_by_hand = environment.launcher == "single"
         world_size = _fewest_ranks(config) if started_by_hand else environment.world_size
-    _check(config, world_size, detect_platform_name())
+    platform_name = detect_platform_name()
+    problems = _problems(config, world_size, platform_name, has_te=True)
+    if problems:
+        raise BadInput("\n".join(problems))
     if environment.rank == 0:
         print(describe(config, derive_layout(config, world_size)))
+        here = _problems(config, world_size, platform_name, has_te=has_transformer_engine())
+        for problem in here + _machine_problems(config, platform_name):
+            print(f"not on this machine  {problem}")
     return ExitCode.DONE
 
 

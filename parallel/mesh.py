@@ -39,6 +39,8 @@ class Mesh:
     pp_group: Any
     dp_group: Any
     dp_cp_group: Any
+    stage_group: Any
+    """All ranks of this rank's pipeline stage: tp x cp x dp."""
 
     @property
     def is_first_pp_stage(self) -> bool:
@@ -125,6 +127,7 @@ def build_mesh(platform: Platform, device: torch.device, config: Config) -> Mesh
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.schema import Config, ParallelConfig
+from parallel.precision import gathers_fp8
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def replicate(chunks: list[Any], config: Config, *, is_overlapping: bool) -> lis
         overlap_grad_reduce=overlap.grad_reduce,
         overlap_param_gather=overlap.param_gather,
         average_in_collective=False,
+        fp8_param_gather=gathers_fp8(config.precision),
     )
     replicas = [
         DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)

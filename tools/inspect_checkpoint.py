@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs.errors import BadInput
 from configs.estimate import count_parameters
-from configs.schema import ModelConfig
+from configs.model_schema import ModelConfig
 from tools.console import Progress, run_command
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from parallel.replicate import gather_parameters, resolve_overlap
 from parallel.schedule import finalize_gradients, run_schedule
 from trainer.data.batch import Batch
 from trainer.losses.loss import Loss
+from trainer.model.fp8.attach import Fp8State
 from trainer.model.router_losses import read_router_losses
 from trainer.optimizer import set_learning_rate, update_weights
 from trainer.schedule import compute_learning_rate
@@ -43,11 +44,14 @@ RESERVED_SUMS = ("total", "num_tokens", "num_samples")
 class Engine:
     """One sharded model with its optimizer; every stage of training runs on it."""
 
-    def __init__(self, config: Config, mesh: Mesh, replicas: list[Any], optimizer: Any) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, replicas: list[Any], optimizer: Any, fp8: Fp8State | None = None
+    ) -> None:
         self.config = config
         self.mesh = mesh
         self.replicas = replicas
         self.optimizer = optimizer
+        self.fp8 = fp8
         self.report = MicrobatchReport()
         self._connect()
 
@@ -75,6 +79,8 @@ class Engine:
         update = update_weights(
             self.optimizer, self.config, self.mesh, is_loss_finite=math.isfinite(loss) and num_tokens > 0
         )
+        if self.fp8 is not None:
+            self.fp8.close_step(is_applied=update.is_applied)
         per_token = 1.0 / max(num_tokens, 1)
         return StepResult(
             loss=loss * per_token,
@@ -137,6 +143,12 @@ class Engine:
     def finish_parameter_gather(self) -> None:
         """Wait until every rank holds the updated weights; needed before anything but a forward pass reads them."""
         gather_parameters(self.replicas)
+
+    def weights_loaded(self) -> None:
+        """Let everything that was made from the weights be made anew; to be called when others were put in place."""
+        self.optimizer.reload_model_params()
+        if self.fp8 is not None:
+            self.fp8.weights_changed()
 
     def close(self) -> None:
         """Let go of the process groups, so that the same process can build another engine; this one is then unusable.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from configs.errors import BadInput, ExitCode
+from configs.fp8 import resolve_backend, uses_te_layers
 from configs.schema import Config
 from parallel.collectives import any_rank
 from parallel.environment import Environment
@@ -28,8 +29,11 @@ from trainer.start import Start, find_start
 from trainer.state import TrainState
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
     from trainer.engine import Engine
     from trainer.hooks import Reporter
+    from trainer.model.fp8.attach import Fp8State
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +93,22 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
 
     seed_everything(config.run.seed, mesh.pp_rank)
     is_overlapping = mesh.platform.overlaps_communication
-    chunks = build_model_chunks(config, mesh, use_te=has_transformer_engine())
+    use_te = uses_te_layers(config, has_te=has_transformer_engine())
+    chunks = build_model_chunks(config, mesh, use_te=use_te)
+    fp8 = _attach_fp8(config, mesh, chunks)
     replicas = replicate(chunks, config, is_overlapping=is_overlapping)
-    return Engine(config, mesh, replicas, build_optimizer(config, replicas, is_overlapping=is_overlapping))
+    return Engine(config, mesh, replicas, build_optimizer(config, replicas, is_overlapping=is_overlapping), fp8)
+
+
+def _attach_fp8(config: Config, mesh: Mesh, chunks: list[GPTModel]) -> Fp8State | None:
+    """Give the layers FP8 multiplications of our own, unless there are to be none or Transformer Engine has them."""
+    from trainer.model.fp8.attach import attach_fp8
+
+    fp8 = config.precision.fp8
+    if fp8 is None:
+        return None
+    backend = resolve_backend(fp8, has_te=has_transformer_engine())
+    return None if backend == "te" else attach_fp8(chunks, fp8, config.model, mesh, backend)
 
 
 def _train_with(engine: Engine, job: _Job) -> ExitCode:
@@ -144,7 +161,7 @@ def _open_run_directory(engine: Engine, run_dir: Path, job: _Job, state: TrainSt
     from trainer.hooks import Reporter
 
     config, mesh, start = engine.config, engine.mesh, job.start
-    details = describe_environment(mesh, use_te=has_transformer_engine())
+    details = describe_environment(config, mesh, has_te=has_transformer_engine())
     try:
         start_rank_log(run_dir, mesh)
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from configs.errors import BadInput
+from configs.fp8 import describe_fp8, resolve_backend, uses_te_layers
 from configs.load import resolved_dict
 from configs.schema import Config
 from parallel.collectives import broadcast_object, gather_objects
@@ -77,12 +78,13 @@ class RunLock:
         return f"run.dir: {directory} is being written to by {holder}; wait for it, or choose another path."
 
 
-def describe_environment(mesh: Mesh, *, use_te: bool) -> dict[str, Any]:
+def describe_environment(config: Config, mesh: Mesh, *, has_te: bool) -> dict[str, Any]:
     """Return hosts, devices, layout, versions and the kernels found and chosen.
 
     Collective: all ranks of the world must call this.
     """
-    platform = mesh.platform.describe()
+    platform, fp8 = mesh.platform.describe(), config.precision.fp8
+    use_te = uses_te_layers(config, has_te=has_te)
     places = gather_objects((socket.gethostname(), platform["device"]))
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -95,6 +97,7 @@ def describe_environment(mesh: Mesh, *, use_te: bool) -> dict[str, Any]:
         "chosen": {
             "layers": "Transformer Engine" if use_te else "Megatron-Core local layers, torch SDPA",
             "adam": has_fused_adam() or "torch fused AdamW",
+            "fp8": "none" if fp8 is None else describe_fp8(fp8, resolve_backend(fp8, has_te=has_te)),
         },
     }
 
@@ -124,6 +127,7 @@ def show_start(config: Config, environment: Mapping[str, Any]) -> None:
         "collectives": environment["platform"]["collectives"],
         "layout": layout,
         "precision": f"{config.precision.compute} compute, fp32 main weights, reductions and moments",
+        "FP8": environment["chosen"]["fp8"],
         "Transformer Engine": te or "not installed: its layers, fusions and FP8 are not used",
         "apex": "found" if importlib.util.find_spec("apex") else "not installed",
         "flash-attn": environment["versions"]["flash-attn"] or "not installed: torch's attention kernels are used",

@@ -53,6 +53,13 @@ def test_valid_runs_have_no_problem(overrides: list[str], world_size: int) -> No
 
 
 LAYOUT_RULES = [
+    (
+        ["parallel.pp=2", "parallel.vocabulary_counts_as_layers=true", "model.num_layers=4", "parallel.vpp=2"],
+        2,
+        "parallel.vocabulary_counts_as_layers: 4 layers and two more do not divide among pp*vpp = 4 chunks of two or "
+        "more; products that would work: 2, 3",
+    ),
+    (["parallel.vocabulary_counts_as_layers=true"], 1, "parallel.vocabulary_counts_as_layers: has no meaning"),
     (["parallel.tp=2", "parallel.pp=2"], 3, "parallel: world size 3 is no multiple of tp*pp*cp = 2*2*1 = 4; start 4"),
     (
         ["parallel.tp=3"],
@@ -300,7 +307,8 @@ def test_recipes_run_at_the_world_size_their_comment_states(path: Path) -> None:
     command = re.search(r"torchrun --nnodes (\d+) --nproc-per-node (\d+) .*configs/pretrain/(\S+)", comment)
     assert command is not None and command[3] == path.name
     config = load_config(str(path))
-    assert check_config(config, int(command[1]) * int(command[2]), platform="cuda", has_te=False) == []
+    needs_te = config.precision.fp8 is not None and config.precision.fp8.backend == "te"
+    assert check_config(config, int(command[1]) * int(command[2]), platform="cuda", has_te=needs_te) == []
     assert config.run.name == path.stem
 
 

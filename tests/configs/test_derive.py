@@ -19,7 +19,8 @@ from configs.derive import (
     tokens_per_step,
 )
 from configs.errors import BadInput
-from configs.schema import BatchRampConfig, Config, ModelConfig, ParallelConfig, TrainConfig
+from configs.model_schema import ModelConfig
+from configs.schema import BatchRampConfig, Config, ParallelConfig, TrainConfig
 
 
 def model_of(num_layers: int = 4, **fields: object) -> ModelConfig:
@@ -173,3 +174,12 @@ def test_batches_without_a_ramp() -> None:
     assert num_microbatches(config, derive_layout(config, 8), 16) == 2
     with pytest.raises(BadInput, match="a value that would work: 18"):
         num_microbatches(config, derive_layout(config, 6), 16)
+
+
+def test_vocabulary_in_place_of_layers():
+    """Llama 3.1 405B: 126 layers and two more on 8 stages of 8 chunks, the first and the last one layer short."""
+    parallel = ParallelConfig(pp=8, vpp=8, vocabulary_counts_as_layers=True)
+    chunks = chunk_layers(model_of(126), parallel)
+    assert layers_per_pp_stage(model_of(126), parallel) == (15, *[16] * 6, 15)
+    assert chunks[0][0] == range(0, 1) and chunks[1][0] == range(1, 3) and chunks[7][7] == range(125, 126)
+    assert sorted(layer for stage in chunks for chunk in stage for layer in chunk) == list(range(126))

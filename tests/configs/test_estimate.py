@@ -9,7 +9,8 @@ import pytest
 from configs.derive import derive_layout
 from configs.estimate import count_parameters, estimate_memory, model_flops_per_token, parameters_per_rank
 from configs.load import load_config
-from configs.schema import Config, ModelConfig, ParallelConfig, RecomputeConfig, TrainConfig
+from configs.model_schema import ModelConfig
+from configs.schema import Config, ParallelConfig, RecomputeConfig, TrainConfig
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 

@@ -29,6 +29,7 @@ def test_every_example_value_in_help_is_accepted(tmp_path: Path) -> None:
     tiny = str(ROOT / "configs" / "models" / "tiny.yaml")
     whole = {"model.moe": "{num_experts: 8, ffn_hidden_size: 64}"}
     whole["model.mla"] = "{kv_lora_rank: 8, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"
+    whole["precision.fp8"] = "{recipe: delayed}"
     whole["train.batch_ramp"] = "{start: 1, increment: 1, num_samples: 1}"
     fields = [field for field in schema_fields() if field.section is None]
     for field in fields:

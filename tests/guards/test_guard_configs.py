@@ -7,7 +7,7 @@ import yaml
 
 from configs.check import check_config
 from configs.load import load_config
-from configs.schema import ModelConfig
+from configs.model_schema import ModelConfig
 
 NOT_RUNS = {"models", "clusters"}
 

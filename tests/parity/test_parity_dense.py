@@ -65,6 +65,11 @@ def test_further_layout_equals_one_rank(judge, name):
     judge.check(*MORE_LAYOUTS[name])
 
 
+@pytest.mark.parametrize("parallel", [{"pp": 2}, {"pp": 2, "vpp": 2}], ids=["pp2", "pp2_vpp2"])
+def test_vocabulary_in_place_of_layers(judge, parallel):
+    judge.check(2, parallel | {"vocabulary_counts_as_layers": True}, model={"num_layers": 6})
+
+
 @pytest.mark.parametrize("name", EIGHT_RANKS)
 def test_eight_ranks_equal_one_rank(judge, name):
     judge.check(*EIGHT_RANKS[name])

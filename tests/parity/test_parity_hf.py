@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.schema import ModelConfig
+from configs.model_schema import ModelConfig
 from tests.pool import Place
 from tests.small_runs import build_stage, open_engine, small_config
 

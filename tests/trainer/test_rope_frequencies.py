@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.schema import RopeConfig
+from configs.model_schema import RopeConfig
 from tests.pool import Place
 from tests.small_runs import open_engine, small_config
 

@@ -9,7 +9,8 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from configs.derive import padded_vocab_size
-from configs.schema import Config, ModelConfig
+from configs.model_schema import ModelConfig
+from configs.schema import Config
 from parallel.platform import PlatformName
 
 if TYPE_CHECKING:

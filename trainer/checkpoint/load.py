@@ -17,6 +17,7 @@ from configs.errors import BadInput
 from configs.load import resolved_dict
 from parallel.collectives import gather_objects
 from parallel.seeding import set_rng_state
+from trainer.checkpoint.fp8_history import request_fp8_state, set_fp8_state
 from trainer.checkpoint.manifest import (
     IMPORT_STAGE,
     Manifest,
@@ -45,13 +46,14 @@ def resume(engine: Engine, stage: Stage, checkpoint: Path) -> TrainState:
             f"{checkpoint}: was saved by the {manifest.stage['name']} stage, this is {stage.name}; to begin a new "
             "stage from its weights set checkpoint.init_from to it and run.dir to a new directory."
         )
-    request = build_full_state(engine, is_loading=True)
+    request = build_full_state(engine, is_loading=True) | {"fp8": request_fp8_state(engine, checkpoint)}
     is_same_layout = manifest.layout == engine.mesh.sizes()
     if is_same_layout:
         request["rng"] = build_rng_state(engine)
     loaded = _load(request, checkpoint)
     _set_weights(engine, loaded)
     engine.optimizer.load_state_dict(fit_optimizer_state(engine.optimizer, loaded["optimizer"]))
+    set_fp8_state(engine, loaded.get("fp8", {}))
     if is_same_layout:
         set_rng_state(engine.mesh.platform, loaded["rng"])
     else:
@@ -71,7 +73,7 @@ def warm_start(engine: Engine, checkpoint: Path) -> None:
             for chunk, tensors in state.items()
         }
     _set_weights(engine, _load(state, checkpoint))
-    engine.optimizer.reload_model_params()
+    engine.weights_loaded()
 
 
 def _check(engine: Engine, checkpoint: Path, manifest: Manifest, *, is_warm_start: bool) -> None:
@@ -91,3 +93,5 @@ def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 def _set_weights(engine: Engine, loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
+    if engine.fp8 is not None:
+        engine.fp8.weights_changed()

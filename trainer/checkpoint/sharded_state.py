@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
 from parallel.seeding import get_rng_state
+from trainer.checkpoint.fp8_history import build_fp8_state
 from trainer.checkpoint.places import name_at
 from trainer.engine import Engine
 from trainer.optimizer import init_optimizer_state
@@ -48,7 +49,7 @@ def model_shards(engine: Engine) -> Iterator[Shard]:
 
 
 def build_full_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    """Return sharded weights and optimizer state; for saving, this rank's random generators too.
+    """Return sharded weights and optimizer state; for saving, FP8 scales and this rank's random generators too.
 
     Collective: all ranks of the world must call this (the optimizer gathers its shards for saving).
     """
@@ -57,7 +58,7 @@ def build_full_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
         init_optimizer_state(engine.optimizer)
     state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_metadata(engine))
     if not is_loading:
-        state["rng"] = build_rng_state(engine)
+        state |= {"fp8": build_fp8_state(engine), "rng": build_rng_state(engine)}
     return state
 
 

@@ -18,7 +18,7 @@ from configs.check_model import check_model
 from configs.derive import head_dim, num_query_groups
 from configs.errors import BadInput
 from configs.fields import location_text
-from configs.schema import ModelConfig
+from configs.model_schema import ModelConfig
 from trainer.hf.families import FAMILIES, HARMLESS, Family, choose_family
 from trainer.hf.rope_json import read_rope, write_rope
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from configs.errors import BadInput
-from configs.schema import ModelConfig
+from configs.model_schema import ModelConfig
 from parallel.collectives import gather_objects
 from trainer.checkpoint.tensors import CheckpointTensors
 from trainer.hf.companions import carried_config, token_ids, write_companions

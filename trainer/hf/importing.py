@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from configs.load import resolved_dict
-from configs.schema import Config, ModelConfig
+from configs.model_schema import ModelConfig
+from configs.schema import Config
 from parallel.collectives import gather_objects
 from trainer.checkpoint.layout import PARTIAL_PREFIX, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import IMPORT_STAGE, Manifest, hash_file

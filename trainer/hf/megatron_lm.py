@@ -18,7 +18,7 @@ import torch
 
 from configs.check_model import check_model
 from configs.errors import BadInput
-from configs.schema import ModelConfig
+from configs.model_schema import ModelConfig
 from trainer.checkpoint.tensors import CheckpointTensors
 
 _TRACKER = "latest_checkpointed_iteration.txt"

@@ -21,4 +21,4 @@ def load_hf_weights(engine: Engine, source: HfModel) -> None:
         for axis, (start, length) in enumerate(zip(shard.offsets, shard.data.shape, strict=True)):
             part = part.narrow(axis, start, length)
         shard.data.copy_(part)
-    engine.optimizer.reload_model_params()
+    engine.weights_loaded()

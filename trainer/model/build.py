@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from configs.derive import padded_vocab_size
-from configs.schema import Config, MlaConfig, ModelConfig
+from configs.model_schema import MlaConfig, ModelConfig
+from configs.schema import Config
 from parallel.mesh import Mesh
 from trainer.model.attention import SdpaCoreAttention
 from trainer.model.config import build_transformer_config

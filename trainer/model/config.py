@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from configs.schema import Config, ModelConfig, MoeConfig, RecomputeConfig
+from configs.model_schema import ModelConfig, MoeConfig
+from configs.schema import Config, RecomputeConfig
 from parallel.mesh import Mesh
 from parallel.precision import model_precision
 
@@ -24,7 +25,7 @@ BALANCING = {"aux_loss": "aux_loss", "bias": "none", "none": "none"}
 def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> TransformerConfig:
     """Return the `TransformerConfig` of this run's model and layout; Megatron-Core validates it once more."""
     model = config.model
-    fields = _architecture(model) | _layout(config) | model_precision(config.precision)
+    fields = _architecture(model) | _layout(config) | model_precision(config, use_te=use_te)
     fields |= _recompute(config.train.recompute)
     if model.moe is not None:
         fields |= _moe(model, model.moe, config, use_te=use_te)
@@ -78,6 +79,8 @@ def _layout(config: Config) -> dict[str, Any]:
         "sequence_parallel": sizes.sp,
         "num_layers_in_first_pipeline_stage": sizes.num_layers_in_first_pp_stage,
         "num_layers_in_last_pipeline_stage": sizes.num_layers_in_last_pp_stage,
+        "account_for_embedding_in_pipeline_split": sizes.vocabulary_counts_as_layers,
+        "account_for_loss_in_pipeline_split": sizes.vocabulary_counts_as_layers,
         "deallocate_pipeline_outputs": True,
         # Batched sends mix up activations and gradients when pp = 2, where next and previous stage are one rank.
         "overlap_p2p_comm": sizes.vpp > 1,

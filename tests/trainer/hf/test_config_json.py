@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import load_config
-from configs.schema import ModelConfig, RopeConfig
+from configs.model_schema import ModelConfig, RopeConfig
 from trainer.hf.config_json import compare_models, read_model, write_model
 from trainer.hf.families import FAMILIES
 

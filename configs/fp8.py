@@ -1,0 +1,147 @@
+"""FP8 recipes as plain data: what shares a scale, which backends run it, what sizes it wants. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.derive import head_dim, num_query_groups
+from configs.schema import Config, Fp8Config
+
+Block = tuple[int | None, int | None]
+"""What shares a scale: rows, and elements along the contraction; None is all of them."""
+_TENSOR: Block = (None, None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the operands of a matrix multiplication are scaled; every scale is a power of two."""
+
+    activation_block: Block
+    """Of activations and of gradients."""
+    weight_block: Block
+    format: Literal["e4m3", "hybrid"]
+    """Where `precision.fp8.format` is not given."""
+    backends: tuple[str, ...]
+    has_history: bool = False
+    """Scales come from the largest values of earlier steps."""
+
+    @property
+    def alignment(self) -> int | None:
+        """Elements along the contraction that share a scale; None where that is not a fixed number."""
+        return self.activation_block[1]
+
+
+RECIPES: dict[str, Recipe] = {
+    "delayed": Recipe(_TENSOR, _TENSOR, "hybrid", ("te", "torch", "emulated"), has_history=True),
+    "tensorwise": Recipe(_TENSOR, _TENSOR, "hybrid", ("te", "torch", "emulated")),
+    "rowwise": Recipe((1, None), (1, None), "hybrid", ("torch", "emulated")),
+    "blockwise": Recipe((1, 128), (128, 128), "e4m3", ("te", "emulated")),
+    "mxfp8": Recipe((1, 32), (1, 32), "e4m3", ("te", "emulated")),
+}
+
+
+def fp8_format(fp8: Fp8Config) -> Literal["e4m3", "hybrid"]:
+    """Return the number formats: e4m3 for all operands, or hybrid with e5m2 for gradients."""
+    return fp8.format or RECIPES[fp8.recipe].format
+
+
+def resolve_backend(fp8: Fp8Config, *, has_te: bool) -> Literal["te", "torch", "emulated"]:
+    """Return the backend that runs a recipe on a machine that `check_backend` accepts."""
+    if fp8.backend != "auto":
+        return fp8.backend
+    return "te" if has_te and "te" in RECIPES[fp8.recipe].backends else "torch"
+
+
+def uses_te_layers(config: Config, *, has_te: bool) -> bool:
+    """Return whether the layers are Transformer Engine's: where it is installed, unless FP8 runs without it."""
+    fp8 = config.precision.fp8
+    return has_te and (fp8 is None or resolve_backend(fp8, has_te=has_te) == "te")
+
+
+def describe_fp8(fp8: Fp8Config, backend: str) -> str:
+    """Return a recipe and what runs it in words."""
+    kept = fp8.num_first_layers_kept + fp8.num_last_layers_kept
+    return f"{fp8.recipe}, {fp8_format(fp8)}, backend {backend}" + (f", {kept} layers kept out" if kept else "")
+
+
+def check_backend(fp8: Fp8Config, *, platform: Literal["cpu", "cuda"], has_te: bool) -> Iterator[str]:
+    """Yield why this machine cannot run the recipe, if so; a plan for another machine is not asked."""
+    path = "precision.fp8.backend"
+    if fp8.backend == "emulated":
+        return
+    if platform == "cpu":
+        yield f"{path}: {fp8.backend} needs a GPU with FP8 units; a value that would work here: emulated"
+    elif fp8.backend == "te" and not has_te:
+        works = "torch" if "torch" in RECIPES[fp8.recipe].backends else "emulated"
+        yield f"{path}: te needs Transformer Engine, which is not installed here; a value that would work: {works}"
+    elif fp8.backend == "auto" and not has_te and "torch" not in RECIPES[fp8.recipe].backends:
+        yield (
+            f"{path}: {fp8.recipe} needs Transformer Engine, which is not installed here; a value that would work: "
+            "emulated, or precision.fp8.recipe=tensorwise"
+        )
+
+
+def check_fp8(config: Config) -> Iterator[str]:
+    """Yield what no machine could run, one sentence each with a value that would work."""
+    fp8, path = config.precision.fp8, "precision.fp8"
+    if fp8 is None:
+        return
+    recipe = RECIPES[fp8.recipe]
+    if config.precision.compute == "fp16":
+        yield "precision.compute: FP8 with fp16 is not supported; a value that would work: bf16"
+    if fp8.backend not in ("auto", *recipe.backends):
+        yield (
+            f"{path}.backend: {fp8.backend} does not run the recipe {fp8.recipe}; values that would work: "
+            f"{', '.join(recipe.backends)}"
+        )
+    kept, layers = fp8.num_first_layers_kept + fp8.num_last_layers_kept, config.model.num_layers
+    if kept >= layers:
+        yield (
+            f"{path}.num_first_layers_kept: with num_last_layers_kept {kept} layers stay out of FP8, which leaves none "
+            f"of {layers}; a value that would work: 1 each" + (", or precision.fp8=null" if layers < 3 else "")
+        )
+    if fp8.backend == "te" and kept and recipe.has_history:
+        yield (
+            f"{path}.num_first_layers_kept: Transformer Engine's delayed scaling keeps no layer out of FP8; a value "
+            "that would work: 0, or precision.fp8.recipe=tensorwise"
+        )
+    if fp8.param_gather and fp8.backend in ("torch", "emulated"):
+        yield f"{path}.param_gather: needs {path}.backend=te; a value that would work: false"
+    yield from _check_sizes(config, fp8, recipe)
+
+
+def _check_sizes(config: Config, fp8: Fp8Config, recipe: Recipe) -> Iterator[str]:
+    """Blocks that a split over tp would cut differently would give each layout other scales."""
+    step = recipe.alignment or (16 if fp8.backend in ("auto", "torch") else 1)
+    for name, size, ways, axis in _split_sizes(config):
+        share = size // ways
+        if share % step and (ways > 1 or recipe.alignment is None):
+            why = f"in blocks of {step}" if recipe.alignment else f"by {step}, as FP8 matrix multiplications need"
+            yield (
+                f"{name}: {size} split over {axis}={ways} is {share}, which cannot be divided {why}; a value that "
+                f"would work: {-(-size // (step * ways)) * step * ways}, or {axis}=1"
+                + ("" if recipe.alignment else " or precision.fp8.backend=emulated")
+            )
+
+
+def _split_sizes(config: Config) -> Iterator[tuple[str, int, int, str]]:
+    """Yield the sizes of the layers' linears that tp or etp splits: field, size, ranks, the axis's field."""
+    model, parallel = config.model, config.parallel
+    tp, tensor = parallel.tp, "parallel.tp"
+    if model.mla is None:
+        heads, groups = model.num_attention_heads, num_query_groups(model)
+        yield "model.num_attention_heads * head_dim", heads * head_dim(model), tp, tensor
+        yield "model.num_query_groups * head_dim", groups * head_dim(model), tp, tensor
+    else:
+        mla, heads = model.mla, model.num_attention_heads
+        yield "model.mla.v_head_dim * num_attention_heads", mla.v_head_dim * heads, tp, tensor
+        yield "model.mla.kv_lora_rank", mla.kv_lora_rank + mla.qk_rope_head_dim, tp, tensor
+    if model.moe is None or model.moe.num_dense_layers:
+        yield "model.ffn_hidden_size", model.ffn_hidden_size, tp, tensor
+    if model.moe is not None:
+        yield "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size, parallel.etp or tp, "parallel.etp"
+        if model.moe.shared_expert_ffn_hidden_size is not None:
+            shared = model.moe.shared_expert_ffn_hidden_size
+            yield "model.moe.shared_expert_ffn_hidden_size", shared, tp, tensor

@@ -1,0 +1,22 @@
+"""What every config section is made of: its base class and the kinds of numbers. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# The upper bounds are far beyond any real run; a typo's extra zeros end in a sentence, not in an endless plan.
+PositiveInt = Annotated[int, Field(ge=1, le=10**12)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**12)]
+Count = Annotated[int, Field(ge=1, le=10**5)]
+Samples = Annotated[int, Field(ge=1, le=10**7)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable after validation, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
