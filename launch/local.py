@@ -19,8 +19,8 @@ from types import FrameType
 
 from configs.errors import BadInput, ExitCode
 from launch.environment import find_free_port
-from launch.failures import report
 from parallel.environment import Environment
+from parallel.failures import report
 
 _USAGE = "usage: python -m launch.local --nproc-per-node N launch/STAGE.py CONFIG [the entry point's own options]"
 _POLL_SECONDS = 0.1

@@ -16,8 +16,8 @@ from configs.errors import BadInput, ExitCode, PeerLost, ShardwrightError
 from configs.schema import Config
 from launch.cli import Arguments, parse_arguments, usage
 from launch.environment import find_environment
-from launch.failures import is_peer_loss, let_rank_zero_speak, report
 from parallel.environment import Environment
+from parallel.failures import is_peer_loss, let_rank_zero_speak, report
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine, load_platform
 
 _INTERRUPTED = 130

@@ -7,7 +7,7 @@ if __name__ == "__main__":
     folder = Path(__file__).resolve().parent
     if Path(sys.path[0]).resolve() == folder:  # run as a script: Python put launch/ first, the packages are beside it
         sys.path[0] = str(folder.parent)
-    from launch.failures import leave
     from launch.main import main
+    from parallel.failures import leave
 
     leave(main("pretrain", sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -11,6 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from configs.errors import ExitCode, ShardwrightError
+from parallel.failures import is_peer_loss, let_rank_zero_speak
+from parallel.platform import load_platform
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -61,8 +64,10 @@ class Progress:
             print(f"{self._title}: {min(done / self._total, 1):4.0%}  {detail}", file=sys.stderr, flush=True)
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Run a command and return its exit code; what the user can mend is one sentence on stderr."""
+def run_command(
+    command: Callable[[], None], when_stopped: str = "stopped; the same command goes on where this one was"
+) -> int:
+    """Run a command and return its exit code; what the user can mend is one sentence on stderr, from rank 0."""
     # importing megatron-core tells that optional GPU packages are missing, which no data command would use
     warnings.filterwarnings("ignore", module=r"(megatron|torch)(\.|$)")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
@@ -70,12 +75,25 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except ShardwrightError as error:
+        let_rank_zero_speak(_rank())
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
     except OSError as error:
+        let_rank_zero_speak(_rank())
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return int(ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        print(when_stopped, file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_peer_loss(error, load_platform("cpu").is_peer_failure):
+            raise
+        let_rank_zero_speak(_rank())
+        print("error: another rank was lost or failed; start the same command again", file=sys.stderr)
+        return int(ExitCode.PEER_LOST)
     return int(ExitCode.DONE)
+
+
+def _rank() -> int:
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0

@@ -1,7 +1,8 @@
 """Hugging Face models in and out (ranks of a launcher share the work), and the proof that they compute the same.
 
 Run: python tools/convert_hf.py import HF RUN_DIR | export CHECKPOINT HF | verify HF CHECKPOINT | model HF
-CHECKPOINT is ours or one of Megatron-LM (torch_dist). Exit code 0, 1 differs (verify), 2 bad input.
+CHECKPOINT is ours or one of Megatron-LM (torch_dist). Exit codes: 0, 1 differs (verify), 2 bad input, 5 another rank
+was lost, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": _model,
     }
     codes: list[int] = []
-    code = run_command(lambda: codes.append(commands[arguments.command](arguments)))
+    code = run_command(
+        lambda: codes.append(commands[arguments.command](arguments)), "stopped; nothing was written, start it again"
+    )
     return code or codes[0]
 
 
@@ -55,7 +58,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--tolerance", type=float, default=_TOLERANCE, help=f"of a logit (default {_TOLERANCE:g})")
     command = commands.add_parser("model", help="print the model section of a Hugging Face model")
     command.add_argument("hf_dir", type=Path, help="directory with config.json")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "verify" and not arguments.tolerance >= 0:
+        parser.error(f"--tolerance: {arguments.tolerance} is no distance; give one such as {_TOLERANCE:g}")
+    return arguments
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -101,12 +107,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     import torch
 
     from tools.one_rank import open_checkpoint
+    from trainer.hf.config_json import compare_models
     from trainer.hf.source import HfModel
 
     source = HfModel(arguments.hf_dir)
     with open_checkpoint(arguments.checkpoint) as engine:
         from trainer.hf.verify import compare_with_transformers
 
+        differences = compare_models(engine.config.model, source.model)
+        if differences:
+            raise BadInput(
+                f"{arguments.checkpoint}: is another architecture than {arguments.hf_dir} ({'; '.join(differences)}); "
+                "compare the two that belong together."
+            )
         if arguments.text is not None:
             from trainer.data.tokenizer import load_tokenizer
 

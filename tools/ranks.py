@@ -6,19 +6,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from configs.errors import BadInput
 from parallel.environment import Environment
 
 
 def read_environment() -> Environment:
     """Return this process's place among the ranks, a world of one (on any free port) where no launcher started it."""
-    variables = os.environ
     return Environment(
-        rank=int(variables.get("RANK", "0")),
-        world_size=int(variables.get("WORLD_SIZE", "1")),
-        local_rank=int(variables.get("LOCAL_RANK", "0")),
-        master_addr=variables.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(variables.get("MASTER_PORT", "0")),
+        rank=_number("RANK", 0),
+        world_size=_number("WORLD_SIZE", 1),
+        local_rank=_number("LOCAL_RANK", 0),
+        master_addr=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_number("MASTER_PORT", 0),
     )
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise BadInput(f"environment: {name}={text!r} is no number; start the ranks with torchrun, or unset it.")
+    return int(text)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from configs.errors import BadInput
 from configs.schema import Config
-from parallel.collectives import from_last_pp_stage, gather_over_tp, sum_over_microbatch_ranks
+from parallel.collectives import any_rank, from_last_pp_stage, gather_over_tp, sum_over_microbatch_ranks
 from parallel.mesh import Mesh
 from parallel.replicate import gather_parameters, resolve_overlap
 from parallel.schedule import finalize_gradients, run_schedule
@@ -145,7 +146,17 @@ class Engine:
         gather_parameters(self.replicas)
 
     def weights_loaded(self) -> None:
-        """Let everything that was made from the weights be made anew; to be called when others were put in place."""
+        """Let everything that was made from the weights be made anew; to be called when others were put in place.
+
+        Raises BadInput where fp16 cannot hold them. Collective: all ranks of the world must call this.
+        """
+        if self.config.precision.compute == "fp16":
+            parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+            if any_rank(not all(bool(torch.isfinite(one).all()) for one in parameters), self.mesh.device):
+                raise BadInput(
+                    "precision.compute: fp16 cannot hold these weights, which go beyond 65504 or are not finite; a "
+                    "value that would work: bf16"
+                )
         self.optimizer.reload_model_params()
         if self.fp8 is not None:
             self.fp8.weights_changed()

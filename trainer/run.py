@@ -13,7 +13,7 @@ import torch.distributed as dist
 from configs.errors import BadInput, ExitCode
 from configs.fp8 import resolve_backend, uses_te_layers
 from configs.schema import Config
-from parallel.collectives import any_rank
+from parallel.collectives import any_rank, broadcast_object
 from parallel.environment import Environment
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
 from parallel.platform import PlatformName, has_transformer_engine, load_platform
@@ -146,6 +146,8 @@ def _train_with(engine: Engine, job: _Job) -> ExitCode:
         ),
         signals=signals,
     )
+    if config.checkpoint.export_hf and start.resume_from is not None and _lacks_export(start.resume_from, run_dir):
+        _export(engine, start.resume_from)
     if start.resume_from is not None and state.step >= config.train.num_steps:
         log.info("all %d steps of train.num_steps are done; nothing left to train", config.train.num_steps)
     state = fit(engine, stage, state, hooks, config.train.num_steps)
@@ -180,6 +182,12 @@ def _open_run_directory(engine: Engine, run_dir: Path, job: _Job, state: TrainSt
     writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
     live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)
     return Reporter(config, engine, writer, live)
+
+
+def _lacks_export(checkpoint: Path, run_dir: Path) -> bool:
+    """Return whether a kill kept the run's own checkpoint from being exported. Collective: all ranks must call this."""
+    is_own = checkpoint.parent == checkpoints_dir(run_dir).resolve()
+    return bool(broadcast_object(is_own and not (checkpoint / "hf").exists()))
 
 
 def _export(engine: Engine, checkpoint: Path) -> None:

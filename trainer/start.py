@@ -89,6 +89,10 @@ def _find(config: Config) -> Start:
 
 def _open_hf_model(directory: str, config: Config) -> HfModel:
     """Return the model whose weights the run starts with, after comparing its architecture with the config's."""
+    if resolve_checkpoint(directory) is not None:
+        raise BadInput(
+            f"checkpoint.init_from_hf: {directory} is a checkpoint of ours; name it as checkpoint.init_from."
+        )
     theirs = read_model(load_config_json(Path(directory)), Path(directory) / "config.json")
     free = tuple(f"model.{name}" for name in FREE_WARM_START_FIELDS)
     differences = [line for line in compare_models(config.model, theirs) if not line.startswith(free)]
@@ -110,6 +114,9 @@ def _is_continuing(latest: Path, config: Config) -> bool:
 
 def _existing(path: str, field: str) -> Path:
     checkpoint = resolve_checkpoint(path)
+    is_hf = (Path(path) / "config.json").is_file() and "architectures" in load_config_json(Path(path))
+    if checkpoint is None and is_hf:
+        raise BadInput(f"{field}: {path} is a Hugging Face model; name it as checkpoint.init_from_hf.")
     if checkpoint is None:
         raise BadInput(f"{field}: {path} holds no complete checkpoint; name one like runs/<name>/checkpoints/latest.")
     return checkpoint

@@ -50,6 +50,38 @@ def test_from_a_model_to_a_model_through_the_engine(train, tmp_path, llama):
     assert (tmp_path / "next" / "hf" / "chat_template.jinja").is_file(), "companions follow the weights"
 
 
+def test_an_export_that_a_kill_prevented_is_made_when_the_run_goes_on(train, tmp_path):
+    options = ("checkpoint.export_hf=true", "train.num_steps=2", "schedule.warmup_steps=0")
+    assert train(1, *options)[0] == ExitCode.DONE
+    export = tmp_path / "run" / "checkpoints" / "step_00000002" / "hf"
+    export.rename(export.with_name("hf.growing"))
+    (export.with_name("hf.growing") / ".lock").touch()
+    assert train(1, *options)[0] == ExitCode.DONE
+    assert (export / "config.json").is_file() and not export.with_name("hf.growing").exists()
+
+
+def test_weights_beyond_fp16_are_refused(train, tmp_path, llama):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llama, tmp_path / "big")
+    weights = load_file(tmp_path / "big" / "model.safetensors")
+    weights["model.norm.weight"] += 1e6
+    save_file(weights, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
+    code, sentence = train(1, f"checkpoint.init_from_hf={tmp_path}/big", "precision.compute=fp16")
+    assert code == ExitCode.BAD_INPUT and "precision.compute: fp16 cannot hold these weights" in sentence
+
+
+def test_the_two_kinds_of_models_are_not_mixed_up(train, tmp_path, llama):
+    assert train(1, "train.num_steps=0", "schedule.warmup_steps=0")[0] == ExitCode.DONE
+    again = f"run.dir={tmp_path}/next"
+    code, sentence = train(1, again, f"checkpoint.init_from={llama}")
+    assert code == ExitCode.BAD_INPUT and "name it as checkpoint.init_from_hf" in sentence
+    code, sentence = train(1, again, f"checkpoint.init_from_hf={tmp_path}/run")
+    assert code == ExitCode.BAD_INPUT and "name it as checkpoint.init_from" in sentence
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

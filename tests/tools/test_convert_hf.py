@@ -217,6 +217,87 @@ def test_a_directory_of_the_users_own_is_not_taken_for_a_leftover(convert, llama
     assert code == 2 and "no leftover of a conversion" in err and (tmp_path / "run.growing" / "mine").exists()
 
 
+def test_a_link_in_the_place_of_a_leftover_is_not_followed(convert, llama, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in (".lock", "mine"):
+        (precious / name).touch()
+    (tmp_path / "run.growing").symlink_to(precious)
+    code, _, err = convert("import", llama, tmp_path / "run")
+    assert code == 2 and "no leftover of a conversion" in err and (precious / "mine").exists()
+
+
+def test_an_empty_leftover_is_taken_over(convert, llama, tmp_path):
+    """A kill may come between making the directory and locking it."""
+    (tmp_path / "run.growing").mkdir()
+    assert convert("import", llama, tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize(("target", "code"), [(".", 0), ("/", 2)])
+def test_targets_without_a_name_of_their_own(convert, llama, tmp_path, monkeypatch, target, code):
+    (tmp_path / "empty").mkdir()
+    argv = ["import", str(llama), target]
+    command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), *argv]
+    done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert (tmp_path / "empty" / "model.yaml").exists() == (code == 0)
+
+
+def test_a_full_disk_and_a_stop_are_one_sentence(ranks, llama, tmp_path):
+    """`torch.save` hides what its stream raised."""
+    for fault, expected in (("full", (2, "No space left")), ("ctrl-c", (130, "nothing was written"))):
+        code, _, err = ranks.run(run_with_fault, fault, ["import", str(llama), str(tmp_path / "run")])[0]
+        assert code == expected[0] and expected[1] in err and len(err.strip().splitlines()) == 1, err
+        assert not list(tmp_path.glob("run*"))
+
+
+def run_with_fault(place: Place, fault: str, argv: list[str]) -> tuple[int, str, str]:
+    """Run the command with a file system that fails, or a Ctrl-C that comes, while a tensor is written."""
+    from unittest.mock import patch
+
+    from trainer.checkpoint.tensors import TensorFileWriter
+
+    class Failing:
+        """A file that fails when it is written to."""
+
+        def write(self, content):
+            raise OSError(28, "No space left on device") if fault == "full" else KeyboardInterrupt
+
+        def tell(self):
+            return 0
+
+        def flush(self):
+            pass
+
+    with patch.object(TensorFileWriter, "_open", lambda self: Failing()):
+        return run_tool(place, argv)
+
+
+def test_other_architectures_are_not_compared(convert, copy, llama, tmp_path):
+    convert("import", llama, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    code, _, err = convert("verify", copy, tmp_path / "run")
+    assert code == 2 and "another architecture" in err and "model.norm_eps" in err
+
+
+def test_values_beyond_fp16_are_not_written_as_infinities(convert, copy, tmp_path):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    convert("import", copy, tmp_path / "run")
+    code, _, err = convert("export", tmp_path / "run", tmp_path / "out", "--dtype", "fp16")
+    assert code == 2 and "model.norm.weight holds values beyond the 65504" in err and not (tmp_path / "out").exists()
+
+
+def test_a_distance_that_is_none_is_refused(capsys):
+    from tools.convert_hf import main
+
+    with pytest.raises(SystemExit):
+        main(["verify", "a", "b", "--tolerance", "nan"])
+    assert "--tolerance" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_ranks_share_the_work_and_a_kill_leaves_nothing_half(llama, tmp_path):
     tool = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2", "tools/convert_hf.py"]

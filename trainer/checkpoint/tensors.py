@@ -115,7 +115,7 @@ class TensorFileWriter:
         stream = self._open()
         offset = stream.tell()
         whole = tensor.contiguous()[(None,) * len(place.index)]
-        torch.save(whole.clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole, stream)
+        _save(whole.clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole, stream)
         offsets = torch.Size((*place.index, *(0 for _ in tensor.shape)))
         index = MetadataIndex(place.key, offsets)
         self.written.places[index] = _StorageInfo(self._name(), offset, stream.tell() - offset)
@@ -147,6 +147,39 @@ class TensorFileWriter:
 
     def _name(self) -> str:
         return f"__{self._rank}_{self._num_files}.distcp"
+
+
+class _Stream:
+    """A stream that remembers why writing failed: `torch.save` turns that, and Ctrl-C, into an error of its own."""
+
+    def __init__(self, stream: io.BufferedWriter) -> None:
+        self._stream = stream
+        self.cause: BaseException | None = None
+
+    def write(self, content: Any) -> int:
+        """Write, or fail and remember why."""
+        try:
+            return self._stream.write(content)
+        except BaseException as error:
+            self.cause = error
+            raise
+
+    def flush(self) -> None:
+        """Flush, or fail and remember why."""
+        try:
+            self._stream.flush()
+        except BaseException as error:
+            self.cause = error
+            raise
+
+
+def _save(tensor: torch.Tensor, stream: io.BufferedWriter) -> None:
+    """Write a tensor in PyTorch's format. Raises what the stream raised."""
+    remembering = _Stream(stream)
+    try:
+        torch.save(tensor, remembering)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise (remembering.cause or error) from None
 
 
 def write_metadata(directory: Path, parts: Iterable[WrittenTensors]) -> None:

@@ -73,7 +73,11 @@ def _read_model(config: Mapping[str, Any], where: object) -> ModelConfig:
         if value not in only.values and not (isinstance(value, float) and math.isclose(value, only.values[0])):
             problems.append(f"{only.key}: {value!r} is not supported, only {', '.join(map(repr, only.values))}")
     known = {option.key for option in family.options} | {only.key for only in family.only} | family.known | HARMLESS
-    problems += [f"{key}: not understood" for key in sorted(config.keys() - known) if config[key] is not None]
+    unknown = {key for key in config.keys() - known if config[key] is not None}
+    if "quantization_config" in unknown:
+        unknown.remove("quantization_config")
+        problems.append("quantization_config: quantised weights cannot be converted, only bf16, fp16 and fp32")
+    problems += [f"{key}: not understood" for key in sorted(unknown)]
     rope, rope_problems = read_rope(config, family)
     problems += rope_problems
     if not problems:
@@ -98,6 +102,8 @@ def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) ->
         config |= {only.key: only.values[0] for only in family.only if only.values[0] is not None}
     for option in family.options:
         value = _get(model, option.field)
+        if value is None and (carried is None or option.key in carried):
+            value = _derived(model, option.field)
         if value is not None:
             config[option.key] = value
     config |= family.write(model)
@@ -153,8 +159,15 @@ def _validated(fields: dict[str, Any], where: object) -> ModelConfig:
         raise BadInput(f"{where}: gives {'; '.join(wrong)}; use the config.json of these weights.") from error
     problems = check_model(model)
     if problems:
-        raise BadInput(f"{where}: {' '.join(problems)}")
+        raise BadInput(f"{where}: {'. '.join(problems)}.")
     return model
+
+
+def _derived(model: ModelConfig, field: str) -> int | None:
+    """Return what follows from the other fields where one is not given; a family's own default may be another."""
+    if model.mla is not None:
+        return None
+    return {"num_query_groups": num_query_groups, "head_dim": head_dim}.get(field, lambda model: None)(model)
 
 
 def _put(fields: dict[str, Any], path: str, value: Any) -> None:

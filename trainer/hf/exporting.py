@@ -105,8 +105,15 @@ class _Parts:
         if self._last is None or self._last[0] != rule.megatron.name:
             self._last = None
             self._last = (rule.megatron.name, rule.conversion.split(self._stored.read(rule.megatron.name)))
-        tensor = self._last[1][position].to(output.dtype)
+        own = self._last[1][position]
+        tensor = own.to(output.dtype)
         num_bad = count_non_finite(tensor)
+        if num_bad and num_bad > count_non_finite(own):
+            largest = torch.finfo(output.dtype).max
+            raise BadInput(
+                f"{self._stored.path}: {output.name} holds values beyond the {largest:g} of {output.dtype}; "
+                "write it as bf16 or fp32."
+            )
         if num_bad:
             self.non_finite[output.name] = num_bad
         self.num_bytes += tensor.nbytes

@@ -145,6 +145,10 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def _model_files(directory: Path) -> list[Path]:
     index = directory / INDEX_NAME
+    if index.is_file() and (directory / SINGLE_NAME).is_file() and SINGLE_NAME not in _weight_map(index).values():
+        raise BadInput(
+            f"{directory}: holds a model in {SINGLE_NAME} and another in the files of {INDEX_NAME}; keep one of them."
+        )
     if index.is_file():
         files = [directory / name for name in sorted(set(_weight_map(index).values()))]
     else:
@@ -152,18 +156,25 @@ def _model_files(directory: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             wanted = f"which {index.name} names" if index.is_file() else "and there is no index of several files either"
-            raise BadInput(f"{file}: missing, {wanted}; download the model again.")
+            advice = "download the model again"
+            if any(directory.glob("pytorch_model*.bin")):
+                advice = "only safetensors are read: save the model with transformers' save_pretrained"
+            raise BadInput(f"{file}: missing, {wanted}; {advice}.")
     return files
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not all(Path(name).name == name for name in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
             raise ValueError("weight_map is no mapping of tensors to files beside it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{index}: unreadable ({error}); download it again.") from error
     return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
@@ -193,6 +204,8 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"{name} has the unknown number format {entry['dtype']}")
             first, last = entry["data_offsets"]
+            if not all(type(number) is int for number in (first, last, *entry["shape"])):
+                raise ValueError(f"{name} has sizes that are no whole numbers")
             stored = StoredTensor(file, begin + first, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
             if last - first != stored.num_bytes or begin + first != end:
                 raise ValueError(f"{name} of shape {list(stored.shape)} does not follow the one before it")

@@ -144,6 +144,22 @@ def test_what_cannot_be_expressed_is_refused_by_name(changes, expected):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"qk_norm": True},
+        {"qk_norm": True, "num_query_groups": None},
+        {"num_query_groups": None, "moe": {"num_experts": 4, "ffn_hidden_size": 64}},
+        {"num_query_groups": None, "qk_norm": True, "moe": {"num_experts": 4, "ffn_hidden_size": 64}},
+        {"num_query_groups": None},
+    ],
+)
+def test_what_follows_from_other_fields_is_written_out(fields):
+    """A family's own default for a missing key may be another than ours."""
+    model = ModelConfig.model_validate(preset("tiny").model_dump() | {"head_dim": None} | fields)
+    assert compare_models(model, read_model(write_model(model))) == []
+
+
+@pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"norm": "layernorm"}, "model.norm"),
@@ -167,6 +183,6 @@ def test_every_option_is_a_field():
             assert head in ModelConfig.model_fields, option
             if rest:
                 section = {"moe": "MoeConfig", "mla": "MlaConfig"}[head]
-                import configs.schema
+                import configs.model_schema
 
-                assert rest in getattr(configs.schema, section).model_fields, option
+                assert rest in getattr(configs.model_schema, section).model_fields, option

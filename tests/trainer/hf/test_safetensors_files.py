@@ -105,9 +105,20 @@ def spoil(tmp_path, how):
         weight_map["d"] = names[0]
     elif how == "twice":
         save_file(half[0], tmp_path / names[1])
+    elif how == "float_shape":
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        header["a"]["shape"] = [float(size) for size in header["a"]["shape"]]
+        text = json.dumps(header).encode()
+        first.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    elif how == "single_too":
+        save_file(TENSORS, tmp_path / "model.safetensors")
+    elif how == "parent":
+        weight_map["a"] = ".."
     elif how == "outside":
         weight_map["a"] = "../elsewhere.safetensors"
-    index.write_text(json.dumps({"weight_map": weight_map}) if how != "index" else "{")
+    texts = {"index": "{", "deep_index": "[" * 200_000}
+    index.write_text(texts.get(how) or json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +135,11 @@ def spoil(tmp_path, how):
         ("missing_file", "model-00001-of-00002.safetensors: missing, which model.safetensors.index.json names"),
         ("missing_tensor", "lacks d, which model.safetensors.index.json says it holds"),
         ("twice", "keep one of the files"),
+        ("float_shape", "sizes that are no whole numbers"),
+        ("single_too", "holds a model in model.safetensors and another in the files of model.safetensors.index.json"),
         ("outside", "weight_map"),
+        ("parent", "weight_map"),
+        ("deep_index", "model.safetensors.index.json: unreadable"),
         ("index", "model.safetensors.index.json: unreadable"),
     ],
 )
@@ -137,4 +152,7 @@ def test_files_that_are_not_whole_are_named(tmp_path, how, expected):
 
 def test_a_directory_without_weights_is_named(tmp_path):
     with pytest.raises(BadInput, match=r"model\.safetensors: missing"):
+        SafetensorsDirectory(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(BadInput, match="only safetensors are read"):
         SafetensorsDirectory(tmp_path)

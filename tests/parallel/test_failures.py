@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.failures import is_peer_loss, let_rank_zero_speak, report
+from parallel.failures import is_peer_loss, let_rank_zero_speak, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def test_rank_zero_does_not_wait_and_others_do():
 def test_leave_does_not_wait_for_threads_or_children():
     code = (
         "import multiprocessing, threading, time\n"
-        "from launch.failures import leave\n"
+        "from parallel.failures import leave\n"
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"
         "multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)).start()\n"
         "leave(5)\n"
