@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from configs.errors import BadInput, ExitCode, PeerLost, ShardwrightError
 from configs.schema import Config
@@ -102,12 +103,29 @@ def _dry_run(config: Config, arguments: Arguments, environment: Environment) -> 
     problems = _problems(config, world_size, platform_name, has_te=True)
     if problems:
         raise BadInput("\n".join(problems))
+    _check_weights(config)
     if environment.rank == 0:
         print(describe(config, derive_layout(config, world_size)))
         here = _problems(config, world_size, platform_name, has_te=has_transformer_engine())
         for problem in here + _machine_problems(config, platform_name):
             print(f"not on this machine  {problem}")
     return ExitCode.DONE
+
+
+def _check_weights(config: Config) -> None:
+    """Raise BadInput if the weights to start from are on this machine and are another architecture's."""
+    from configs.load import resolved_dict
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
+    from trainer.hf.config_json import check_same_architecture
+
+    settings = config.checkpoint
+    if settings.init_from_hf is not None and os.path.isfile(os.path.join(settings.init_from_hf, "config.json")):
+        check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
+    checkpoint = None if settings.init_from is None else resolve_checkpoint(settings.init_from)
+    if checkpoint is not None:
+        model = resolved_dict(config)["model"]
+        check_architecture(read_manifest(checkpoint), model, checkpoint, is_warm_start=True)
 
 
 def _fewest_ranks(config: Config) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from configs.errors import BadInput, ExitCode
 from parallel.environment import Environment
 from tools.console import Progress, run_command
-from tools.ranks import host_ranks
+from tools.ranks import host_ranks, read_environment
 
 if TYPE_CHECKING:
     from trainer.hf.importing import ConversionReport
@@ -100,6 +100,7 @@ def _export(arguments: argparse.Namespace) -> int:
         _tell(f"{source.checkpoint} -> {arguments.hf_dir}", report)
         if not (arguments.hf_dir / "tokenizer.json").is_file():
             print("note: no tokenizer is known to this run; put its files beside the weights", file=sys.stderr)
+        _warn_of_tokenizer(arguments.hf_dir)
     return ExitCode.DONE
 
 
@@ -110,6 +111,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     from trainer.hf.config_json import compare_models
     from trainer.hf.source import HfModel
 
+    if read_environment().world_size > 1:
+        raise BadInput("verify: compares on one rank; start it without a launcher.")
     source = HfModel(arguments.hf_dir)
     with open_checkpoint(arguments.checkpoint) as engine:
         from trainer.hf.verify import compare_with_transformers
@@ -131,6 +134,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             generator = torch.Generator().manual_seed(0)
             tokens = torch.randint(source.model.vocab_size, (2, length), generator=generator)
         result = compare_with_transformers(engine, arguments.hf_dir, tokens)
+    _warn_of_tokenizer(arguments.hf_dir)
     print(f"tokens            {result.num_tokens}")
     print(f"max difference    {result.max_difference:.3e}")
     print(f"mean difference   {result.mean_difference:.3e}")
@@ -158,6 +162,18 @@ def _progress(title: str, total: int, ranks: Environment) -> Iterator[Callable[[
         return
     with Progress(title, total / ranks.world_size) as progress:
         yield lambda done: progress.show(done, f"{done / 1e9:.2f} GB")
+
+
+def _warn_of_tokenizer(directory: Path) -> None:
+    from trainer.hf.verify import tokenizer_difference
+
+    text = tokenizer_difference(directory)
+    if text is not None:
+        print(
+            f"warning: transformers' AutoTokenizer splits {text!r} otherwise than {directory / 'tokenizer.json'}, with "
+            "which runs here work; load it with PreTrainedTokenizerFast.from_pretrained",
+            file=sys.stderr,
+        )
 
 
 def _tell(what: str, report: ConversionReport) -> None:

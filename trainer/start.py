@@ -12,7 +12,7 @@ from configs.schema import Config
 from trainer.checkpoint.layout import latest_checkpoint, resolve_checkpoint
 from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
 from trainer.hf.companions import carried_config, carried_folder
-from trainer.hf.config_json import compare_models, load_config_json, read_model, write_model
+from trainer.hf.config_json import check_same_architecture, load_config_json, write_model
 from trainer.hf.source import HfModel
 from trainer.run_directory import check_run_directory
 
@@ -93,14 +93,7 @@ def _open_hf_model(directory: str, config: Config) -> HfModel:
         raise BadInput(
             f"checkpoint.init_from_hf: {directory} is a checkpoint of ours; name it as checkpoint.init_from."
         )
-    theirs = read_model(load_config_json(Path(directory)), Path(directory) / "config.json")
-    free = tuple(f"model.{name}" for name in FREE_WARM_START_FIELDS)
-    differences = [line for line in compare_models(config.model, theirs) if not line.startswith(free)]
-    if differences:
-        raise BadInput(
-            f"checkpoint.init_from_hf: {directory} is another architecture ({'; '.join(differences)}); "
-            f"python tools/convert_hf.py model {directory} prints the section that fits."
-        )
+    check_same_architecture(config.model, Path(directory), FREE_WARM_START_FIELDS)
     return HfModel(directory, config.model)
 
 

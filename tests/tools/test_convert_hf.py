@@ -320,3 +320,23 @@ def test_ranks_share_the_work_and_a_kill_leaves_nothing_half(llama, tmp_path):
     if not killed.exists():
         subprocess.run(command, cwd=ROOT, check=True)
     assert (killed / "config.json").exists() and not (tmp_path / "killed.growing").exists()
+
+
+def test_tokens_that_transformers_makes_otherwise_are_noticed(tmp_path):
+    """transformers 5 builds Qwen2's splitting of words itself, whatever tokenizer.json says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    from trainer.hf.verify import tokenizer_difference
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(["def f(x):\n    return x\n\n\n" * 9, "naïve café 12345"], trainer)
+    for model_type, is_same in (("llama", True), ("qwen2", False)):
+        directory = tmp_path / model_type
+        directory.mkdir()
+        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+        (directory / "tokenizer_config.json").write_text("{}")
+        assert (tokenizer_difference(directory) is None) == is_same, model_type

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from configs.derive import head_dim, num_query_groups
 from configs.errors import BadInput
 from configs.fields import location_text
 from configs.model_schema import ModelConfig
-from trainer.hf.families import FAMILIES, HARMLESS, Family, choose_family
+from trainer.hf.families import FAMILIES, HARMLESS, SWITCHES, Family, choose_family
 from trainer.hf.rope_json import read_rope, write_rope
 
 # What shapes training alone: a checkpoint says the same whatever these are.
@@ -68,16 +68,16 @@ def _read_model(config: Mapping[str, Any], where: object) -> ModelConfig:
             problems.append(f"{option.key}: missing")
         elif value is not None:
             _put(fields, option.field, value)
-    for only in family.only:
+    for only in (*family.only, *SWITCHES):
         value = config.get(only.key, only.default)
         if value not in only.values and not (isinstance(value, float) and math.isclose(value, only.values[0])):
             problems.append(f"{only.key}: {value!r} is not supported, only {', '.join(map(repr, only.values))}")
-    known = {option.key for option in family.options} | {only.key for only in family.only} | family.known | HARMLESS
+    known = {one.key for one in (*family.options, *family.only, *SWITCHES)} | family.known | HARMLESS
     unknown = {key for key in config.keys() - known if config[key] is not None}
     if "quantization_config" in unknown:
         unknown.remove("quantization_config")
         problems.append("quantization_config: quantised weights cannot be converted, only bf16, fp16 and fp32")
-    problems += [f"{key}: not understood" for key in sorted(unknown)]
+    problems += [f"{key}: not understood (remove the key if it changes nothing)" for key in sorted(unknown)]
     rope, rope_problems = read_rope(config, family)
     problems += rope_problems
     if not problems:
@@ -120,6 +120,18 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
         for name in sorted(left.keys() | right.keys())
         if left.get(name) != right.get(name)
     ]
+
+
+def check_same_architecture(model: ModelConfig, directory: Path, free: Collection[str]) -> None:
+    """Raise BadInput with every field in which a run's model is another than the one in `directory`, but the `free`."""
+    theirs = read_model(load_config_json(directory), directory / "config.json")
+    ignored = tuple(f"model.{name}" for name in free)
+    differences = [line for line in compare_models(model, theirs) if not line.startswith(ignored)]
+    if differences:
+        raise BadInput(
+            f"checkpoint.init_from_hf: {directory} is another architecture ({'; '.join(differences)}); "
+            f"python tools/convert_hf.py model {directory} prints the section that fits."
+        )
 
 
 def _check_expressed(model: ModelConfig, config: Mapping[str, Any], family: Family) -> None:

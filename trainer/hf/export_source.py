@@ -22,6 +22,8 @@ def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSourc
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
         theirs = find_megatron_checkpoint(path)
+        if not path.exists():
+            raise BadInput(f"{path}: does not exist; give a run directory or a checkpoint in one.")
         if theirs is None:
             raise BadInput(
                 f"{path}: holds no complete checkpoint; give a run directory such as runs/demo, or "

@@ -20,7 +20,8 @@ HARMLESS = frozenset(
     "architectures model_type dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
     "_name_or_path auto_map pretraining_tp output_router_logits output_attentions output_hidden_states return_dict "
     "rope_parameters rope_theta rope_scaling partial_rotary_factor unsloth_fixed unsloth_version "
-    "is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type".split()
+    "is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type task_specific_params "
+    "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled".split()
 )
 
 
@@ -75,19 +76,25 @@ class Family:
     """Pattern of further tensors that `transformers` too leaves aside (multi-token prediction)."""
 
 
-_BASIC = (
-    Option("vocab_size", "vocab_size", is_required=True),
-    Option("hidden_size", "hidden_size", is_required=True),
-    Option("num_hidden_layers", "num_layers", is_required=True),
-    Option("num_attention_heads", "num_attention_heads", is_required=True),
-    Option("max_position_embeddings", "max_position_embeddings", 2048),
-    Option("rms_norm_eps", "norm_eps", 1e-6),
-    Option("tie_word_embeddings", "tie_embeddings", False),
-    Option("initializer_range", "init_std", 0.02),
-    Option("attention_dropout", "attention_dropout", 0.0),
-)
+def _basic(max_position_embeddings: int, rms_norm_eps: float = 1e-6) -> tuple[Option, ...]:
+    """Return what all families have, with the family's own defaults."""
+    return (
+        Option("vocab_size", "vocab_size", is_required=True),
+        Option("hidden_size", "hidden_size", is_required=True),
+        Option("num_hidden_layers", "num_layers", is_required=True),
+        Option("num_attention_heads", "num_attention_heads", is_required=True),
+        Option("max_position_embeddings", "max_position_embeddings", max_position_embeddings),
+        Option("rms_norm_eps", "norm_eps", rms_norm_eps),
+        Option("tie_word_embeddings", "tie_embeddings", False),
+        Option("initializer_range", "init_std", 0.02),
+        Option("attention_dropout", "attention_dropout", 0.0),
+    )
+
+
 _DENSE_MLP = Option("intermediate_size", "ffn_hidden_size", is_required=True)
 _GROUPED = (Option("num_key_value_heads", "num_query_groups"), Option("head_dim", "head_dim"))
+# Switches that some published configs name, always off.
+SWITCHES = tuple(Only(key, (False,), False) for key in ("use_mrope", "rope_interleaved"))
 _SILU = Only("hidden_act", ("silu",), "silu")
 _NO_ATTENTION_BIAS = Only("attention_bias", (False,), False)
 _NO_MLP_BIAS = Only("mlp_bias", (False,), False)
@@ -201,7 +208,10 @@ def _read_deepseek_v3(config: Mapping[str, Any], fields: dict[str, Any]) -> list
     moe |= {"score_function": "sigmoid", "balancing": "bias"}
     if "num_groups" in moe and moe["top_k"] != 2 * moe["group_top_k"]:
         # Megatron-Core ranks a group by the sum of its best top_k / group_top_k experts, DeepSeek-V3 by its best two.
-        problems.append(f"topk_group: {moe['group_top_k']} is not supported, only num_experts_per_tok / 2")
+        works = max(1, moe["top_k"] // 2)
+        problems.append(
+            f"topk_group: {moe['group_top_k']} is not supported, only num_experts_per_tok / 2, here {works}"
+        )
     if moe["top_k"] == 1:
         problems.append("num_experts_per_tok: 1 is not supported, only more")
     return problems
@@ -235,15 +245,23 @@ _LATENT = (
     Option("qk_rope_head_dim", "mla.qk_rope_head_dim", 64),
     Option("v_head_dim", "mla.v_head_dim", 128),
 )
-_DEEPSEEK_MOE = (
-    Option("n_routed_experts", "moe.num_experts", is_required=True),
-    Option("num_experts_per_tok", "moe.top_k", is_required=True),
-    Option("moe_intermediate_size", "moe.ffn_hidden_size", is_required=True),
-    Option("first_k_dense_replace", "moe.num_dense_layers", 0),
-    Option("routed_scaling_factor", "moe.scaling_factor", 1.0),
-    Option("n_group", "moe.num_groups"),
-    Option("topk_group", "moe.group_top_k"),
-)
+
+
+def _deepseek_moe(
+    num_dense_layers: int, scaling_factor: float, num_groups: int | None, group_top_k: int | None
+) -> tuple[Option, ...]:
+    """Return the keys of the experts, with the family's own defaults."""
+    return (
+        Option("n_routed_experts", "moe.num_experts", is_required=True),
+        Option("num_experts_per_tok", "moe.top_k", is_required=True),
+        Option("moe_intermediate_size", "moe.ffn_hidden_size", is_required=True),
+        Option("first_k_dense_replace", "moe.num_dense_layers", num_dense_layers),
+        Option("routed_scaling_factor", "moe.scaling_factor", scaling_factor),
+        Option("n_group", "moe.num_groups", num_groups),
+        Option("topk_group", "moe.group_top_k", group_top_k),
+    )
+
+
 _DEEPSEEK_ONLY = (
     _SILU,
     _NO_ATTENTION_BIAS,
@@ -256,26 +274,27 @@ _DEEPSEEK_KNOWN = frozenset(
 )
 
 _LLAMA = Family(
-    "LlamaForCausalLM", "llama", (*_BASIC, _DENSE_MLP, *_GROUPED), (_SILU,),
+    "LlamaForCausalLM", "llama", (*_basic(2048), _DENSE_MLP, *_GROUPED), (_SILU,),
     known=frozenset({"attention_bias", "mlp_bias"}), read=_read_llama, write=_write_llama,
 )  # fmt: skip
 _MISTRAL = Family(
-    "MistralForCausalLM", "mistral", (*_BASIC, _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 8),
+    "MistralForCausalLM", "mistral", (*_basic(131072), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 8),
                                       Option("head_dim", "head_dim")), (_SILU,),
     known=frozenset({"sliding_window"}), read=_read_window, write=lambda model: {"sliding_window": None},
 )  # fmt: skip
 _QWEN2 = Family(
-    "Qwen2ForCausalLM", "qwen2", (*_BASIC, _DENSE_MLP, *_GROUPED), (_SILU, _NO_WINDOW),
+    "Qwen2ForCausalLM", "qwen2", (*_basic(32768), _DENSE_MLP, *_GROUPED), (_SILU, _NO_WINDOW),
     known=frozenset({"sliding_window", "max_window_layers", "layer_types"}), read=_read_qwen2,
 )  # fmt: skip
 _QWEN3 = Family(
-    "Qwen3ForCausalLM", "qwen3", (*_BASIC, _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 32),
+    "Qwen3ForCausalLM", "qwen3", (*_basic(32768), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 32),
                                   Option("head_dim", "head_dim", 128)), (_SILU, _NO_WINDOW, _NO_ATTENTION_BIAS),
     known=frozenset({"sliding_window", "max_window_layers", "layer_types"}), read=_read_qwen3,
 )  # fmt: skip
 _MIXTRAL = Family(
     "MixtralForCausalLM", "mixtral",
-    (*_BASIC, _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 8), Option("head_dim", "head_dim"),
+    (*_basic(131072, 1e-5), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 8),
+     Option("head_dim", "head_dim"),
      Option("num_local_experts", "moe.num_experts", 8), Option("num_experts_per_tok", "moe.top_k", 2),
      Option("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001)),
     (_SILU, Only("router_jitter_noise", (0.0,), 0.0)),
@@ -285,7 +304,7 @@ _MIXTRAL = Family(
 )  # fmt: skip
 _QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM", "qwen3_moe",
-    (*_BASIC, _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 4), Option("head_dim", "head_dim"),
+    (*_basic(32768), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 4), Option("head_dim", "head_dim"),
      Option("num_experts_per_tok", "moe.top_k", 8), Option("moe_intermediate_size", "moe.ffn_hidden_size", 768),
      Option("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001)),
     (_SILU, _NO_WINDOW, _NO_ATTENTION_BIAS, Only("decoder_sparse_step", (1,), 1)),
@@ -294,14 +313,16 @@ _QWEN3_MOE = Family(
 )  # fmt: skip
 _DEEPSEEK_V2 = Family(
     "DeepseekV2ForCausalLM", "deepseek_v2",
-    (*_BASIC, _DENSE_MLP, dataclasses.replace(_LATENT[0], default=1536), *_LATENT[1:], *_DEEPSEEK_MOE),
+    (*_basic(2048), _DENSE_MLP, dataclasses.replace(_LATENT[0], default=1536), *_LATENT[1:],
+     *_deepseek_moe(0, 1.0, None, None)),
     (*_DEEPSEEK_ONLY, _NO_MLP_BIAS, Only("norm_topk_prob", (False,), False),
      Only("scoring_func", ("softmax",), "softmax")),
     known=_DEEPSEEK_KNOWN, read=_read_deepseek_v2, write=_write_deepseek_v2, is_rope_interleaved=True,
 )  # fmt: skip
 _DEEPSEEK_V3 = Family(
     "DeepseekV3ForCausalLM", "deepseek_v3",
-    (*_BASIC, _DENSE_MLP, dataclasses.replace(_LATENT[0], default=1536), *_LATENT[1:], *_DEEPSEEK_MOE),
+    (*_basic(4096), _DENSE_MLP, dataclasses.replace(_LATENT[0], default=1536), *_LATENT[1:],
+     *_deepseek_moe(3, 2.5, 8, 4)),
     (*_DEEPSEEK_ONLY, Only("norm_topk_prob", (True,), True), Only("scoring_func", ("sigmoid",), "sigmoid"),
      Only("topk_method", ("noaux_tc",), "noaux_tc"), Only("rope_interleave", (True,), True)),
     known=_DEEPSEEK_KNOWN | {"num_nextn_predict_layers", "num_mtp_layers"},

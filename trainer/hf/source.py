@@ -28,7 +28,10 @@ class HfModel:
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise BadInput(f"{directory}: no such directory; give the directory of a Hugging Face model.")
+            raise BadInput(
+                f"{directory}: no such directory; give that of a Hugging Face model (hf download ID --local-dir DIR "
+                "fetches one)."
+            )
         config = load_config_json(self.directory)
         self.family = find_family(config, self.directory / "config.json")
         self.model = read_model(config, self.directory / "config.json")

@@ -176,6 +176,24 @@ def test_a_model_that_no_family_has_is_not_written(fields, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_missing_keys_mean_what_transformers_takes(architecture):
+    import transformers
+
+    theirs = getattr(transformers, architecture.replace("ForCausalLM", "Config"))()
+    options = [option for option in FAMILIES[architecture].options if option.default is not None]
+    assert len(options) >= 5
+    for option in options:
+        assert getattr(theirs, option.key) == option.default, option
+
+
+@pytest.mark.parametrize(
+    "extra", [{"use_mrope": False}, {"rope_interleaved": False}, {"_attn_implementation": "eager"}]
+)
+def test_what_published_configs_say_beside_is_understood(extra):
+    assert read_model(LLAMA | extra) == read_model(LLAMA)
+
+
 def test_every_option_is_a_field():
     for family in FAMILIES.values():
         for option in family.options:
