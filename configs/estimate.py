@@ -79,8 +79,9 @@ def parameters_per_rank(config: Config, layout: Layout) -> int:
 def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
     """Estimate the bytes of the fullest rank by kind.
 
-    Weights in the compute format, gradients in fp32, ZeRO-1 optimizer state: two fp32 moments, and an fp32 main copy
-    where compute is not fp32, sharded over dp*cp (over edp for experts). Activations: `configs.activations`.
+    Weights in the compute format (and in FP8, where that is not Transformer Engine's), gradients in fp32, ZeRO-1
+    optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
+    experts). Activations: `configs.activations`.
     """
     weight_bytes = 4 if config.precision.compute == "fp32" else 2
     state_bytes = 8 if config.precision.compute == "fp32" else 12
@@ -92,7 +93,8 @@ def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
         estimates.append(
             MemoryEstimate(
                 pp_rank=pp_rank,
-                weights=(dense + expert) * weight_bytes,
+                weights=(dense + expert) * weight_bytes
+                + 2 * _in_fp8(config) * (dense + expert - _vocabulary_parameters(config, layout, pp_rank)),
                 gradients=(dense + expert) * 4,
                 optimizer=-(-dense * state_bytes // (layout.dp * layout.cp)) - (-expert * state_bytes // layout.edp),
                 activations=activation_bytes(config, layout, pp_rank, chunks[pp_rank], microbatches),
@@ -141,14 +143,23 @@ def _stage_parameters(config: Config, layout: Layout, pp_rank: int) -> tuple[int
                     expert += -(-weight.count // (layout.ep * layout.etp))
                 else:
                     dense += -(-weight.count // layout.tp) if weight.split == "tp" else weight.count
-    vocabulary = padded_vocab_size(model) * model.hidden_size // layout.tp
-    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
-    if is_first:
-        dense += vocabulary
-    if is_last:
-        # A tied output layer is a second copy unless the first stage is also the last one.
-        dense += _norm(model, model.hidden_size).count + (0 if model.tie_embeddings and is_first else vocabulary)
+    dense += _vocabulary_parameters(config, layout, pp_rank)
+    if pp_rank == layout.pp - 1:
+        dense += _norm(model, model.hidden_size).count
     return dense, expert
+
+
+def _vocabulary_parameters(config: Config, layout: Layout, pp_rank: int) -> int:
+    """Return one rank's parameters of the embedding and the output layer."""
+    one = padded_vocab_size(config.model) * config.model.hidden_size // layout.tp
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
+    # A tied output layer is a second copy unless the first stage is also the last one.
+    return one * is_first + one * (is_last and not (config.model.tie_embeddings and is_first))
+
+
+def _in_fp8(config: Config) -> bool:
+    """Return whether each step keeps the layers' weights and their transposes in FP8 beside `precision.compute`."""
+    return config.precision.fp8 is not None and config.precision.fp8.backend != "te"
 
 
 def _layer_weights(model: ModelConfig, layer: int) -> Iterator[_Weight]:

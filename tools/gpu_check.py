@@ -1,4 +1,4 @@
-"""Check one GPU from end to end: collectives, steps, attention, checkpoints, speed. No network, a few minutes.
+"""Check one GPU from end to end: collectives, steps, attention, FP8, checkpoints, speed. No network, a few minutes.
 
 Run: python tools/gpu_check.py [--out gpu.json] [--quick]
 Exit code 0 all passed or no GPU here, 1 a check failed, 2 bad input. A failed check does not stop the others.
@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.fp8 import RECIPES
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine
 from tools.console import Progress, run_command
 from tools.device_checks.outcome import Outcome, run_check
@@ -37,7 +38,7 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
     """Yield every check with its name, the speed of large shapes last since peak memory only grows."""
     from tools.device_checks.attention import check_attention
     from tools.device_checks.checkpoint import check_checkpoint
-    from tools.device_checks.speed import billion_shape, check_speed, small_shape
+    from tools.device_checks.speed import check_speed, small_shape
     from tools.device_checks.steps import check_collectives, check_loss_scaler, check_steps
 
     yield "collectives", lambda: check_collectives(mesh)
@@ -56,12 +57,49 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
                 f"{compute} attention (Transformer Engine)",
                 lambda compute=compute: check_attention(mesh, compute, use_te=True),  # type: ignore[misc]
             )
+    yield from _fp8_checks(mesh)
     yield "checkpoint", lambda: check_checkpoint(platform, HOST, folder)
     compute = "fp16" if mesh.platform.check_precision("bf16") else "bf16"
-    steps = 5 if quick else 20
-    yield "speed, small", lambda: check_speed(mesh, "small", small_shape(compute), num_steps=steps)
+    yield "speed, small", lambda: check_speed(mesh, "small", small_shape(compute), num_steps=5 if quick else 20)
     if not quick:
-        yield "speed, Llama 3.2 1B", lambda: check_speed(mesh, "Llama 3.2 1B", billion_shape(compute), num_steps=10)
+        yield from _speed_checks(mesh, platform, compute)
+
+
+def _fp8_checks(mesh: Mesh) -> Iterator[Check]:
+    """Yield what FP8 units can show, or that there are none, and Transformer Engine's recipes where it is installed."""
+    from tools.device_checks.fp8 import check_cast, check_multiply
+    from tools.device_checks.steps import check_steps
+
+    refusal = mesh.platform.check_fp8()
+    if refusal:
+        yield "fp8", lambda: Outcome("fp8", "skipped", refusal)
+        return
+    yield "fp8 cast kernel", lambda: check_cast(mesh)
+    backends = ("torch", "te") if has_transformer_engine() else ("torch",)
+    for name, recipe in RECIPES.items():
+        if "torch" in recipe.backends and not recipe.has_history:
+            yield f"fp8 {name} products", lambda name=name: check_multiply(mesh, name)  # type: ignore[misc]
+        for backend in backends:
+            if backend in recipe.backends:
+                section = {"recipe": name, "backend": backend}
+                title = f"fp8 {name} steps ({backend})"
+                yield title, lambda section=section: check_steps(mesh, "bf16", section)  # type: ignore[misc]
+
+
+def _speed_checks(mesh: Mesh, platform: PlatformName, compute: str) -> Iterator[Check]:
+    """Yield the Llama shapes, small ones first, each in FP8 too where there are units for it."""
+    from tools.device_checks.speed import check_loop_cost, check_speed, llama_shape
+
+    formats: list[dict[str, str] | None] = [None]
+    if mesh.platform.check_fp8() is None:
+        formats.append({"recipe": "tensorwise", "backend": "torch"})
+    yield "bare megatron-core loop", lambda: check_loop_cost(platform)
+    for model in ("llama3_2_1b", "llama3_2_3b"):
+        for seq_len in (4096, 8192):
+            for fp8 in formats:
+                config = llama_shape(model, compute, seq_len, fp8)
+                title = f"{model}, {seq_len}, {'fp8' if fp8 else compute}"
+                yield title, lambda t=title, c=config: check_speed(mesh, t, c, num_steps=8)  # type: ignore[misc]
 
 
 def run_checks(checks: Sequence[Check]) -> list[Outcome]:
@@ -128,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="gpu_check.py", description="Check one GPU from end to end.")
     parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
-    parser.add_argument("--quick", action="store_true", help="fewer steps and no 1B model")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and no large models")
     arguments = parser.parse_args(argv)
     all_passed = True
 

@@ -57,6 +57,8 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     """
     platform = load_platform(platform_name)
     problem = platform.check_precision(config.precision.compute)
+    if config.precision.fp8 is not None and config.precision.fp8.backend != "emulated":
+        problem = problem or platform.check_fp8()
     if problem:
         raise BadInput(problem)
     start = find_start(config)

@@ -49,6 +49,10 @@ class Platform(Protocol):
         """Return one sentence if the device cannot compute in this format, else None."""
         ...
 
+    def check_fp8(self) -> str | None:
+        """Return one sentence if the device has no FP8 units, else None."""
+        ...
+
     def describe(self) -> dict[str, str]:
         """Return what was found: device name, library versions, backend."""
         ...

@@ -53,6 +53,10 @@ class CpuPlatform:
         """Accept every format: the CPU computes bf16 and fp16 natively or by widening."""
         return None
 
+    def check_fp8(self) -> str | None:
+        """Refuse: CPUs have no FP8 units."""
+        return "precision.fp8.backend: a CPU has no FP8 units; a value that would work: emulated"
+
     def describe(self) -> dict[str, str]:
         """Return processor, cores, threads a rank and torch version."""
         cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"

@@ -64,6 +64,13 @@ class CudaPlatform:
             return f"precision.compute: {torch.cuda.get_device_name()} has no bf16 units; use fp16 or fp32."
         return None
 
+    def check_fp8(self) -> str | None:
+        """Refuse GPUs before Ada and Hopper."""
+        if torch.cuda.get_device_capability() < (8, 9):
+            name = torch.cuda.get_device_name()
+            return f"precision.fp8.backend: {name} has no FP8 units; a value that would work: emulated"
+        return None
+
     def describe(self) -> dict[str, str]:
         """Return the GPU, its memory and the CUDA and NCCL versions."""
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -19,6 +19,7 @@ MODELS = Path(__file__).parents[2] / "configs" / "models"
 PUBLISHED = {
     "tiny": 3_950_848,
     "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
     "llama3_1_8b": 8_030_261_248,
     "llama3_1_70b": 70_553_706_496,
     "llama3_1_405b": 405_853_388_800,

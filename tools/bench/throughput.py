@@ -2,7 +2,7 @@
 
 Run: python tools/bench/throughput.py [--steps 120] [--out FILE.json]   (`make bench`)
 Every loop is a run of its own, with the demo's model on made-up tokens in fp32; the runs take turns step by step.
-On CPU ranks unless SHARDWRIGHT_PLATFORM says otherwise. Exit code 1 if a run failed.
+On CPU ranks (tools/gpu_check.py runs it on a GPU). Exit code 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parallel.platform import PLATFORM_VARIABLE
+from parallel.platform import PLATFORM_VARIABLE, PlatformName
 from tools.bench.clock import RunReport
 from tools.bench.compare import Measure, compare
 from tools.bench.report import describe_machine, print_report, write_report
@@ -66,14 +66,16 @@ class RunFailed(Exception):
 class _Run:
     """One loop's processes."""
 
-    def __init__(self, case: Case, loop: str, num_steps: int, data: Path, scratch: Path) -> None:
+    def __init__(
+        self, case: Case, loop: str, num_steps: int, data: Path, scratch: Path, platform: PlatformName
+    ) -> None:
         self.loop, self._layout = loop, case.layout
         self._result, self._log = scratch / f"{loop}.json", scratch / f"{loop}.log"
         script = ROOT / "tools" / "bench" / "one_run.py"
         launcher = ["-m", "launch.local", "--nproc-per-node", str(case.num_ranks)] if loop != "hf" else []
         overrides = [*SETTINGS, *case.overrides, f"data.train=[{{path: {data}}}]", f"run.dir={scratch / loop}"]
         words = [loop, str(self._result), str(scratch), str(NUM_WARMUP), str(num_steps), str(CONFIG), *overrides]
-        environment = {PLATFORM_VARIABLE: "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ | {PLATFORM_VARIABLE: platform}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, str(script), *words], cwd=ROOT, env=environment, stdout=log, stderr=log
@@ -93,7 +95,9 @@ class _Run:
         return RunReport(**json.loads(self._result.read_text(encoding="utf-8")))
 
 
-def measure_case(case: Case, num_steps: int, data: Path, progress: Progress | None = None) -> list[Measure]:
+def measure_case(
+    case: Case, num_steps: int, data: Path, progress: Progress | None = None, platform: PlatformName = "cpu"
+) -> list[Measure]:
     """Run every loop of a case at once, in turns, and return what each measured. Raises RunFailed."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         runs: list[_Run] = []
@@ -103,7 +107,7 @@ def measure_case(case: Case, num_steps: int, data: Path, progress: Progress | No
                 run.check()
 
         with Conductor(Path(name), case.loops, case.num_ranks, check) as conductor, _ending(runs):
-            runs += [_Run(case, loop, num_steps, data, Path(name)) for loop in case.loops]
+            runs += [_Run(case, loop, num_steps, data, Path(name), platform) for loop in case.loops]
             rounds = []
             for number in range(NUM_WARMUP + num_steps):
                 rounds.append(conductor.take_round(is_backwards=number % 2 == 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from tools.device_checks.engine import build_config, build_repeating_stage, train
 from tools.device_checks.outcome import Outcome, judge
@@ -36,16 +37,18 @@ def check_collectives(mesh: Mesh) -> Outcome:
     return judge("collectives", problems, found, {})
 
 
-def check_steps(mesh: Mesh, compute: str) -> Outcome:
+def check_steps(mesh: Mesh, compute: str, fp8: Mapping[str, Any] | None = None) -> Outcome:
     """Train on one repeated batch: losses and gradient norms finite, steps applied, the loss falls.
 
-    fp16 may skip steps while it looks for its loss scale.
+    fp16 may skip steps while it looks for its loss scale. `fp8` is the section of that name.
     """
-    name = f"{compute} steps"
+    name = f"{compute} steps" if fp8 is None else f"fp8 {fp8['recipe']} steps ({fp8['backend']})"
     refusal = mesh.platform.check_precision(compute)
+    if fp8 is not None and fp8["backend"] != "emulated":
+        refusal = refusal or mesh.platform.check_fp8()
     if refusal:
         return Outcome(name, "skipped", refusal)
-    config = build_config(compute)
+    config = build_config(compute, precision={} if fp8 is None else {"fp8": fp8})
     with open_engine(config, mesh) as engine:
         results = train(engine, build_repeating_stage(config), NUM_STEPS)
     first, last = results[0].loss, results[-1].loss

@@ -72,7 +72,8 @@ def _read_model(config: Mapping[str, Any], where: object) -> ModelConfig:
         value = config.get(only.key, only.default)
         if value not in only.values and not (isinstance(value, float) and math.isclose(value, only.values[0])):
             problems.append(f"{only.key}: {value!r} is not supported, only {', '.join(map(repr, only.values))}")
-    known = {one.key for one in (*family.options, *family.only, *SWITCHES)} | family.known | HARMLESS
+    known = {option.key for option in family.options} | family.known | HARMLESS
+    known |= {only.key for only in (*family.only, *SWITCHES)}
     unknown = {key for key in config.keys() - known if config[key] is not None}
     if "quantization_config" in unknown:
         unknown.remove("quantization_config")

@@ -58,6 +58,10 @@ def attach_fp8(chunks: list[Any], fp8: Fp8Config, model: ModelConfig, mesh: Mesh
         history = AmaxHistory(sites, fp8.amax_history_len, fp8.amax_compute, mesh.device)
     dtypes = {"input": FORMATS["e4m3"], "weight": FORMATS["e4m3"], "gradient": FORMATS[gradient]}
     scheme = Scheme(recipe, dtypes, MULTIPLIES[backend], history)
+    if backend == "torch" and mesh.platform.fuses_kernels:
+        from trainer.model.fp8.cast import cast_both  # imports Triton
+
+        scheme.cast_both = cast_both
     kept = {*range(fp8.num_first_layers_kept), *range(model.num_layers - fp8.num_last_layers_kept, model.num_layers)}
     for site, module in linears.items():
         if site.layer not in kept:

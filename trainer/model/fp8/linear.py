@@ -8,6 +8,7 @@ gradient is summed over tp, while the weight's is computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from trainer.model.fp8.multiply import Multiply
 from trainer.model.fp8.quantize import Quantized, compute_amax, compute_scale, quantize
 
 _WHOLE: Block = (None, None)
+CastBoth = Callable[[torch.Tensor, torch.Tensor, torch.dtype], tuple[Quantized, Quantized]]
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Scheme:
     """FP8 format by role (input, weight, gradient)."""
     multiply: Multiply
     history: AmaxHistory | None
+    cast_both: CastBoth | None = None
+    """Makes a matrix and its transpose in one pass where one value scales both; None to make them one by one."""
     weights_version: int = 0
     """Counts changes of the weights, so that each is quantised once a step, not once a microbatch."""
 
@@ -39,13 +43,38 @@ class Scheme:
         return self.recipe.weight_block if role == "weight" else self.recipe.activation_block
 
 
+class Operand:
+    """A matrix in FP8, as it is and transposed, each made when it is first asked for."""
+
+    def __init__(self, linear: Fp8Linear, role: str, matrix: torch.Tensor, amax: torch.Tensor | None) -> None:
+        """`amax` is the value that scales the whole matrix, None where its blocks have scales of their own."""
+        self._linear, self._role, self._matrix, self.amax = linear, role, matrix, amax
+        self._made: dict[bool, Quantized] = {}
+
+    def get(self, *, transposed: bool) -> Quantized:
+        """Return the matrix, or its transpose, with the contraction along the columns."""
+        scheme, dtype = self._linear.scheme, self._linear.scheme.dtypes[self._role]
+        if transposed not in self._made:
+            if self.amax is not None and scheme.cast_both is not None:
+                self._made[False], self._made[True] = scheme.cast_both(self._matrix, self.amax, dtype)
+            else:
+                matrix = self._matrix.t().contiguous() if transposed else self._matrix
+                block = scheme.block(self._role)
+                amax = self.amax
+                if amax is None:
+                    amax = self._linear.agree(self._role, compute_amax(matrix, block), block, transposed=transposed)
+                self._made[transposed] = quantize(matrix, compute_scale(amax, dtype), block, dtype)
+        return self._made[transposed]
+
+
 class Fp8Linear:
     """One linear layer's FP8 matrix multiplications."""
 
     def __init__(self, scheme: Scheme, site: Site, split: dict[str, int | None], tp_group: Any) -> None:
         """`split` says which dimension of x [tokens, in], W [out, in] and dy [tokens, out] lies across `tp_group`."""
-        self._scheme, self._site, self._split, self._tp_group = scheme, site, split, tp_group
-        self._weights: dict[bool, Quantized] = {}
+        self.scheme, self.tp_group = scheme, tp_group
+        self._site, self._split = site, split
+        self._weight: Operand | None = None
         self._weights_version = -1
 
     def __call__(
@@ -62,69 +91,53 @@ class Fp8Linear:
 
         What it has further concerns fused accumulation and deferred embedding gradients, which layers do not use.
         """
-        # Recording follows the gradient: not in validation, and once where a layer is computed again.
-        output = _Function.apply(
-            input, weight, self, torch.is_grad_enabled(), allreduce_dgrad, sequence_parallel, self._tp_group
-        )
+        # Validation leaves no trace in the history, and a layer that is computed again leaves one, not two.
+        output = _Function.apply(input, weight, self, torch.is_grad_enabled(), allreduce_dgrad, sequence_parallel)
         return output if bias is None else output + bias
 
-    def tensor_scale(self, role: str, matrix: torch.Tensor, *, is_recording: bool) -> torch.Tensor | None:
-        """Return the scale of a whole operand, or None where its blocks have scales of their own."""
-        scheme, dtype = self._scheme, self._scheme.dtypes[role]
-        if scheme.block(role) != _WHOLE:
-            return None
-        amax, history = compute_amax(matrix, _WHOLE), scheme.history
-        if history is None:
-            return compute_scale(self._agree(role, amax, is_split=self._split[role] is not None), dtype)
-        if is_recording:
-            history.record(self._site, role, amax)
-        if history.is_empty:  # the first step scales by what it sees, as there is nothing to remember yet
-            return compute_scale(self._agree(role, amax, is_split=self._split[role] is not None), dtype)
-        past = history.amax(self._site, role).view(1, 1)
-        # An infinity of today must not be cut to yesterday's range: adding it makes the scale NaN.
-        return compute_scale(torch.where(past > 0, past, amax), dtype) + amax * 0
+    def operand(self, role: str, matrix: torch.Tensor, *, is_recording: bool) -> Operand:
+        """Return an operand `matrix`, scaled as the recipe says."""
+        return Operand(self, role, matrix, self._tensor_amax(role, matrix, is_recording=is_recording))
 
-    def quantize(self, role: str, matrix: torch.Tensor, scale: torch.Tensor | None) -> Quantized:
-        """Return an operand `matrix [rows, contraction]`; `scale` is that of the whole, if there is one."""
-        return self._quantize(role, matrix, scale, transposed=False)
-
-    def quantize_transposed(self, role: str, matrix: torch.Tensor, scale: torch.Tensor | None) -> Quantized:
-        """Return the transpose of `matrix` as an operand, whose columns are the contraction."""
-        return self._quantize(role, matrix.t().contiguous(), scale, transposed=True)
-
-    def quantize_weight(self, weight: torch.Tensor, *, transposed: bool) -> Quantized:
-        """Return the weight for the forward pass, or transposed for the gradient of the input; once a step each."""
-        if self._weights_version != self._scheme.weights_version:
-            self._weights, self._weights_version = {}, self._scheme.weights_version
-        if transposed not in self._weights:
-            matrix = weight.detach()
-            scale = self.tensor_scale("weight", matrix, is_recording=True)
-            prepare = self.quantize_transposed if transposed else self.quantize
-            self._weights[transposed] = prepare("weight", matrix, scale)
-        return self._weights[transposed]
+    def weight_operand(self, weight: torch.Tensor) -> Operand:
+        """Return the weight as an operand, the same one until the weights change."""
+        if self._weight is None or self._weights_version != self.scheme.weights_version:
+            self._weight = self.operand("weight", weight.detach(), is_recording=True)
+            self._weights_version = self.scheme.weights_version
+        return self._weight
 
     def multiply(
         self, left: Quantized, right: Quantized, dtype: torch.dtype, *, is_forward: bool = False
     ) -> torch.Tensor:
-        """Return `left @ right.T`; of nothing, zeros: experts may get no token."""
-        if 0 in (*left.data.shape, *right.data.shape):
-            return torch.zeros(left.data.shape[0], right.data.shape[0], dtype=dtype, device=left.data.device)
-        return self._scheme.multiply(left, right, dtype, is_forward=is_forward)
+        """Return `left @ right.T`."""
+        return self.scheme.multiply(left, right, dtype, is_forward=is_forward)
 
-    def _quantize(self, role: str, matrix: torch.Tensor, scale: torch.Tensor | None, *, transposed: bool) -> Quantized:
-        block, dtype = self._scheme.block(role), self._scheme.dtypes[role]
-        if scale is None:
-            split = self._split[role]
-            dim = None if split is None else (1 - split if transposed else split)
-            amax = self._agree(role, compute_amax(matrix, block), is_split=dim is not None and block[dim] is None)
-            scale = compute_scale(amax, dtype)
-        return quantize(matrix, scale, block, dtype)
+    def agree(self, role: str, amax: torch.Tensor, block: Block, *, transposed: bool) -> torch.Tensor:
+        """Return the largest values over all ranks that hold a part of what shares a scale: every layout scales alike.
 
-    def _agree(self, role: str, amax: torch.Tensor, *, is_split: bool) -> torch.Tensor:
-        """Return the largest values over all parts of what shares a scale, so that every layout scales alike."""
-        if is_split and self._tp_group.size() > 1:
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self._tp_group)
+        Collective where that is so: all ranks of the tp group must call this.
+        """
+        split = self._split[role]
+        if split is not None and transposed and block != _WHOLE:
+            split = 1 - split
+        if split is not None and block[split] is None and self.tp_group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.tp_group)
         return amax
+
+    def _tensor_amax(self, role: str, matrix: torch.Tensor, *, is_recording: bool) -> torch.Tensor | None:
+        """Return the value that scales a whole operand `[1, 1]`, or None where its blocks have scales of their own."""
+        if self.scheme.block(role) != _WHOLE:
+            return None
+        amax, history = compute_amax(matrix, _WHOLE), self.scheme.history
+        if history is None:
+            return self.agree(role, amax, _WHOLE, transposed=False)
+        if is_recording:
+            history.record(self._site, role, amax)
+        if history.is_empty:  # the first step scales by what it sees, as there is nothing to remember yet
+            return self.agree(role, amax.clone(), _WHOLE, transposed=False)
+        past = history.amax(self._site, role).view(1, 1)
+        # An infinity of today must not be cut to yesterday's range: adding it makes the scale NaN.
+        return torch.where(past > 0, past, amax) + amax * 0
 
 
 class _Function(torch.autograd.Function):
@@ -136,66 +149,70 @@ class _Function(torch.autograd.Function):
         inputs: torch.Tensor,
         weight: torch.Tensor,
         linear: Fp8Linear,
-        is_recording: bool,
+        has_backward: bool,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
-        tp_group: Any,
     ) -> torch.Tensor:
-        total = _gather(inputs, tp_group) if sequence_parallel else inputs
+        total = _start_gather(inputs, linear.tp_group, is_waiting=True)[0] if sequence_parallel else inputs
         x = total.reshape(-1, total.shape[-1])  # [tokens, in]
-        scale = None if x.numel() == 0 else linear.tensor_scale("input", x, is_recording=is_recording)
-        weights = linear.quantize_weight(weight, transposed=False)
-        if x.numel() == 0:
+        weights = linear.weight_operand(weight)
+        kept: tuple[torch.Tensor, ...] = (inputs,)
+        ctx.amax = None
+        if x.numel() == 0:  # an expert without tokens
             output = x.new_zeros(0, weight.shape[0])
         else:
-            output = linear.multiply(linear.quantize("input", x, scale), weights, x.dtype, is_forward=True)
-        ctx.save_for_backward(inputs, weight)
-        ctx.scale, ctx.linear, ctx.tp_group, ctx.is_recording = scale, linear, tp_group, is_recording
-        ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
+            operand = linear.operand("input", x, is_recording=has_backward)
+            output = linear.multiply(
+                operand.get(transposed=False), weights.get(transposed=False), x.dtype, is_forward=True
+            )
+            ctx.amax = operand.amax
+            if has_backward and weight.requires_grad and not sequence_parallel:  # half of what bf16 takes
+                columns = operand.get(transposed=True)
+                kept, ctx.block = (columns.data, columns.inverse_scale), columns.block
+        ctx.save_for_backward(weight, *kept)
+        ctx.linear, ctx.allreduce_dgrad, ctx.sequence_parallel = linear, allreduce_dgrad, sequence_parallel
+        ctx.shape, ctx.dtype = inputs.shape, inputs.dtype
         return output.view(*total.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
-        linear, group = ctx.linear, ctx.tp_group
+        weight, *kept = ctx.saved_tensors
+        linear, needs_weight = ctx.linear, ctx.needs_input_grad[1]
         gradient = gradients[0].reshape(-1, weight.shape[0]).contiguous()  # [tokens, out]
-        needs_weight = ctx.needs_input_grad[1]
         if gradient.numel() == 0:
-            return torch.zeros_like(inputs), torch.zeros_like(weight) if needs_weight else None, *[None] * 5
-        total, gathering = inputs, None
+            nothing = torch.zeros(ctx.shape, dtype=ctx.dtype, device=gradient.device)
+            return nothing, torch.zeros_like(weight) if needs_weight else None, *[None] * 4
+        gathered, gathering = None, None
         if needs_weight and ctx.sequence_parallel:
-            total, gathering = _start_gather(inputs, group)
-        scale = linear.tensor_scale("gradient", gradient, is_recording=ctx.is_recording)
-        operand = linear.quantize("gradient", gradient, scale)
-        weights = linear.quantize_weight(weight, transposed=True)
-        input_gradient = linear.multiply(operand, weights, inputs.dtype)
+            gathered, gathering = _start_gather(kept[0], linear.tp_group)
+        operand = linear.operand("gradient", gradient, is_recording=True)
+        weights = linear.weight_operand(weight).get(transposed=True)
+        input_gradient = linear.multiply(operand.get(transposed=False), weights, ctx.dtype)
         input_gradient = input_gradient.view(*gradients[0].shape[:-1], weight.shape[1])
-        reducing = None
+        result, reducing = input_gradient, None
         if ctx.allreduce_dgrad:
-            reducing = dist.all_reduce(input_gradient, group=group, async_op=True)
+            reducing = dist.all_reduce(input_gradient, group=linear.tp_group, async_op=True)
         elif ctx.sequence_parallel:
-            part = torch.empty_like(inputs)
-            reducing = dist.reduce_scatter_tensor(part, input_gradient, group=group, async_op=True)
+            result = input_gradient.new_empty(ctx.shape)
+            reducing = dist.reduce_scatter_tensor(result, input_gradient, group=linear.tp_group, async_op=True)
         weight_gradient = None
         if needs_weight:
-            if gathering is not None:
+            if gathering is not None and gathered is not None:
                 gathering.wait()
-            x = total.reshape(-1, total.shape[-1])
-            left = linear.quantize_transposed("gradient", gradient, scale)
-            right = linear.quantize_transposed("input", x, ctx.scale)
-            weight_gradient = linear.multiply(left, right, weight.dtype)
+                columns = Operand(linear, "input", gathered.reshape(-1, gathered.shape[-1]), ctx.amax)
+                right = columns.get(transposed=True)
+            else:
+                right = Quantized(kept[0], kept[1], ctx.block)
+            weight_gradient = linear.multiply(operand.get(transposed=True), right, weight.dtype)
         if reducing is not None:
             reducing.wait()
-        return part if ctx.sequence_parallel else input_gradient, weight_gradient, *[None] * 5
+        return result, weight_gradient, *[None] * 4
 
 
-def _gather(part: torch.Tensor, group: Any) -> torch.Tensor:
-    whole, gathering = _start_gather(part, group)
-    gathering.wait()
-    return whole
-
-
-def _start_gather(part: torch.Tensor, group: Any) -> tuple[torch.Tensor, Any]:
+def _start_gather(part: torch.Tensor, group: Any, *, is_waiting: bool = False) -> tuple[torch.Tensor, Any]:
     """Begin to gather the sequence, which sp splits over tp; return the whole and what to wait for."""
     whole = part.new_empty(part.shape[0] * group.size(), *part.shape[1:])
-    return whole, dist.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=True)
+    gathering = dist.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=True)
+    if is_waiting:
+        gathering.wait()
+    return whole, gathering

@@ -1,0 +1,85 @@
+"""FP8 on the device's own units: the cast kernel and the multiplication against the plain arithmetic of the recipes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tools.device_checks.outcome import Outcome, judge
+
+if TYPE_CHECKING:
+    import torch
+
+    from parallel.mesh import Mesh
+
+SHAPES = ((256, 512, 384), (48, 128, 64), (1000, 4096, 1024))
+"""Tokens, width in, width out; the tokens are no multiple of any block."""
+TOLERANCE = 1e-2
+"""Largest error of a product relative to the lengths of its vectors: bf16's rounding and 14 bits of accumulation."""
+
+
+def check_cast(mesh: Mesh) -> Outcome:
+    """Compare the fused cast with the plain one, number by number, transposes, zeros and NaN included."""
+    import torch
+
+    from trainer.model.fp8.cast import cast_both
+    from trainer.model.fp8.quantize import FORMATS, compute_amax, compute_scale, quantize
+
+    whole = (None, None)
+    problems = []
+    for matrix in _matrices(mesh):
+        for name, dtype in FORMATS.items():
+            amax = compute_amax(matrix, whole)
+            expected = quantize(matrix, compute_scale(amax, dtype), whole, dtype)
+            data, transposed = cast_both(matrix, amax, dtype)
+            for one, kind in ((data.data, "matrix"), (transposed.data.t(), "transpose")):
+                if not torch.equal(one.float().nan_to_num(1e9), expected.data.float().nan_to_num(1e9)):
+                    problems.append(f"{name} {kind} {list(matrix.shape)} differs from the plain conversion")
+            if not torch.equal(data.inverse_scale.nan_to_num(1e9), expected.inverse_scale.nan_to_num(1e9)):
+                problems.append(f"{name} scale of {list(matrix.shape)} differs")
+    return judge("fp8 cast kernel", problems, "equal to the plain conversion, number by number", {})
+
+
+def check_multiply(mesh: Mesh, recipe: str) -> Outcome:
+    """Compare the three multiplications of a linear layer on FP8 units with the emulation in fp32."""
+    import torch
+
+    from configs.fp8 import RECIPES
+    from trainer.model.fp8.multiply import multiply_emulated, multiply_scaled
+    from trainer.model.fp8.quantize import FORMATS, compute_amax, compute_scale, quantize
+
+    block = RECIPES[recipe].activation_block
+    problems, worst = [], 0.0
+    generator = torch.Generator(mesh.device).manual_seed(0)
+    for tokens, width_in, width_out in SHAPES:
+        for rows, columns, contraction, gradient in (
+            (tokens, width_out, width_in, "e4m3"),
+            (tokens, width_in, width_out, "e5m2"),
+            (width_out, width_in, tokens, "e5m2"),
+        ):
+            operands = []
+            for size, name in ((rows, gradient), (columns, "e4m3")):
+                matrix = torch.randn(size, contraction, device=mesh.device, generator=generator).bfloat16()
+                scale = compute_scale(compute_amax(matrix, block), FORMATS[name])
+                operands.append(quantize(matrix, scale, block, FORMATS[name]))
+            expected = multiply_emulated(*operands, torch.float32, is_forward=True)
+            found = multiply_scaled(*operands, torch.bfloat16, is_forward=gradient == "e4m3").float()
+            error = float((found - expected).abs().max()) / contraction**0.5
+            worst = max(worst, error)
+            if not error <= TOLERANCE:
+                problems.append(f"{rows}x{contraction} by {contraction}x{columns}: error {error:.1e}")
+    return judge(
+        f"fp8 {recipe} products", problems, f"largest error {worst:.1e} of a vector's length", {"error": worst}
+    )
+
+
+def _matrices(mesh: Mesh) -> list[torch.Tensor]:
+    import torch
+
+    generator = torch.Generator(mesh.device).manual_seed(0)
+    matrices = [torch.randn(shape[:2], device=mesh.device, generator=generator).bfloat16() for shape in SHAPES]
+    matrices += [torch.zeros(5, 3, device=mesh.device), matrices[0].float() * 1e-6]
+    for bad in (float("inf"), float("nan")):
+        spoilt = matrices[1].clone()
+        spoilt[3, 4] = bad
+        matrices.append(spoilt)
+    return matrices
