@@ -34,6 +34,30 @@ def test_large_shapes_break_no_rule():
         assert config.train.global_batch_size == 4
 
 
+def run_fp8_products(place):
+    """Check torch's own FP8 product on the CPU, sound and with a scale that is forgotten."""
+    from dataclasses import replace
+    from unittest.mock import patch
+
+    from tools.device_checks.fp8 import check_multiply
+    from tools.one_rank import open_world
+    from trainer.model.fp8.multiply import multiply_scaled
+
+    def forgetful(left, right, dtype, *, is_forward):
+        return multiply_scaled(replace(left, inverse_scale=left.inverse_scale * 2), right, dtype, is_forward=is_forward)
+
+    with open_world("cpu") as mesh:
+        sound = check_multiply(mesh, "tensorwise")
+        with patch("trainer.model.fp8.multiply.multiply_scaled", forgetful):
+            return sound, check_multiply(mesh, "tensorwise")
+
+
+def test_a_wrong_fp8_product_is_seen(ranks):
+    sound, broken = ranks.run(run_fp8_products)[0]
+    assert sound.status == "passed" and 0 < sound.figures["error"] < 1e-2, sound
+    assert broken.status == "failed" and "error" in broken.detail
+
+
 @pytest.mark.slow
 def test_the_loops_cost_is_measured(monkeypatch):
     from tools.device_checks import speed

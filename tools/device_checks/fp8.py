@@ -61,8 +61,9 @@ def check_multiply(mesh: Mesh, recipe: str) -> Outcome:
                 matrix = torch.randn(size, contraction, device=mesh.device, generator=generator).bfloat16()
                 scale = compute_scale(compute_amax(matrix, block), FORMATS[name])
                 operands.append(quantize(matrix, scale, block, FORMATS[name]))
-            expected = multiply_emulated(*operands, torch.float32, is_forward=True)
-            found = multiply_scaled(*operands, torch.bfloat16, is_forward=gradient == "e4m3").float()
+            left, right = operands
+            expected = multiply_emulated(left, right, torch.float32, is_forward=True)
+            found = multiply_scaled(left, right, torch.bfloat16, is_forward=gradient == "e4m3").float()
             error = float((found - expected).abs().max()) / contraction**0.5
             worst = max(worst, error)
             if not error <= TOLERANCE:

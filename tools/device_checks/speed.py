@@ -85,8 +85,8 @@ def check_speed(mesh: Mesh, title: str, config: Config, *, num_steps: int = 10) 
     precision = config.precision.compute if config.precision.fp8 is None else f"fp8 {config.precision.fp8.recipe}"
     found = (
         f"{figures['parameters'] / 1e6:,.0f} M parameters, {precision}, {config.train.seq_len} tokens: "
-        f"{seconds / num_steps:.3f} s a step, {figures['tokens_per_second']:,.0f} tokens/s, {tflops:.1f} TFLOP/s{share}, "
-        f"{figures['peak_memory_gb']:.1f} GB"
+        f"{seconds / num_steps:.3f} s a step, {figures['tokens_per_second']:,.0f} tokens/s, {tflops:.1f} TFLOP/s{share}"
+        f", {figures['peak_memory_gb']:.1f} GB"
     )
     return Outcome(name, "passed", found, figures)
 
