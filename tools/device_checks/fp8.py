@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 SHAPES = ((256, 512, 384), (48, 128, 64), (1000, 4096, 1024))
 """Tokens, width in, width out; the tokens are no multiple of any block."""
-TOLERANCE = 1e-2
-"""Largest error of a product relative to the lengths of its vectors: bf16's rounding and 14 bits of accumulation."""
+TOLERANCE = 5e-3
+"""Largest error relative to the largest product: bf16's rounding is 2e-3 of it, accumulation in 14 bits less."""
 
 
 def check_cast(mesh: Mesh) -> Outcome:
@@ -64,12 +64,12 @@ def check_multiply(mesh: Mesh, recipe: str) -> Outcome:
             left, right = operands
             expected = multiply_emulated(left, right, torch.float32, is_forward=True)
             found = multiply_scaled(left, right, torch.bfloat16, is_forward=gradient == "e4m3").float()
-            error = float((found - expected).abs().max()) / contraction**0.5
+            error = float((found - expected).abs().max() / expected.abs().max())
             worst = max(worst, error)
             if not error <= TOLERANCE:
                 problems.append(f"{rows}x{contraction} by {contraction}x{columns}: error {error:.1e}")
     return judge(
-        f"fp8 {recipe} products", problems, f"largest error {worst:.1e} of a vector's length", {"error": worst}
+        f"fp8 {recipe} products", problems, f"largest error {worst:.1e} of the largest product", {"error": worst}
     )
 
 
