@@ -119,25 +119,35 @@ def _check_sizes(config: Config, fp8: Fp8Config, recipe: Recipe) -> Iterator[str
         share = size // ways
         if share % step and (ways > 1 or recipe.alignment is None):
             why = f"in blocks of {step}" if recipe.alignment else f"by {step}, as FP8 matrix multiplications need"
+            what = f"{size} split over {axis}={ways} is {share}, which" if ways > 1 else f"{size}"
+            others = [f"{axis}=1"] if ways > 1 else []
+            others += [] if recipe.alignment else ["precision.fp8.backend=emulated"]
             yield (
-                f"{name}: {size} split over {axis}={ways} is {share}, which cannot be divided {why}; a value that "
-                f"would work: {-(-size // (step * ways)) * step * ways}, or {axis}=1"
-                + ("" if recipe.alignment else " or precision.fp8.backend=emulated")
+                f"{name}: {what} cannot be divided {why}; a value that would work: "
+                f"{-(-size // (step * ways)) * step * ways}, or {' or '.join(others)}"
             )
 
 
 def _split_sizes(config: Config) -> Iterator[tuple[str, int, int, str]]:
-    """Yield the sizes of the layers' linears that tp or etp splits: field, size, ranks, the axis's field."""
+    """Yield the sizes of the layers' linears and over what each is split: field, size, ranks, the axis's field."""
     model, parallel = config.model, config.parallel
     tp, tensor = parallel.tp, "parallel.tp"
+    heads = model.num_attention_heads
+    yield "model.hidden_size", model.hidden_size, 1, tensor
     if model.mla is None:
-        heads, groups = model.num_attention_heads, num_query_groups(model)
-        yield "model.num_attention_heads * head_dim", heads * head_dim(model), tp, tensor
-        yield "model.num_query_groups * head_dim", groups * head_dim(model), tp, tensor
+        channels = (heads + 2 * num_query_groups(model)) * head_dim(model)
+        yield "model.head_dim * (num_attention_heads + 2 * num_query_groups)", channels, tp, tensor
+        yield "model.head_dim * num_attention_heads", heads * head_dim(model), tp, tensor
     else:
-        mla, heads = model.mla, model.num_attention_heads
-        yield "model.mla.v_head_dim * num_attention_heads", mla.v_head_dim * heads, tp, tensor
-        yield "model.mla.kv_lora_rank", mla.kv_lora_rank + mla.qk_rope_head_dim, tp, tensor
+        mla = model.mla
+        nope, rope, value = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
+        yield "model.mla.kv_lora_rank + qk_rope_head_dim", mla.kv_lora_rank + rope, tp, tensor
+        yield "model.mla.kv_lora_rank", mla.kv_lora_rank, 1, tensor
+        if mla.q_lora_rank is not None:
+            yield "model.mla.q_lora_rank", mla.q_lora_rank, tp, tensor
+        yield "model.mla.qk_nope_head_dim + qk_rope_head_dim, times heads", heads * (nope + rope), tp, tensor
+        yield "model.mla.qk_nope_head_dim + v_head_dim, times heads", heads * (nope + value), tp, tensor
+        yield "model.mla.v_head_dim, times heads", heads * value, tp, tensor
     if model.moe is None or model.moe.num_dense_layers:
         yield "model.ffn_hidden_size", model.ffn_hidden_size, tp, tensor
     if model.moe is not None:

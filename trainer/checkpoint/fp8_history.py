@@ -53,7 +53,7 @@ def set_fp8_state(engine: Engine, loaded: Mapping[str, torch.Tensor]) -> None:
     for key, values in loaded.items():
         kept = min(length, values.shape[-1])
         history.values[rows[key].start : rows[key].stop, :, :kept] = values[..., :kept]
-    history.refresh()
+    history.load()
 
 
 def _history_of(engine: Engine) -> AmaxHistory | None:

@@ -35,13 +35,12 @@ class Fp8State:
         return self._scheme.history
 
     def weights_changed(self) -> None:
-        """Forget the quantised weights; to be called after loading."""
+        """Forget the quantised weights."""
         self._scheme.weights_version += 1
 
     def close_step(self, *, is_applied: bool) -> None:
         """Take note that an update was made, or skipped. Collective: all ranks of the pipeline stage must call this."""
-        if is_applied:
-            self.weights_changed()
+        self.weights_changed()  # after a skipped step too, so that the next one records them
         if self._scheme.history is not None:
             self._scheme.history.close_step(self._mesh.stage_group, is_applied=is_applied)
 

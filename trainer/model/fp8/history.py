@@ -57,10 +57,15 @@ class AmaxHistory:
         if is_applied:
             torch.distributed.all_reduce(self._present, op=torch.distributed.ReduceOp.MAX, group=group)
             self.values = torch.cat((self._present.unsqueeze(-1), self.values[..., :-1]), dim=-1)
-            self.refresh()
+            self._choose()
+            self.is_empty = False
         self._present.zero_()
 
-    def refresh(self) -> None:
-        """Compute what the history says to scale by; to be called after `values` was loaded."""
-        self._used = self.values.amax(dim=-1) if self._compute == "max" else self.values[..., 0].clone()
+    def load(self) -> None:
+        """Take over what was put into `values`."""
+        self._choose()
         self.is_empty = not bool(self._used.any())
+
+    def _choose(self) -> None:
+        """Compute what to scale by."""
+        self._used = self.values.amax(dim=-1) if self._compute == "max" else self.values[..., 0].clone()
