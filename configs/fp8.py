@@ -68,19 +68,33 @@ def describe_fp8(fp8: Fp8Config, backend: str) -> str:
 
 def check_backend(fp8: Fp8Config, *, platform: Literal["cpu", "cuda"], has_te: bool) -> Iterator[str]:
     """Yield why this machine cannot run the recipe, if so; a plan for another machine is not asked."""
-    path = "precision.fp8.backend"
-    if fp8.backend == "emulated":
+    path, backend = "precision.fp8.backend", resolve_backend(fp8, has_te=has_te)
+    if backend == "emulated":
         return
     if platform == "cpu":
         yield f"{path}: {fp8.backend} needs a GPU with FP8 units; a value that would work here: emulated"
-    elif fp8.backend == "te" and not has_te:
+    elif backend == "te" and not has_te:
         works = "torch" if "torch" in RECIPES[fp8.recipe].backends else "emulated"
         yield f"{path}: te needs Transformer Engine, which is not installed here; a value that would work: {works}"
-    elif fp8.backend == "auto" and not has_te and "torch" not in RECIPES[fp8.recipe].backends:
+    elif backend not in RECIPES[fp8.recipe].backends:
         yield (
             f"{path}: {fp8.recipe} needs Transformer Engine, which is not installed here; a value that would work: "
             "emulated, or precision.fp8.recipe=tensorwise"
         )
+    else:
+        yield from _check_of_backend(fp8, backend)
+
+
+def _check_of_backend(fp8: Fp8Config, backend: str) -> Iterator[str]:
+    """Yield what one backend cannot do of what is asked for."""
+    path = "precision.fp8"
+    if backend == "te" and RECIPES[fp8.recipe].has_history and fp8.num_first_layers_kept + fp8.num_last_layers_kept:
+        yield (
+            f"{path}.num_first_layers_kept: Transformer Engine's delayed scaling keeps no layer out of FP8; a value "
+            f"that would work: 0, or {path}.recipe=tensorwise, or {path}.backend=torch"
+        )
+    if backend != "te" and fp8.param_gather:
+        yield f"{path}.param_gather: needs {path}.backend=te, here it is {backend}; a value that would work: false"
 
 
 def check_fp8(config: Config) -> Iterator[str]:
@@ -102,26 +116,24 @@ def check_fp8(config: Config) -> Iterator[str]:
             f"{path}.num_first_layers_kept: with num_last_layers_kept {kept} layers stay out of FP8, which leaves none "
             f"of {layers}; a value that would work: 1 each" + (", or precision.fp8=null" if layers < 3 else "")
         )
-    if fp8.backend == "te" and kept and recipe.has_history:
-        yield (
-            f"{path}.num_first_layers_kept: Transformer Engine's delayed scaling keeps no layer out of FP8; a value "
-            "that would work: 0, or precision.fp8.recipe=tensorwise"
-        )
-    if fp8.param_gather and fp8.backend in ("torch", "emulated"):
-        yield f"{path}.param_gather: needs {path}.backend=te; a value that would work: false"
+    if fp8.backend != "auto":
+        yield from _check_of_backend(fp8, fp8.backend)
+    elif "te" not in recipe.backends:
+        yield from _check_of_backend(fp8, "torch")
     yield from _check_sizes(config, fp8, recipe)
 
 
 def _check_sizes(config: Config, fp8: Fp8Config, recipe: Recipe) -> Iterator[str]:
-    """Blocks that a split over tp would cut differently would give each layout other scales."""
-    step = recipe.alignment or (16 if fp8.backend in ("auto", "torch") else 1)
+    """FP8 units want multiples, and blocks that a split over tp cut differently would give each layout other scales."""
+    of_units = 1 if fp8.backend == "emulated" else 32 if fp8.recipe == "mxfp8" else 16
     for name, size, ways, axis in _split_sizes(config):
-        share = size // ways
-        if share % step and (ways > 1 or recipe.alignment is None):
-            why = f"in blocks of {step}" if recipe.alignment else f"by {step}, as FP8 matrix multiplications need"
+        share, blocks = size // ways, recipe.alignment if ways > 1 else None
+        step = max(of_units, blocks or 1)
+        if share % step:
+            why = f"in blocks of {step}" if blocks else f"by {step}, as FP8 units need"
             what = f"{size} split over {axis}={ways} is {share}, which" if ways > 1 else f"{size}"
             others = [f"{axis}=1"] if ways > 1 else []
-            others += [] if recipe.alignment else ["precision.fp8.backend=emulated"]
+            others += [] if blocks else ["precision.fp8.backend=emulated"]
             yield (
                 f"{name}: {what} cannot be divided {why}; a value that would work: "
                 f"{-(-size // (step * ways)) * step * ways}, or {' or '.join(others)}"

@@ -19,7 +19,13 @@ from launch.cli import Arguments, parse_arguments, usage
 from launch.environment import find_environment
 from parallel.environment import Environment
 from parallel.failures import is_peer_loss, let_rank_zero_speak, report
-from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine, load_platform
+from parallel.platform import (
+    CLUSTER_PLATFORM,
+    PlatformName,
+    detect_platform_name,
+    has_transformer_engine,
+    load_platform,
+)
 
 _INTERRUPTED = 130
 
@@ -100,7 +106,7 @@ def _dry_run(config: Config, arguments: Arguments, environment: Environment) -> 
         started_by_hand = environment.launcher == "single"
         world_size = _fewest_ranks(config) if started_by_hand else environment.world_size
     platform_name = detect_platform_name()
-    problems = _problems(config, world_size, platform_name, has_te=True)
+    problems = _problems(config, world_size, CLUSTER_PLATFORM, has_te=True)
     if problems:
         raise BadInput("\n".join(problems))
     _check_weights(config)
@@ -115,15 +121,15 @@ def _dry_run(config: Config, arguments: Arguments, environment: Environment) -> 
 def _check_weights(config: Config) -> None:
     """Raise BadInput if the weights to start from are on this machine and are another architecture's."""
     from configs.load import resolved_dict
-    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.layout import existing_checkpoint
     from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
     from trainer.hf.config_json import check_same_architecture
 
     settings = config.checkpoint
     if settings.init_from_hf is not None and os.path.isfile(os.path.join(settings.init_from_hf, "config.json")):
         check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
-    checkpoint = None if settings.init_from is None else resolve_checkpoint(settings.init_from)
-    if checkpoint is not None:
+    if settings.init_from is not None and os.path.exists(settings.init_from):
+        checkpoint = existing_checkpoint(settings.init_from, "checkpoint.init_from")
         model = resolved_dict(config)["model"]
         check_architecture(read_manifest(checkpoint), model, checkpoint, is_warm_start=True)
 

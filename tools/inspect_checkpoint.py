@@ -56,7 +56,8 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "run", f"{config['run']['name']} (seed {config['run']['seed']})"
     yield "stage", manifest.stage["name"]
     yield "layout", ", ".join(f"{axis} {size}" for axis, size in manifest.layout.items())
-    yield "precision", config["precision"]["compute"]
+    fp8 = config["precision"].get("fp8")  # checkpoints from before FP8 have none
+    yield "precision", config["precision"]["compute"] + (f", fp8 {fp8['recipe']} ({fp8['backend']})" if fp8 else "")
     yield "versions", ", ".join(f"{name} {text}" for name, text in manifest.versions.items())
     num_bytes = sum(entry["bytes"] for entry in manifest.files.values())
     yield "size", f"{_megabytes(num_bytes)} in {len(manifest.files)} files"

@@ -9,10 +9,10 @@ from pathlib import Path
 from configs.errors import BadInput
 from configs.load import resolved_dict
 from configs.schema import Config
-from trainer.checkpoint.layout import latest_checkpoint, resolve_checkpoint
+from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
 from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
 from trainer.hf.companions import carried_config, carried_folder
-from trainer.hf.config_json import check_same_architecture, load_config_json, write_model
+from trainer.hf.config_json import check_same_architecture, write_model
 from trainer.hf.source import HfModel
 from trainer.run_directory import check_run_directory
 
@@ -63,7 +63,7 @@ def _find(config: Config) -> Start:
                 f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run.dir, or resume=auto."
             )
     elif settings.resume != "auto":
-        named = _existing(settings.resume, "checkpoint.resume")
+        named = existing_checkpoint(settings.resume, "checkpoint.resume")
         if resume_from is not None and resume_from != named and _is_continuing(resume_from, config):
             log.info("checkpoint.resume: this very command has already gone back to %s; it continues from there", named)
         else:
@@ -82,17 +82,13 @@ def _find(config: Config) -> Start:
         return Start(init_from_hf=_open_hf_model(settings.init_from_hf, config))
     if settings.init_from is None:
         return Start()
-    init_from = _existing(settings.init_from, "checkpoint.init_from")
+    init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
     check_architecture(read_manifest(init_from), model, init_from, is_warm_start=True)
     return Start(init_from=init_from)
 
 
 def _open_hf_model(directory: str, config: Config) -> HfModel:
     """Return the model whose weights the run starts with, after comparing its architecture with the config's."""
-    if resolve_checkpoint(directory) is not None:
-        raise BadInput(
-            f"checkpoint.init_from_hf: {directory} is a checkpoint of ours; name it as checkpoint.init_from."
-        )
     check_same_architecture(config.model, Path(directory), FREE_WARM_START_FIELDS)
     return HfModel(directory, config.model)
 
@@ -103,13 +99,3 @@ def _is_continuing(latest: Path, config: Config) -> bool:
         return read_manifest(latest).config == resolved_dict(config)
     except BadInput:
         return False
-
-
-def _existing(path: str, field: str) -> Path:
-    checkpoint = resolve_checkpoint(path)
-    is_hf = (Path(path) / "config.json").is_file() and "architectures" in load_config_json(Path(path))
-    if checkpoint is None and is_hf:
-        raise BadInput(f"{field}: {path} is a Hugging Face model; name it as checkpoint.init_from_hf.")
-    if checkpoint is None:
-        raise BadInput(f"{field}: {path} holds no complete checkpoint; name one like runs/<name>/checkpoints/latest.")
-    return checkpoint

@@ -12,6 +12,8 @@ from parallel.platform.base import Platform
 
 PlatformName = Literal["cpu", "cuda"]
 PLATFORM_VARIABLE = "SHARDWRIGHT_PLATFORM"
+CLUSTER_PLATFORM: PlatformName = "cuda"
+"""What a plan is made for, on whatever machine it is made."""
 
 
 def detect_platform_name() -> PlatformName:

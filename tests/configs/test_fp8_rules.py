@@ -42,6 +42,13 @@ FP8_RULES = [
         1,
         "precision.fp8.param_gather: needs",
     ),
+    (["precision.fp8={recipe: rowwise, param_gather: true}"], 1, "precision.fp8.param_gather: needs"),
+    (
+        ["precision.fp8={recipe: tensorwise}", "model.hidden_size=72", "model.head_dim=16"],
+        1,
+        "model.hidden_size: 72 can",
+    ),
+    (["precision.fp8={recipe: mxfp8, backend: te}", "model.ffn_hidden_size=100"], 1, "model.ffn_hidden_size: 100 can"),
     (["precision.fp8={recipe: tensorwise, amax_history_len: 2}"], 1, "precision.fp8.amax_history_len: has no effect"),
     (
         ["precision.fp8={recipe: blockwise, backend: emulated}", "parallel.tp=2", "model.ffn_hidden_size=384"],
@@ -67,6 +74,18 @@ def test_each_rule_gives_its_sentence(overrides: list[str], world_size: int, sta
 @pytest.mark.parametrize(
     ("fp8", "platform", "has_te", "start"),
     [
+        (
+            "{recipe: delayed, num_last_layers_kept: 1}",
+            "cuda",
+            True,
+            "precision.fp8.num_first_layers_kept: Transformer",
+        ),
+        (
+            "{recipe: delayed, param_gather: true}",
+            "cuda",
+            False,
+            "precision.fp8.param_gather: needs precision.fp8.back",
+        ),
         ("{recipe: delayed}", "cpu", True, "precision.fp8.backend: auto needs a GPU"),
         ("{recipe: delayed, backend: torch}", "cpu", False, "precision.fp8.backend: torch needs a GPU"),
         ("{recipe: blockwise, backend: te}", "cuda", False, "precision.fp8.backend: te needs Transformer Engine"),
@@ -74,7 +93,7 @@ def test_each_rule_gives_its_sentence(overrides: list[str], world_size: int, sta
     ],
 )
 def test_what_a_machine_lacks_for_fp8_is_said(fp8: str, platform: str, has_te: bool, start: str) -> None:
-    config = config_of([f"precision.fp8={fp8}"])
+    config = config_of([f"precision.fp8={fp8}", "model.ffn_hidden_size=704"])
     (problem,) = check_backend(config.precision.fp8, platform=platform, has_te=has_te)
     assert problem.startswith(start) and "a value that would work" in problem
     assert check_config(config, 1, platform=platform, has_te=has_te) == [], "a plan for another machine may name it"

@@ -11,6 +11,8 @@ import re
 import shutil
 from pathlib import Path
 
+from configs.errors import BadInput
+
 PARTIAL_PREFIX = ".partial-"
 DELETED_PREFIX = ".deleted-"
 ABANDONED_PREFIX = "abandoned_"
@@ -54,6 +56,16 @@ def resolve_checkpoint(path: str | Path) -> Path | None:
     if (given / "checkpoint.json").is_file():
         return given.resolve()
     return latest_checkpoint(given)
+
+
+def existing_checkpoint(path: str, field: str) -> Path:
+    """Return the checkpoint that a field of the config names. Raises BadInput if there is none."""
+    checkpoint = resolve_checkpoint(path)
+    if checkpoint is not None:
+        return checkpoint
+    if (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors")):
+        raise BadInput(f"{field}: {path} is a Hugging Face model; name it as checkpoint.init_from_hf.")
+    raise BadInput(f"{field}: {path} holds no complete checkpoint; name one like runs/<name>/checkpoints/latest.")
 
 
 def publish(partial: Path, step: int) -> Path:

@@ -19,6 +19,7 @@ from configs.derive import head_dim, num_query_groups
 from configs.errors import BadInput
 from configs.fields import location_text
 from configs.model_schema import ModelConfig
+from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.hf.families import FAMILIES, HARMLESS, SWITCHES, Family, choose_family
 from trainer.hf.rope_json import read_rope, write_rope
 
@@ -125,6 +126,8 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 def check_same_architecture(model: ModelConfig, directory: Path, free: Collection[str]) -> None:
     """Raise BadInput with every field in which a run's model is another than the one in `directory`, but the `free`."""
+    if resolve_checkpoint(directory) is not None:
+        raise BadInput(f"checkpoint.init_from_hf: {directory} is a checkpoint; name it as checkpoint.init_from.")
     theirs = read_model(load_config_json(directory), directory / "config.json")
     ignored = tuple(f"model.{name}" for name in free)
     differences = [line for line in compare_models(model, theirs) if not line.startswith(ignored)]

@@ -73,10 +73,11 @@ class SdpaCoreAttention(MegatronModule):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
         """Attend over `[batch, heads, seq, dim]`; the last query sees all keys when causal."""
-        dim_v = value.shape[-1]
+        dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
         if dim_v != query.shape[-1]:
             # MLA: the fused kernels want equal sizes, and zero columns change nothing.
-            value = F.pad(value, (0, query.shape[-1] - dim_v))
+            width = max(dim_v, query.shape[-1])
+            query, key, value = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
         if key.shape[1] != query.shape[1]:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -91,7 +92,7 @@ class SdpaCoreAttention(MegatronModule):
             "attn_mask": mask,
             "dropout_p": dropout,
             "is_causal": causal and same_length and query.shape[2] > 1,
-            "scale": self.softmax_scale,
+            "scale": scale,
         }
         if dropout == 0.0:
             return F.scaled_dot_product_attention(query, key, value, **options)[..., :dim_v]

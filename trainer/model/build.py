@@ -63,6 +63,7 @@ def _build_chunk(
         _normalise_latent_alone(chunk, model.mla)
     if model.mla is not None and mesh.tp_size > 1 and not use_te:
         _sum_shared_key_gradients(chunk, model.mla)
+        _count_query_norm_gradients_once(chunk, model.mla, mesh.tp_size)
     if not use_te:
         _name_norms_as_fused(chunk)
     return chunk
@@ -148,6 +149,19 @@ def _sum_shared_key_gradients(chunk: GPTModel, mla: MlaConfig) -> None:
 
     for layer in chunk.decoder.layers:
         layer.self_attention.linear_kv_down_proj.register_forward_hook(gather_columns)
+
+
+def _count_query_norm_gradients_once(chunk: GPTModel, mla: MlaConfig, tp_size: int) -> None:
+    """Undo that Megatron-Core sums the gradient of every `q_layernorm` over tp, where each rank has the whole of it.
+
+    It means the norm of each head's query, of which a rank has its heads' part. Latent attention's acts on the gathered
+    latent; with sp the ranks have parts of the sequence, and the sum is right.
+    """
+    if mla.q_lora_rank is None or chunk.config.sequence_parallel:
+        return
+    for layer in chunk.decoder.layers:
+        for parameter in layer.self_attention.q_layernorm.parameters():
+            parameter.register_hook(lambda gradient: gradient / tp_size)
 
 
 def _hide_vocabulary_padding(chunk: GPTModel, model: ModelConfig, mesh: Mesh) -> None:

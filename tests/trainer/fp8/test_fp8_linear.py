@@ -145,6 +145,20 @@ class TestDelayed:
         history.close_step(group, is_applied=True)
         assert history.values[0, 0].tolist() == [3.0, 0.0, 0.0]
 
+    def test_the_weights_are_recorded_after_a_skipped_step(self, group):
+        from types import SimpleNamespace
+
+        from trainer.model.fp8.attach import Fp8State
+
+        history = AmaxHistory([SITE], 3, "most_recent", torch.device("cpu"))
+        scheme = make_scheme("delayed", history=history)
+        state = Fp8State(scheme, SimpleNamespace(stage_group=group))
+        linear = Fp8Linear(scheme, SITE, NO_SPLIT, OneRank())
+        for is_applied in (True, False, True):
+            self.step(linear, 1.0)
+            state.close_step(is_applied=is_applied)
+        assert history.values[0, 1, 0] == history.values[0, 1, 1] > 0
+
     def test_an_infinity_is_not_cut_to_yesterdays_range(self, group):
         history = AmaxHistory([SITE], 3, "max", torch.device("cpu"))
         linear = Fp8Linear(make_scheme("delayed", history=history), SITE, NO_SPLIT, OneRank())
