@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from configs.errors import BadInput
+from tests.pool import Place
 from trainer.hf.megatron_lm import find_megatron_checkpoint, read_megatron_model
 
 ROOT = Path(__file__).resolve().parents[3]
-# Megatron-LM's argument parser, validation and save_checkpoint, as pretrain_gpt.py calls them, on one CPU rank.
+# Megatron-LM's argument parser, validation and save_checkpoint, as pretrain_gpt.py calls them, on one CPU rank. Takes a
+# JSON file of arguments by folder.
 SAVE_WITH_MEGATRON_LM = """
+import json
 import sys
 
 import torch
@@ -24,12 +28,18 @@ import torch.distributed as dist
 
 
 def main():
-    folder = sys.argv.pop(1)
     from parallel.platform import load_platform
 
     load_platform("cpu").activate(0)
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    for folder, words in json.load(open(sys.argv[1])).items():
+        save(folder, words)
+
+
+def save(folder, words):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
@@ -37,8 +47,7 @@ def main():
     from megatron.training.global_vars import set_args
     from trainer.model.attention import SdpaCoreAttention
 
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    sys.argv += f"--save {folder}/megatron --save-interval 1".split()
+    sys.argv = ["pretrain_gpt.py", *words, "--save", f"{folder}/megatron", "--save-interval", "1"]
     args = parse_args()
     args.padded_vocab_size = 256
     validate_args(args, {})
@@ -75,29 +84,46 @@ EXPERTS = (
 ).split()
 
 
+CASES = {
+    "LlamaForCausalLM": ["--untie-embeddings-and-output-weights"],
+    "Qwen3ForCausalLM": ["--qk-layernorm"],
+    "Qwen2ForCausalLM": ["--add-qkv-bias"],
+    "MixtralForCausalLM": ["--untie-embeddings-and-output-weights", *EXPERTS],
+    "Qwen3MoeForCausalLM": ["--qk-layernorm", "--untie-embeddings-and-output-weights", *EXPERTS],
+}
+
+
+@pytest.fixture(scope="module")
+def saved_models(tmp_path_factory) -> Path:
+    """Return a folder with one folder for each case, in which Megatron-LM's own code saved a checkpoint and logits."""
+    folder = tmp_path_factory.mktemp("megatron_lm")
+    for name in CASES:
+        (folder / name).mkdir()
+    words = {str(folder / name): [*ARGUMENTS, *extra] for name, extra in CASES.items()}
+    (folder / "cases.json").write_text(json.dumps(words))
+    (folder / "save.py").write_text(SAVE_WITH_MEGATRON_LM)
+    command = [sys.executable, "-W", "ignore", str(folder / "save.py"), str(folder / "cases.json")]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return folder
+
+
+def export(place: Place, checkpoint: str, target: str) -> int:
+    """Run the command in a worker."""
+    from tools.convert_hf import main
+
+    return main(["export", checkpoint, target])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("extra", "architecture"),
-    [
-        (["--untie-embeddings-and-output-weights"], "LlamaForCausalLM"),
-        (["--qk-layernorm"], "Qwen3ForCausalLM"),
-        (["--add-qkv-bias"], "Qwen2ForCausalLM"),
-        (["--untie-embeddings-and-output-weights", *EXPERTS], "MixtralForCausalLM"),
-        (["--qk-layernorm", "--untie-embeddings-and-output-weights", *EXPERTS], "Qwen3MoeForCausalLM"),
-    ],
-)
-def test_megatron_lms_own_checkpoint_is_exported(tmp_path, extra, architecture):
+@pytest.mark.parametrize("architecture", CASES)
+def test_megatron_lms_own_checkpoint_is_exported(ranks, saved_models, tmp_path, architecture):
     import transformers
 
-    script = tmp_path / "save.py"
-    script.write_text(SAVE_WITH_MEGATRON_LM)
-    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), *ARGUMENTS, *extra]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    tool = [sys.executable, "tools/convert_hf.py", "export", str(tmp_path / "megatron"), str(tmp_path / "hf")]
-    subprocess.run(tool, cwd=ROOT, check=True)
+    folder = saved_models / architecture
+    assert ranks.run(export, str(folder / "megatron"), str(tmp_path / "hf")) == [0]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert model.config.architectures == [architecture]
-    expected = torch.load(tmp_path / "logits.pt")
+    expected = torch.load(folder / "logits.pt")
     with torch.no_grad():
         logits = model(expected["tokens"]).logits
     torch.testing.assert_close(logits, expected["logits"][..., :251], atol=1e-6, rtol=0)
