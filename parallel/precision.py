@@ -56,7 +56,7 @@ def optimizer_precision(precision: PrecisionConfig) -> dict[str, Any]:
         "fp16": precision.compute == "fp16",
         "params_dtype": DTYPES[precision.compute],
     }
-    if precision.fp8 is not None and precision.fp8.param_gather:
+    if precision.fp8 is not None and gathers_fp8(precision):
         fields["fp8_recipe"] = precision.fp8.recipe
     if precision.compute == "fp16":
         fields |= {

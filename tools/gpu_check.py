@@ -88,6 +88,7 @@ def _fp8_checks(mesh: Mesh) -> Iterator[Check]:
 
 def _speed_checks(mesh: Mesh, platform: PlatformName, compute: str) -> Iterator[Check]:
     """Yield the Llama shapes, small ones first, each in FP8 too where there are units for it."""
+    from tools.device_checks.profile import check_profile
     from tools.device_checks.speed import check_loop_cost, check_speed, llama_shape
 
     formats: list[dict[str, str] | None] = [None]
@@ -100,6 +101,8 @@ def _speed_checks(mesh: Mesh, platform: PlatformName, compute: str) -> Iterator[
                 config = llama_shape(model, compute, seq_len, fp8)
                 title = f"{model}, {seq_len}, {'fp8' if fp8 else compute}"
                 yield title, lambda t=title, c=config: check_speed(mesh, t, c, num_steps=8)  # type: ignore[misc]
+                if seq_len == 8192:
+                    yield f"{title}, profile", lambda t=title, c=config: check_profile(mesh, t, c)  # type: ignore[misc]
 
 
 def run_checks(checks: Sequence[Check]) -> list[Outcome]:

@@ -70,7 +70,7 @@ class Engine:
         self.optimizer.zero_grad()
         losses = self._run(batches, stage, forward_only=False)
         sums = self._sum_losses(losses, batches, stage)
-        loss, num_tokens = float(sums["total"]), int(sums["num_tokens"])
+        loss, num_tokens = sums["total"], int(sums["num_tokens"])
         self.mesh.platform.synchronize()
         forward_done = time.perf_counter()
         learning_rate = compute_learning_rate(
@@ -93,7 +93,7 @@ class Engine:
             is_overflow_expected=update.is_overflow_expected,
             loss_scale=update.loss_scale,
             metrics={
-                **{name: float(value) * per_token for name, value in sums.items() if name not in RESERVED_SUMS},
+                **{name: value * per_token for name, value in sums.items() if name not in RESERVED_SUMS},
                 **read_router_losses(self.config.model, self.mesh, len(batches)),
             },
             phase_seconds={
@@ -107,8 +107,7 @@ class Engine:
         """Return the summed loss, counted tokens and further sums of one global batch, without gradients."""
         for replica in self.replicas:
             replica.eval()
-        losses = self._run(batches, stage, forward_only=True)
-        return {name: float(value) for name, value in self._sum_losses(losses, batches, stage).items()}
+        return self._sum_losses(self._run(batches, stage, forward_only=True), batches, stage)
 
     @torch.no_grad()
     def compute_logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -211,8 +210,8 @@ class Engine:
 
     def _sum_losses(
         self, losses: list[dict[str, torch.Tensor]], batches: Sequence[Batch], stage: Stage
-    ) -> dict[str, torch.Tensor]:
-        """Return the sums over all microbatches and ranks, fp64, the same on every rank."""
+    ) -> dict[str, float]:
+        """Return the sums over all microbatches and ranks, the same on every rank; waits for them."""
         names = ["total", "num_tokens", *stage.metric_names]
         local = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.mesh.device)
         if losses:
@@ -220,5 +219,5 @@ class Engine:
             # cp ranks share their samples, so each counts its part of them.
             num_samples = sum(1 for batch in batches for sample in batch.sample_ids if sample >= 0)
             local[-1] = num_samples / self.mesh.cp_size
-        summed = sum_over_microbatch_ranks(local, self.mesh)
+        summed = sum_over_microbatch_ranks(local, self.mesh).tolist()
         return dict(zip([*names, "num_samples"], summed, strict=True))

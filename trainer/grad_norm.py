@@ -1,4 +1,4 @@
-"""The L2 norm of many gradients, exact to fp32 rounding, without a host sync: used where neither TE nor apex is.
+"""The L2 norm of many gradients, exact to fp32 rounding, and their scaling: used where neither TE nor apex is.
 
 Megatron-Core's own stand-in asks the host for every tensor's norm, and on CPU sums millions of squares in one fp32
 accumulator, which is off by 1e-5 and more: enough to make equal runs look different.
@@ -22,6 +22,14 @@ def compute_l2_norm(
     return torch.stack(squares).sum().sqrt().float().reshape(1), None
 
 
+def compute_l2_norm_at_once(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: Sequence[Sequence[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Return what `compute_l2_norm` does in one kernel over all tensors, where there is one that sums in a tree."""
+    norms = torch._foreach_norm([tensor.detach() for tensors in tensor_lists for tensor in tensors])
+    return torch.stack(norms).double().square().sum().sqrt().float().reshape(1), None
+
+
 def _sum_squares(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
     whole = flat.numel() // ROW * ROW
@@ -31,9 +39,26 @@ def _sum_squares(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def install_as_fused_norm() -> None:
-    """Let Megatron-Core use `compute_l2_norm` as it would use TE's or apex's kernel."""
+def scale_tensors(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: Sequence[Sequence[torch.Tensor]], scale: float
+) -> None:
+    """Write `sources * scale` into the targets, with the signature of `amp_C.multi_tensor_scale`; clips in place."""
+    sources, targets = tensor_lists
+    if not targets:  # a pipeline stage without experts
+        return
+    if sources is targets:
+        torch._foreach_mul_(list(targets), scale)
+    else:
+        torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), scale))
+
+
+def install_as_fused_norm(*, is_fusing: bool) -> None:
+    """Let Megatron-Core use these functions as it would use TE's or apex's kernels.
+
+    `is_fusing` says whether the device runs one kernel over many tensors, whose sums are then as exact.
+    """
     from megatron.core.optimizer import clip_grads
 
     names: dict[str, Any] = vars(clip_grads)
-    names["l2_norm_impl"] = compute_l2_norm
+    names["l2_norm_impl"] = compute_l2_norm_at_once if is_fusing else compute_l2_norm
+    names["multi_tensor_scale_impl"] = scale_tensors

@@ -11,6 +11,7 @@ import torch
 from configs.schema import Config
 from parallel.collectives import any_rank
 from parallel.mesh import Mesh
+from parallel.platform.base import Platform
 from parallel.precision import optimizer_precision
 from parallel.replicate import resolve_overlap
 from trainer.adam import has_fused_adam, install_as_fused_adam
@@ -28,15 +29,15 @@ class UpdateResult:
     """fp16 found an infinity while the loss scale can still shrink: part of its search, not a fault."""
 
 
-def build_optimizer(config: Config, chunks: list[Any], *, is_overlapping: bool) -> Any:
+def build_optimizer(config: Config, chunks: list[Any], platform: Platform) -> Any:
     """Return Megatron-Core's (chained) distributed optimizer over the replicated chunks."""
     if has_fused_adam() is None:
         install_as_fused_adam()
-        install_as_fused_norm()
+        install_as_fused_norm(is_fusing=platform.fuses_kernels)
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = config.optimizer
-    overlap = resolve_overlap(config.parallel, is_overlapping)
+    overlap = resolve_overlap(config.parallel, platform.overlaps_communication)
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,

@@ -99,7 +99,7 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     chunks = build_model_chunks(config, mesh, use_te=use_te)
     fp8 = _attach_fp8(config, mesh, chunks)
     replicas = replicate(chunks, config, is_overlapping=is_overlapping)
-    return Engine(config, mesh, replicas, build_optimizer(config, replicas, is_overlapping=is_overlapping), fp8)
+    return Engine(config, mesh, replicas, build_optimizer(config, replicas, mesh.platform), fp8)
 
 
 def _attach_fp8(config: Config, mesh: Mesh, chunks: list[GPTModel]) -> Fp8State | None:

@@ -128,7 +128,7 @@ def show_start(config: Config, environment: Mapping[str, Any]) -> None:
         "layout": layout,
         "precision": f"{config.precision.compute} compute, fp32 main weights, reductions and moments",
         "FP8": environment["chosen"]["fp8"],
-        "Transformer Engine": te or "not installed: its layers, fusions and FP8 are not used",
+        "Transformer Engine": te or "not installed: its layers and fusions are not used",
         "apex": "found" if importlib.util.find_spec("apex") else "not installed",
         "flash-attn": environment["versions"]["flash-attn"] or "not installed: torch's attention kernels are used",
         "layers": environment["chosen"]["layers"],

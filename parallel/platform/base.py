@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ class Platform(Protocol):
         """Wait until all queued device work is done."""
         ...
 
+    def record_waits(self) -> AbstractContextManager[list[str]]:
+        """Within the context, note each place (`file:line`) where the host waits for queued device work."""
+        ...
+
     def peak_memory_bytes(self) -> int:
         """Return the most memory this process has held: on the device, or resident where there is none."""
         ...
@@ -47,6 +52,10 @@ class Platform(Protocol):
 
     def check_precision(self, compute: str) -> str | None:
         """Return one sentence if the device cannot compute in this format, else None."""
+        ...
+
+    def has_flash_attention(self, compute: str) -> bool:
+        """Return whether torch's flash attention runs here in this format, for grouped heads and packed documents."""
         ...
 
     def check_fp8(self) -> str | None:

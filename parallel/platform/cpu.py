@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform as host_platform
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -41,6 +42,11 @@ class CpuPlatform:
     def synchronize(self) -> None:
         """Do nothing: CPU work is done when the call returns."""
 
+    @contextlib.contextmanager
+    def record_waits(self) -> Iterator[list[str]]:
+        """Note nothing: no work is queued."""
+        yield []
+
     def peak_memory_bytes(self) -> int:
         """Return the largest resident set of this process so far, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -52,6 +58,10 @@ class CpuPlatform:
     def check_precision(self, compute: str) -> str | None:
         """Accept every format: the CPU computes bf16 and fp16 natively or by widening."""
         return None
+
+    def has_flash_attention(self, compute: str) -> bool:
+        """Deny: the CPU's kernel takes neither grouped heads nor packed documents."""
+        return False
 
     def check_fp8(self) -> str | None:
         """Refuse: CPUs have no FP8 units."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -49,6 +51,21 @@ class CudaPlatform:
         """Wait until all queued work of the current GPU is done."""
         torch.cuda.synchronize()
 
+    @contextlib.contextmanager
+    def record_waits(self) -> Iterator[list[str]]:
+        """Note the places of operations that wait; an explicit `synchronize` is not one of them."""
+        places: list[str] = []
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield places
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = [one for one in seen if "synchronizing" in str(one.message)]
+        places += [f"{one.filename.rsplit('/', 1)[-1]}:{one.lineno}" for one in waits]
+
     def peak_memory_bytes(self) -> int:
         """Return the most GPU memory allocated so far, in bytes."""
         return torch.cuda.max_memory_allocated()
@@ -63,6 +80,10 @@ class CudaPlatform:
         if compute == "bf16" and torch.cuda.get_device_capability() < (8, 0):
             return f"precision.compute: {torch.cuda.get_device_name()} has no bf16 units; use fp16 or fp32."
         return None
+
+    def has_flash_attention(self, compute: str) -> bool:
+        """Return whether this is Ampere or later and the format one of 16 bits."""
+        return compute in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0)
 
     def check_fp8(self) -> str | None:
         """Refuse GPUs before Ada and Hopper."""

@@ -12,6 +12,7 @@ TINY = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attentio
 
 def run_step_checks(place):
     from tools.device_checks.engine import build_config
+    from tools.device_checks.profile import check_profile
     from tools.device_checks.speed import check_speed
     from tools.device_checks.steps import check_collectives, check_loss_scaler, check_steps
     from tools.one_rank import open_world
@@ -21,6 +22,7 @@ def run_step_checks(place):
         outcomes += [check_loss_scaler(mesh), check_speed(mesh, "tiny", build_config("fp32", TINY), num_steps=2)]
         outcomes += [check_steps(mesh, "bf16", {"recipe": "delayed", "backend": "emulated"})]
         outcomes += [check_steps(mesh, "bf16", {"recipe": "tensorwise", "backend": "torch"})]
+        outcomes += [check_profile(mesh, "tiny", build_config("fp32", TINY))]
     return outcomes
 
 
@@ -115,13 +117,29 @@ def run_broken(place):
 @pytest.mark.slow
 def test_steps_collectives_scaler_and_speed_pass(ranks):
     outcomes = ranks.run(run_step_checks)[0]
-    assert [one.status for one in outcomes] == ["passed"] * 7 + ["skipped"], outcomes
+    assert [one.status for one in outcomes] == ["passed"] * 7 + ["skipped", "passed"], outcomes
     assert "no FP8 units" in outcomes[7].detail
-    scaler, speed = outcomes[4], outcomes[5]
+    scaler, speed, profile = outcomes[4], outcomes[5], outcomes[8]
+    assert profile.figures["seconds matrix products"] > 0 and profile.figures["waits"] == 0
     # 2^20 must come down at least four times before -1 * scale fits into fp16, whose largest number is 65504
     assert 4 <= scaler.figures["num_skipped"] <= 15 and scaler.figures["last_loss_scale"] <= 2**16
     assert speed.figures["tokens_per_second"] > 0 and speed.figures["peak_memory_gb"] > 0.05
     assert not [name for name in speed.figures if name.startswith("mfu")]  # no peak is known for a CPU
+
+
+def test_a_profile_tells_kinds_of_work_and_waits():
+    from tools.device_checks.profile import _judge
+
+    kernels = {
+        "nvjet_hsh_192x192": 6.0, "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": 2.0,
+        "triton_poi_fused_mul_silu": 1.0, "void at::native::vectorized_elementwise_kernel": 1.0,
+    }  # fmt: skip
+    sound = _judge("profile", ["engine.py:222", "clip_grads.py:138"], kernels, 12.5)
+    assert sound.status == "passed" and "matrix products 60%, attention 20%, compiled 10%" in sound.detail
+    assert "busy 80% of the time, 2 waits (clip_grads.py:138, engine.py:222)" in sound.detail
+    assert sound.figures["seconds element by element"] == 1.0 and sound.figures["kernel nvjet_hsh_192x192"] == 6.0
+    waiting = _judge("profile", ["attention.py:76"] * 5, kernels, 12.5)
+    assert waiting.status == "failed" and waiting.detail == "the host waits 5 times in a step (attention.py:76)"
 
 
 def test_attention_passes_in_every_format(ranks):

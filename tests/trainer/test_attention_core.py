@@ -21,15 +21,15 @@ SHAPES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def build_attention(scale: float | None = None) -> Any:
+def build_attention(scale: float | None = None, kind: str = "SdpaCoreAttention") -> Any:
     """Return the module in training mode, without dropout."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from trainer.model.attention import SdpaCoreAttention
+    from trainer.model import attention
 
     config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, attention_dropout=0.0)
-    return SdpaCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
+    return getattr(attention, kind)(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
 
 
 def reference(query: Any, key: Any, value: Any, scale: float) -> Any:
@@ -53,7 +53,41 @@ def reference_of_documents(parts: list[Any], lengths: tuple[int, ...], scale: fl
     return torch.cat([reference(*piece, scale) for piece in pieces])
 
 
-def largest_errors(place: Place, shape: tuple[Any, ...], scale: float | None) -> list[float]:
+def attend_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    bounds_q: Any,
+    bounds_k: Any,
+    longest_q: int,
+    longest_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Any:
+    """Stand for torch's kernel of packed documents, which runs on GPUs alone: what its documentation says it does."""
+    import torch
+
+    assert query.shape[2] == key.shape[2] == value.shape[2] and query.shape[2] % 8 == 0, "sizes the kernel refuses"
+    assert query.shape[1] == key.shape[1] and bounds_q is bounds_k and window_size == (-1, 0)
+    lengths = bounds_q.diff().tolist()
+    assert longest_q == longest_k == max(lengths)
+    parts = [[piece.unsqueeze(1) for piece in part.split(lengths)] for part in (query, key, value)]
+    documents = [reference(*piece, scale) for piece in zip(*parts, strict=True)]
+    return torch.cat(documents).squeeze(1).unflatten(-1, (query.shape[1], -1))
+
+
+def largest_errors_of_flash(place: Place, shape: tuple[Any, ...]) -> list[float]:
+    """Return the largest errors of the module for GPUs, with its kernel of documents replaced."""
+    from unittest.mock import patch
+
+    with patch("torch.nn.attention.varlen.varlen_attn", attend_varlen):
+        return largest_errors(place, shape, None, kind="FlashCoreAttention")
+
+
+def largest_errors(
+    place: Place, shape: tuple[Any, ...], scale: float | None, kind: str = "SdpaCoreAttention"
+) -> list[float]:
     """Return the largest absolute error of the output and of each gradient."""
     import torch
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -64,12 +98,14 @@ def largest_errors(place: Place, shape: tuple[Any, ...], scale: float | None) ->
     exact = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
     parts = [part.detach().float().requires_grad_() for part in exact]
     used_scale = dim**-0.5 if scale is None else scale
-    module = build_attention(scale)
+    module = build_attention(scale, kind)
     if lengths is None:
         out, expected = module(*parts, None), reference(*exact, used_scale)
     else:
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+        documents = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(lengths)
+        )
         out = module(*(part.squeeze(1) for part in parts), None, packed_seq_params=documents).unsqueeze(1)
         expected = reference_of_documents(exact, lengths, used_scale)
     weights = torch.randn(expected.shape, dtype=torch.float64)
@@ -82,6 +118,13 @@ def largest_errors(place: Place, shape: tuple[Any, ...], scale: float | None) ->
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_float64_softmax(ranks, name):
     (errors,) = ranks.run(largest_errors, SHAPES[name], None)
+    assert max(errors) < 2e-5, errors
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "odd_latent_documents"])
+def test_the_module_for_gpus_equals_float64_softmax(ranks, name):
+    shape = SHAPES.get(name, (30, 30, 1, 4, 2, 20, 12, (13, 17)))
+    (errors,) = ranks.run(largest_errors_of_flash, shape)
     assert max(errors) < 2e-5, errors
 
 

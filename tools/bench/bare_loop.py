@@ -57,7 +57,7 @@ def _wrap(chunk: Any, config: Config, is_overlapping: bool) -> tuple[Any, Any]:
 
     if has_fused_adam() is None:
         install_as_fused_adam()
-        install_as_fused_norm()
+        install_as_fused_norm(is_fusing=is_overlapping)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

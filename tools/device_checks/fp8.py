@@ -24,18 +24,23 @@ def check_cast(mesh: Mesh) -> Outcome:
     from trainer.model.fp8.cast import cast_both
     from trainer.model.fp8.quantize import FORMATS, compute_amax, compute_scale, quantize
 
-    whole = (None, None)
     problems = []
     for matrix in _matrices(mesh):
-        for name, dtype in FORMATS.items():
-            amax = compute_amax(matrix, whole)
-            expected = quantize(matrix, compute_scale(amax, dtype), whole, dtype)
-            data, transposed = cast_both(matrix, amax, dtype)
-            for one, kind in ((data.data, "matrix"), (transposed.data.t(), "transpose")):
-                if not torch.equal(one.float().nan_to_num(1e9), expected.data.float().nan_to_num(1e9)):
-                    problems.append(f"{name} {kind} {list(matrix.shape)} differs from the plain conversion")
-            if not torch.equal(data.inverse_scale.nan_to_num(1e9), expected.inverse_scale.nan_to_num(1e9)):
-                problems.append(f"{name} scale of {list(matrix.shape)} differs")
+        turned = matrix.t().contiguous()
+        for block in ((None, None), (1, None)):
+            amax, across = compute_amax(matrix, block), compute_amax(matrix.t(), block)
+            for name, dtype in FORMATS.items():
+                found = cast_both(matrix, amax, None if block == (None, None) else across, dtype)
+                for one, plain, largest in zip(found, (matrix, turned), (amax, across), strict=True):
+                    expected = quantize(plain, compute_scale(largest, dtype), block, dtype)
+                    same = torch.equal(one.data.float().nan_to_num(1e9), expected.data.float().nan_to_num(1e9))
+                    same &= torch.equal(one.inverse_scale.nan_to_num(1e9), expected.inverse_scale.nan_to_num(1e9))
+                    if not same:
+                        kind = "transpose" if one is found[1] else "matrix"
+                        scaled = "by row" if block[0] else "by tensor"
+                        problems.append(
+                            f"{name} {kind} {list(matrix.shape)} {scaled} differs from the plain conversion"
+                        )
     return judge("fp8 cast kernel", problems, "equal to the plain conversion, number by number", {})
 
 
@@ -78,7 +83,7 @@ def _matrices(mesh: Mesh) -> list[torch.Tensor]:
 
     generator = torch.Generator(mesh.device).manual_seed(0)
     matrices = [torch.randn(shape[:2], device=mesh.device, generator=generator).bfloat16() for shape in SHAPES]
-    matrices += [torch.zeros(5, 3, device=mesh.device), matrices[0].float() * 1e-6]
+    matrices += [torch.zeros(5, 3, device=mesh.device).bfloat16(), matrices[0] * 1e-6]
     for bad in (float("inf"), float("nan")):
         spoilt = matrices[1].clone()
         spoilt[3, 4] = bad

@@ -59,6 +59,7 @@ def check_speed(mesh: Mesh, title: str, config: Config, *, num_steps: int = 10) 
     import torch
 
     name = f"speed, {title}"
+    torch.compiler.reset()  # after eight shapes of a function it would compile no more
     try:
         with open_engine(config, mesh) as engine:
             stage = build_repeating_stage(config)

@@ -1,7 +1,8 @@
 """Core attention on `scaled_dot_product_attention`: causal, grouped-query, documents, without a seq x seq tensor.
 
 The exceptions, both torch's own: attention dropout on CPU, and a mask where queries and keys differ in number.
-Used where Transformer Engine is not installed, on CPU and GPU alike. Knows nothing of batches or layouts.
+Used where Transformer Engine is not installed, on CPU and GPU alike; `FlashCoreAttention` where torch's flash kernels
+run, which take grouped heads as they are and all documents at once. Knows nothing of batches or layouts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 class SdpaCoreAttention(MegatronModule):
     """softmax(Q K^T * scale) V with Megatron-Core's core-attention interface (Vaswani et al. 2017, eq. 1)."""
+
+    takes_groups = False
+    """Whether the kernels take fewer heads of keys and values than of queries; else these are repeated."""
 
     def __init__(
         self,
@@ -61,24 +65,28 @@ class SdpaCoreAttention(MegatronModule):
             by_head = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
             out = self._attend(by_head[0], by_head[1], by_head[2], causal)
             return out.permute(2, 0, 1, 3).flatten(2)
+        return self._attend_documents(query, key, value, causal, packed_seq_params)
+
+    def _attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attend over `[total, heads, dim]` document by document; asks the host for their boundaries."""
         # [t, h, d] -> [1, h, t, d]
         query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        documents = [
+        bounds = documents.cu_seqlens_q.tolist()
+        outputs = [
             self._attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], causal)
             for start, end in zip(bounds[:-1], bounds[1:], strict=True)
             if end > start
         ]
-        return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
         """Attend over `[batch, heads, seq, dim]`; the last query sees all keys when causal."""
         dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
-        if dim_v != query.shape[-1]:
-            # MLA: the fused kernels want equal sizes, and zero columns change nothing.
-            width = max(dim_v, query.shape[-1])
-            query, key, value = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
-        if key.shape[1] != query.shape[1]:
+        query, key, value = _widen(query, key, value)
+        is_grouped = key.shape[1] != query.shape[1]
+        if is_grouped and not self.takes_groups:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         same_length = query.shape[2] == key.shape[2]
@@ -93,6 +101,7 @@ class SdpaCoreAttention(MegatronModule):
             "dropout_p": dropout,
             "is_causal": causal and same_length and query.shape[2] > 1,
             "scale": scale,
+            "enable_gqa": is_grouped and self.takes_groups,
         }
         if dropout == 0.0:
             return F.scaled_dot_product_attention(query, key, value, **options)[..., :dim_v]
@@ -100,3 +109,35 @@ class SdpaCoreAttention(MegatronModule):
             return F.scaled_dot_product_attention(query, key, value, **options)[..., :dim_v]
         with get_cuda_rng_tracker().fork():
             return F.scaled_dot_product_attention(query, key, value, **options)[..., :dim_v]
+
+
+class FlashCoreAttention(SdpaCoreAttention):
+    """The same on torch's flash kernels (Dao 2023, arXiv:2307.08691), in formats of 16 bits."""
+
+    takes_groups = True
+
+    def _attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attend over `[total, heads, dim]` in one kernel, which reads the boundaries on the device."""
+        if self.training and self.dropout > 0 or documents.max_seqlen_q is None:
+            return super()._attend_documents(query, key, value, causal, documents)
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports
+
+        dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
+        query, key, value = _widen(query, key, value, multiple=8)
+        if key.shape[1] != query.shape[1]:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        bounds, longest = documents.cu_seqlens_q, documents.max_seqlen_q
+        window = (-1, 0) if causal else (-1, -1)  # to the left all, to the right none or all
+        output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
+        assert isinstance(output, torch.Tensor)  # the kernel's statistics were not asked for
+        return output[..., :dim_v].flatten(1)
+
+
+def _widen(*parts: torch.Tensor, multiple: int = 1) -> list[torch.Tensor]:
+    """Return queries, keys and values of one size: the kernels want that, and zero columns change nothing (MLA)."""
+    widest = max(part.shape[-1] for part in parts)
+    width = -(-widest // multiple) * multiple
+    return [part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1])) for part in parts]

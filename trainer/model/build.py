@@ -22,28 +22,44 @@ from configs.derive import padded_vocab_size
 from configs.model_schema import MlaConfig, ModelConfig
 from configs.schema import Config
 from parallel.mesh import Mesh
-from trainer.model.attention import SdpaCoreAttention
+from trainer.model.attention import FlashCoreAttention, SdpaCoreAttention
 from trainer.model.config import build_transformer_config
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
+from trainer.model.rotate import compile_rotation, install_document_rotation
+from trainer.model.weight_gradients import install_weight_gradients
 
 
 def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTModel]:
     """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights."""
     transformer = build_transformer_config(config, mesh, use_te=use_te)
+    install_weight_gradients()
+    install_document_rotation()
+    if mesh.platform.fuses_kernels:
+        compile_rotation()
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
-    return [_build_chunk(config.model, transformer, mesh, vpp_rank, use_te) for vpp_rank in range(mesh.vpp_size)]
+    attention = None
+    if not use_te:
+        has_flash = mesh.platform.has_flash_attention(config.precision.compute)
+        attention = FlashCoreAttention if has_flash else SdpaCoreAttention
+    return [_build_chunk(config.model, transformer, mesh, vpp_rank, attention) for vpp_rank in range(mesh.vpp_size)]
 
 
 def _build_chunk(
-    model: ModelConfig, transformer: TransformerConfig, mesh: Mesh, vpp_rank: int, use_te: bool
+    model: ModelConfig,
+    transformer: TransformerConfig,
+    mesh: Mesh,
+    vpp_rank: int,
+    attention: type[SdpaCoreAttention] | None,
 ) -> GPTModel:
+    """Return one chunk with our kernels and this core attention, or with Transformer Engine's layers for None."""
+    use_te = attention is None
     vp_stage = vpp_rank if mesh.vpp_size > 1 else None
     spec = get_gpt_decoder_block_spec(
         transformer, use_transformer_engine=use_te, normalization=transformer.normalization, vp_stage=vp_stage
     )
-    if not use_te:
-        _use_torch_kernels(spec, transformer)
+    if attention is not None:
+        _use_torch_kernels(spec, transformer, attention)
     chunk = GPTModel(
         config=transformer,
         transformer_layer_spec=spec,
@@ -69,7 +85,9 @@ def _build_chunk(
     return chunk
 
 
-def _use_torch_kernels(spec: TransformerBlockSubmodules, transformer: TransformerConfig) -> None:
+def _use_torch_kernels(
+    spec: TransformerBlockSubmodules, transformer: TransformerConfig, core_attention: type[SdpaCoreAttention]
+) -> None:
     """Put our norm and core attention into the local spec, whose own refuse sp and MLA and hold seq x seq scores."""
     norm = RMSNorm if transformer.normalization == "RMSNorm" else LayerNorm
     spec.layer_norm = norm
@@ -77,7 +95,7 @@ def _use_torch_kernels(spec: TransformerBlockSubmodules, transformer: Transforme
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
         attention: Any = layer.submodules.self_attention.submodules
-        attention.core_attention = SdpaCoreAttention
+        attention.core_attention = core_attention
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) is not IdentityOp:
                 setattr(attention, name, norm)

@@ -29,12 +29,14 @@ def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> Tra
     fields |= _recompute(config.train.recompute)
     if model.moe is not None:
         fields |= _moe(model, model.moe, config, use_te=use_te)
-    fuses = mesh.platform.fuses_kernels
+    fuses, compute = mesh.platform.fuses_kernels, config.precision.compute
     fields |= {
         "bias_activation_fusion": fuses and model.activation in ("swiglu", "geglu", "gelu"),
         "bias_dropout_fusion": fuses,
         "apply_rope_fusion": fuses and use_te and model.mla is None,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fuses or compute == "fp32",  # trainer.model.weight_gradients
+        # Megatron-Core's fused loss rounds its gradient to bf16, whatever the format of the logits.
+        "cross_entropy_loss_fusion": fuses and compute == "bf16",
         "masked_softmax_fusion": False,
         "calculate_per_token_loss": True,
         "variable_seq_lengths": False,

@@ -21,7 +21,8 @@ from trainer.model.fp8.multiply import Multiply
 from trainer.model.fp8.quantize import Quantized, compute_amax, compute_scale, quantize
 
 _WHOLE: Block = (None, None)
-CastBoth = Callable[[torch.Tensor, torch.Tensor, torch.dtype], tuple[Quantized, Quantized]]
+_ROWS: Block = (1, None)
+CastBoth = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], tuple[Quantized, Quantized]]
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Scheme:
     multiply: Multiply
     history: AmaxHistory | None
     cast_both: CastBoth | None = None
-    """Makes a matrix and its transpose in one pass where one value scales both; None to make them one by one."""
+    """Makes a matrix in bf16 and its transpose in one pass, scaled by one value or by row; None: one by one."""
     weights_version: int = 0
     """Counts changes of the weights, so that each is quantised once a step, not once a microbatch."""
 
@@ -54,17 +55,24 @@ class Operand:
     def get(self, *, transposed: bool) -> Quantized:
         """Return the matrix, or its transpose, with the contraction along the columns."""
         scheme, dtype = self._linear.scheme, self._linear.scheme.dtypes[self._role]
-        if transposed not in self._made:
-            if self.amax is not None and scheme.cast_both is not None:
-                self._made[False], self._made[True] = scheme.cast_both(self._matrix, self.amax, dtype)
-            else:
-                matrix = self._matrix.t().contiguous() if transposed else self._matrix
-                block = scheme.block(self._role)
-                amax = self.amax
-                if amax is None:
-                    amax = self._linear.agree(self._role, compute_amax(matrix, block), block, transposed=transposed)
-                self._made[transposed] = quantize(matrix, compute_scale(amax, dtype), block, dtype)
+        block = scheme.block(self._role)
+        if transposed in self._made:
+            return self._made[transposed]
+        # A GPU before Hopper converts fp32 by way of fp16, which rounds twice; what bf16 holds it converts exactly.
+        if scheme.cast_both is not None and block in (_WHOLE, _ROWS) and self._matrix.dtype is torch.bfloat16:
+            columns = None if self.amax is not None else self._agreed_amax(block, transposed=True)
+            rows = self.amax if self.amax is not None else self._agreed_amax(block, transposed=False)
+            self._made[False], self._made[True] = scheme.cast_both(self._matrix, rows, columns, dtype)
+        else:
+            matrix = self._matrix.t().contiguous() if transposed else self._matrix
+            amax = self.amax if self.amax is not None else self._agreed_amax(block, transposed=transposed)
+            self._made[transposed] = quantize(matrix, compute_scale(amax, dtype), block, dtype)
         return self._made[transposed]
+
+    def _agreed_amax(self, block: Block, *, transposed: bool) -> torch.Tensor:
+        """Return the largest value of each block of the matrix or its transpose. Collective where they lie over tp."""
+        matrix = self._matrix.t() if transposed else self._matrix
+        return self._linear.agree(self._role, compute_amax(matrix, block), block, transposed=transposed)
 
 
 class Fp8Linear:

@@ -34,6 +34,8 @@ def compute_amax(matrix: torch.Tensor, block: Block) -> torch.Tensor:
     rows, columns = block[0] or num_rows, block[1] or num_columns
     if (rows, columns) == (num_rows, num_columns):
         return torch.linalg.vector_norm(matrix, ord=torch.inf).float().view(1, 1)
+    if (rows, columns) == (1, num_columns):
+        return torch.linalg.vector_norm(matrix, ord=torch.inf, dim=1, keepdim=True).float()
     padded = F.pad(matrix, (0, -num_columns % columns, 0, -num_rows % rows))
     blocks = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
     return blocks.abs().amax(dim=(1, 3)).float()

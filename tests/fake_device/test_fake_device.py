@@ -1,0 +1,121 @@
+"""The code of GPUs where there is none: whole steps on fake tensors, and what the host reads of them in a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.device_checks.engine import SMALL_MODEL, build_config
+
+HERE = Path(__file__).resolve().parent
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 96}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+LATENT_MODEL = {name: value for name, value in SMALL_MODEL.items() if name != "num_query_groups"} | {"mla": LATENT}
+
+
+def model(**fields: Any) -> dict[str, Any]:
+    """Return the small model with fields changed or added."""
+    return SMALL_MODEL | fields
+
+
+def fp8(recipe: str) -> dict[str, Any]:
+    """Return the precision section of a recipe on FP8 units."""
+    return {"compute": "bf16", "fp8": {"recipe": recipe, "backend": "torch"}}
+
+
+BIASED = {"activation": "gelu", "norm": "layernorm", "linear_bias": True}
+YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+DOCUMENTS = {"data": {"document_mask": True}}
+# name: (number format, model, other sections, ranks of the world, rank)
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
+    "bf16": ("bf16", SMALL_MODEL, {}, 1, 0),
+    "fp16": ("fp16", SMALL_MODEL, {}, 1, 0),
+    "fp32": ("fp32", SMALL_MODEL, {}, 1, 0),
+    "geglu_tied": ("bf16", model(activation="geglu", tie_embeddings=True), {}, 1, 0),
+    "biased_dropout": ("bf16", model(**BIASED, hidden_dropout=0.1, attention_dropout=0.1), {}, 1, 0),
+    "qk_norm_yarn": ("bf16", model(qk_norm=True, rope=YARN), {}, 1, 0),
+    "latent": ("bf16", LATENT_MODEL, {}, 1, 0),
+    "experts": ("bf16", model(moe=MOE), {}, 1, 0),
+    "documents": ("bf16", SMALL_MODEL, DOCUMENTS, 1, 0),
+    "latent_documents": ("bf16", LATENT_MODEL, DOCUMENTS, 1, 0),
+    "dp2": ("bf16", SMALL_MODEL, {}, 2, 1),
+    "tp2": ("bf16", SMALL_MODEL, {"parallel": {"tp": 2}}, 2, 1),
+    "tp2_sp": ("bf16", SMALL_MODEL, {"parallel": {"tp": 2, "sp": True}}, 2, 1),
+    "pp2_first": ("bf16", SMALL_MODEL, {"parallel": {"pp": 2}}, 2, 0),
+    "pp2_vpp2_last": ("bf16", model(num_layers=4), {"parallel": {"pp": 2, "vpp": 2}}, 2, 1),
+    "ep2": ("bf16", model(moe=MOE), {"parallel": {"ep": 2}}, 2, 1),
+    "recompute": ("bf16", SMALL_MODEL, {"train": {"recompute": {"granularity": "full"}}}, 1, 0),
+    "fp8_tensorwise": ("bf16", SMALL_MODEL, {"precision": fp8("tensorwise")}, 1, 0),
+    "fp8_rowwise_tp2_sp": (
+        "bf16", SMALL_MODEL, {"parallel": {"tp": 2, "sp": True}, "precision": fp8("rowwise")}, 2, 1,
+    ),
+    "fp8_delayed_experts": ("bf16", model(moe=MOE), {"precision": fp8("delayed")}, 1, 0),
+}  # fmt: skip
+ONCE_A_STEP = {"engine._sum_losses", "clip_grads.get_grad_norm_fp32"}
+"""The loss and the norm of the gradients, after all work of the forward and backward passes has been queued."""
+FURTHER_READS = {
+    # the loss scale, the smallest that there is, and whether it was too large
+    "fp16": {"optimizer.update_weights", "optimizer._unscale_main_grads_and_check_for_nan"},
+    "experts": {"router_losses.read_router_losses"},
+    "ep2": {"router_losses.read_router_losses"},
+    "fp8_delayed_experts": {"router_losses.read_router_losses"},
+    "tp2": {"optimizer.has_non_finite_duplicate", "collectives.any_rank"},
+}
+DISPATCHER = "moe_utils.maybe_move_tensor_to_cpu"
+"""Megatron-Core's dispatcher of experts needs the sizes of what it sends, once a layer and microbatch."""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What became of every case."""
+    import torch
+    import triton
+
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    headers = [Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "include"]
+    headers.append(Path(triton.__file__).parent / "backends" / "nvidia" / "include")
+    if compiler is None or torch.version.cuda is None or not all(folder.is_dir() for folder in headers):
+        pytest.skip("needs a C compiler and PyTorch's build for CUDA 13")
+    library = tmp_path_factory.mktemp("fake") / "libcuda.so.1"
+    include = [f"-I{folder}" for folder in headers]
+    source = str(HERE / "runtime.c")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *include, source, "-o", str(library)], check=True
+    )
+    cases = {
+        name: {
+            "config": build_config(compute, shape, **sections).model_dump(mode="json"), "world": world, "rank": rank,
+        }
+        for name, (compute, shape, sections, world, rank) in CASES.items()
+    }  # fmt: skip
+    hidden = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "world.py"), json.dumps(cases)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_on_a_fake_gpu(outcomes, name):
+    assert outcomes[name]["error"] is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
+    """So that it stays ahead of the GPU: nothing within the forward and backward passes waits."""
+    reads = outcomes[name]["reads"]
+    is_waiting = reads.pop(DISPATCHER, 0) > 0
+    assert is_waiting == ("experts" in name or name == "ep2")
+    assert set(reads) == ONCE_A_STEP | FURTHER_READS.get(name, set())
+    assert all(times <= 2 for times in reads.values()), reads
