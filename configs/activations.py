@@ -34,7 +34,7 @@ def activation_bytes(
 
     In flight are, in 1F1B, pp - pp_rank microbatches of the stage; in the interleaved schedule
     2 (pp - pp_rank - 1) + (vpp - 1) pp + 1 of its chunks; never more than there are. The last stage adds its final
-    norm and the fp32 logits of one microbatch.
+    norm and the logits of one microbatch, in the compute format and in fp32.
     """
     sizes = _Sizes(
         tokens=config.train.micro_batch_size * config.train.seq_len // layout.cp,
@@ -56,7 +56,7 @@ def activation_bytes(
     if pp_rank == 0 and model.hidden_dropout > 0:
         total += in_flight * sizes.tokens * model.hidden_size / sizes.stream_split
     if pp_rank == layout.pp - 1:
-        logits = 4 * sizes.tokens * padded_vocab_size(model) / layout.tp
+        logits = (sizes.value_bytes + 4) * sizes.tokens * padded_vocab_size(model) / layout.tp
         total += 2 * sizes.stream(model.hidden_size) + logits
     return round(total)
 
@@ -95,9 +95,13 @@ def _layer_bytes(config: Config, layout: Layout, sizes: _Sizes, layer: int) -> f
 
 
 def _attention_bytes(config: Config, layout: Layout, sizes: _Sizes) -> float:
-    """Query, key, value, the core's output, and its log-sum-exp in fp32; all split over tp."""
-    heads, size = config.model.num_attention_heads, head_dim(config.model)
-    kept = (2 * heads + 2 * num_query_groups(config.model)) * size * sizes.value_bytes + 4 * heads
+    """Query, key, value, the core's output, and its log-sum-exp in fp32; all split over tp.
+
+    The norms of queries and keys keep their inputs, and with these the projection's whole output.
+    """
+    heads, groups, size = config.model.num_attention_heads, num_query_groups(config.model), head_dim(config.model)
+    widths = 2 * heads + 2 * groups + (heads + 2 * groups if config.model.qk_norm else 0)
+    kept = widths * size * sizes.value_bytes + 4 * heads
     return sizes.tokens * kept / layout.tp
 
 

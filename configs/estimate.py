@@ -37,7 +37,7 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank; without allocator fragmentation, communication and temporary buffers."""
+    """Bytes on a rank of one pipeline stage; without allocator fragmentation, communication and temporary buffers."""
 
     pp_rank: int
     weights: int
@@ -77,7 +77,12 @@ def parameters_per_rank(config: Config, layout: Layout) -> int:
 
 
 def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
-    """Estimate the bytes of the fullest rank by kind.
+    """Estimate the bytes of the fullest rank by kind."""
+    return max(estimate_stages(config, layout), key=lambda estimate: estimate.total)
+
+
+def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
+    """Estimate the bytes of a rank of each pipeline stage by kind.
 
     Weights in the compute format (and in FP8, where that is not Transformer Engine's), gradients in fp32, ZeRO-1
     optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
@@ -100,7 +105,7 @@ def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
                 activations=activation_bytes(config, layout, pp_rank, chunks[pp_rank], microbatches),
             )
         )
-    return max(estimates, key=lambda estimate: estimate.total)
+    return estimates
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:

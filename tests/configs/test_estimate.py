@@ -121,8 +121,11 @@ def activations(config: Config, world_size: int) -> int:
 
 
 def outside_layers(tokens: int, hidden: int, vocab: int, tp: int, split: int) -> float:
-    """Embedding dropout mask, final norm's and output layer's inputs, fp32 logits (Korthikanti et al., section 4.3)."""
-    return tokens * hidden / split + 4 * tokens * hidden / split + 4 * tokens * vocab / tp
+    """Embedding dropout mask, final norm's and output layer's inputs, fp32 logits (Korthikanti et al., section 4.3).
+
+    And the logits of 16 bits that these are made from, which the paper leaves out.
+    """
+    return tokens * hidden / split + 4 * tokens * hidden / split + (4 + 2) * tokens * vocab / tp
 
 
 @pytest.mark.parametrize(("tp", "sp"), [(1, False), (2, False), (4, False), (2, True), (4, True)])

@@ -1,4 +1,4 @@
-"""The code of GPUs where there is none: whole steps on fake tensors, and what the host reads of them in a step."""
+"""The code of GPUs where there is none: whole steps on fake tensors, what the host reads, and the memory they take."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "bf16": ("bf16", SMALL_MODEL, {}, 1, 0),
     "fp16": ("fp16", SMALL_MODEL, {}, 1, 0),
     "fp32": ("fp32", SMALL_MODEL, {}, 1, 0),
+    "gelu": ("bf16", model(activation="gelu"), {}, 1, 0),
+    "squared_relu": ("bf16", model(activation="squared_relu"), {}, 1, 0),
     "geglu_tied": ("bf16", model(activation="geglu", tie_embeddings=True), {}, 1, 0),
     "biased_dropout": ("bf16", model(**BIASED, hidden_dropout=0.1, attention_dropout=0.1), {}, 1, 0),
     "qk_norm_yarn": ("bf16", model(qk_norm=True, rope=YARN), {}, 1, 0),
@@ -59,6 +61,41 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     ),
     "fp8_delayed_experts": ("bf16", model(moe=MOE), {"precision": fp8("delayed")}, 1, 0),
 }  # fmt: skip
+LARGE_MODEL = {
+    "num_layers": 4, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_attention_heads": 16, "num_query_groups": 4,
+    "vocab_size": 32000,
+}  # fmt: skip
+LARGE_LATENT = {"q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+TOKENS = {"seq_len": 4096, "global_batch_size": 4, "micro_batch_size": 1}
+
+
+def large(
+    *,
+    compute: str = "bf16",
+    train: dict[str, Any] | None = None,
+    ranks: tuple[int, int] = (1, 0),
+    fields: dict[str, Any] | None = None,
+    **sections: Any,
+) -> tuple[str, dict[str, Any], dict[str, Any], int, int]:
+    """Return a case whose activations weigh."""
+    return compute, LARGE_MODEL | (fields or {}), {"train": TOKENS | (train or {}), **sections}, *ranks
+
+
+MEMORY_CASES = {
+    "plain": large(),
+    "fp32": large(compute="fp32"),
+    "gelu": large(fields={"activation": "gelu"}),
+    "qk_norm": large(fields={"qk_norm": True}),
+    "latent": large(fields={"num_query_groups": None, "mla": LARGE_LATENT | {"v_head_dim": 128}}),
+    "two_rows": large(train={"micro_batch_size": 2}),
+    "recompute_mlp": large(train={"recompute": {"granularity": "selective", "modules": ["mlp"]}}),
+    "recompute_all": large(train={"recompute": {"granularity": "full"}}),
+    "fp8": large(precision=fp8("tensorwise")),
+    "dp2": large(ranks=(2, 0)),
+    "tp2_sp": large(ranks=(2, 0), parallel={"tp": 2, "sp": True}),
+    "pp2_first": large(ranks=(2, 0), parallel={"pp": 2}),
+    "pp2_last": large(ranks=(2, 1), parallel={"pp": 2}),
+}
 ONCE_A_STEP = {"engine._sum_losses", "clip_grads.get_grad_norm_fp32"}
 """The loss and the norm of the gradients, after all work of the forward and backward passes has been queued."""
 FURTHER_READS = {
@@ -94,7 +131,7 @@ def outcomes(tmp_path_factory):
         name: {
             "config": build_config(compute, shape, **sections).model_dump(mode="json"), "world": world, "rank": rank,
         }
-        for name, (compute, shape, sections, world, rank) in CASES.items()
+        for name, (compute, shape, sections, world, rank) in (CASES | MEMORY_CASES).items()
     }  # fmt: skip
     hidden = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -119,3 +156,17 @@ def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     assert is_waiting == ("experts" in name or name == "ep2")
     assert set(reads) == ONCE_A_STEP | FURTHER_READS.get(name, set())
     assert all(times <= 2 for times in reads.values()), reads
+
+
+@pytest.mark.parametrize("name", MEMORY_CASES)
+def test_the_memory_plan_is_what_a_step_takes(outcomes, name):
+    from configs.derive import derive_layout
+    from configs.estimate import estimate_stages
+
+    compute, shape, sections, world, rank = MEMORY_CASES[name]
+    assert outcomes[name]["error"] is None
+    config = build_config(compute, shape, **sections)
+    estimate = estimate_stages(config, derive_layout(config, world))[rank * config.parallel.pp // world]
+    # The plan leaves out temporary buffers, which a stage without logits needs most of, in its backward pass.
+    lower = 0.94 if rank * config.parallel.pp // world < config.parallel.pp - 1 else 0.96
+    assert lower < estimate.total / outcomes[name]["peak_bytes"] < 1.04

@@ -15,6 +15,7 @@ import logging
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import torch.distributed.distributed_c10d as c10d
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from configs.schema import Config
 
@@ -44,7 +47,7 @@ class Watch(TorchDispatchMode):
         aten = torch.ops.aten
         if operation is aten._local_scalar_dense.default:
             record_read(args[0])
-            return {torch.bool: False, torch.int32: 1, torch.int64: 1}.get(args[0].dtype, 0.0)
+            return True if args[0].dtype is torch.bool else 0.0  # all is finite; no loss, no norm, no vote
         if operation is aten._to_copy.default and torch.device(kwargs.get("device") or "cuda").type == "cpu":
             record_read(args[0])
         if operation is aten.addmm.dtype_out:  # torch 2.11's fake version takes the format for `beta`
@@ -55,6 +58,32 @@ class Watch(TorchDispatchMode):
             assert {one.device.type for one in args[:3]} == {"cuda"}
             return total
         return operation(*args, **kwargs)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the storages that live on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = operation(*args, **(kwargs or {}))
+        for one in tree_leaves(outputs):
+            if isinstance(one, torch.Tensor) and one.device.type == "cuda":
+                self._count(one.untyped_storage())
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known[storage] = True
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._forget, storage.nbytes())
+
+    def _forget(self, size: int) -> None:
+        self.bytes -= size
 
 
 def record_read(tensor: torch.Tensor) -> None:
@@ -196,8 +225,8 @@ def replace_kernels() -> None:
     cast._cast_kernel = cast._scale_kernel = NoKernel()
 
 
-def run_case(config: Config, world: int, rank: int) -> None:
-    """Build the engine of one rank of a world and take steps, an evaluation and logits."""
+def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
+    """Build the engine of one rank, take steps, an evaluation and logits; return what the last step showed."""
     from parallel.mesh import build_mesh, destroy_mesh
     from parallel.platform import load_platform
 
@@ -212,7 +241,7 @@ def run_case(config: Config, world: int, rank: int) -> None:
         from trainer.state import TrainState
 
         stage, state = build_repeating_stage(config), TrainState()
-        with FakeTensorMode(allow_non_fake_inputs=True), Watch():
+        with FakeTensorMode(allow_non_fake_inputs=True), Watch(), Memory() as memory:
             engine = build_engine(config, mesh)
             batches = stage.batches_for(state)[:: mesh.dp_size]
             if config.data.document_mask:
@@ -220,13 +249,13 @@ def run_case(config: Config, world: int, rank: int) -> None:
                 batches = [dataclasses.replace(one, cu_seqlens=bounds, max_seqlen=59) for one in batches]
             for _ in range(NUM_STEPS):
                 READS.clear()
+                memory.peak = memory.bytes
                 state = state.after(engine.train_step(batches, stage, state))
-            reads = dict(READS)
+            found = {"reads": dict(READS), "peak_bytes": memory.peak}
             engine.eval_step(batches, stage)
             engine.compute_logits(batches[0].tokens)
             engine.close()
-        READS.clear()
-        READS.update(reads)
+        return found
     finally:
         destroy_mesh()
         dist.destroy_process_group()
@@ -239,13 +268,13 @@ def main() -> None:
     replace_functions()
     results = {}
     for name, case in json.loads(sys.argv[-1]).items():
-        error = None
         try:
-            run_case(Config.model_validate(case["config"]), case["world"], case["rank"])
+            found = run_case(Config.model_validate(case["config"]), case["world"], case["rank"])
+            results[name] = {"error": None, **found}
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
-        results[name] = {"error": error, "reads": dict(READS)}
+            results[name] = {"error": error, "reads": {}, "peak_bytes": 0}
     print(json.dumps(results))
 
 

@@ -191,3 +191,28 @@ def test_a_fresh_model_is_nearly_indifferent(ranks):
     model = {"init_std": 0.005, "vocab_pad_multiple": 1024}
     (loss,) = ranks.run(initial_loss, small_config(model=model))
     assert loss == pytest.approx(math.log(250), abs=0.01)
+
+
+def fusions(place: Place) -> dict[str, tuple[bool, bool]]:
+    """Return whether activation and loss are fused on a device that fuses, by activation and number format."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    from parallel.mesh import Mesh
+    from trainer.model.config import build_transformer_config
+
+    mesh = cast(Mesh, SimpleNamespace(platform=SimpleNamespace(fuses_kernels=True)))
+    found = {}
+    for activation in ("swiglu", "geglu", "gelu", "squared_relu"):
+        for compute in ("bf16", "fp16", "fp32"):
+            config = small_config(1, model={"activation": activation}, precision={"compute": compute})
+            built = build_transformer_config(config, mesh, use_te=False)
+            found[f"{activation} {compute}"] = built.bias_activation_fusion, built.cross_entropy_loss_fusion
+    return found
+
+
+def test_only_fusions_that_compute_the_same_are_used(ranks):
+    """Megatron-Core's fused gelu is the tanh approximation, and its fused loss has gradients in bf16 alone."""
+    (found,) = ranks.run(fusions)
+    assert {name for name, (is_fused, _) in found.items() if is_fused} == {"swiglu bf16", "swiglu fp16", "swiglu fp32"}
+    assert {name.split()[1] for name, (_, is_fused) in found.items() if is_fused} == {"bf16"}

@@ -60,6 +60,8 @@ class SdpaCoreAttention(MegatronModule):
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("SdpaCoreAttention takes document boundaries, not attention masks or biases")
         causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
+        # As a slice of the projection's output it would keep all of that, queries and keys, for the backward pass.
+        value = value.contiguous()
         if packed_seq_params is None:
             # [s, b, h, d] -> [b, h, s, d]
             by_head = [part.permute(1, 2, 0, 3) for part in (query, key, value)]

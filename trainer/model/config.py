@@ -31,7 +31,8 @@ def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> Tra
         fields |= _moe(model, model.moe, config, use_te=use_te)
     fuses, compute = mesh.platform.fuses_kernels, config.precision.compute
     fields |= {
-        "bias_activation_fusion": fuses and model.activation in ("swiglu", "geglu", "gelu"),
+        # Megatron-Core's fused gelu and geglu are the tanh approximation, which is another function.
+        "bias_activation_fusion": fuses and model.activation == "swiglu",
         "bias_dropout_fusion": fuses,
         "apply_rope_fusion": fuses and use_te and model.mla is None,
         "gradient_accumulation_fusion": fuses or compute == "fp32",  # trainer.model.weight_gradients
