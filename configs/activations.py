@@ -51,14 +51,14 @@ def activation_bytes(
         chunk_kept, chunk_working = _chunk_bytes(config, layout, sizes, chunk)
         kept += chunk_kept / len(chunks)
         working = max(working, chunk_working)
-    total = in_flight * kept + working
-    model = config.model
+    total, model = in_flight * kept, config.model
     if pp_rank == 0 and model.hidden_dropout > 0:
         total += in_flight * sizes.tokens * model.hidden_size / sizes.stream_split
     if pp_rank == layout.pp - 1:
-        logits = (sizes.value_bytes + 4) * sizes.tokens * padded_vocab_size(model) / layout.tp
-        total += 2 * sizes.stream(model.hidden_size) + logits
-    return round(total)
+        total += 2 * sizes.stream(model.hidden_size)
+        # gone before the backward pass computes the first layer again
+        working = max(working, (sizes.value_bytes + 4) * sizes.tokens * padded_vocab_size(model) / layout.tp)
+    return round(total + working)
 
 
 def _chunk_bytes(config: Config, layout: Layout, sizes: _Sizes, layers: range) -> tuple[float, float]:
@@ -117,8 +117,11 @@ def _mla_bytes(config: Config, layout: Layout, sizes: _Sizes, up_projection_drop
 
 
 def _mlp_bytes(config: Config, layout: Layout, sizes: _Sizes, ffn_size: int) -> float:
-    """Output of the first linear layer (twice as wide when gated) and of the activation."""
-    widths = 3 if is_gated(config.model) else 2
+    """Output of the first linear layer (twice as wide when gated) and of the activation.
+
+    Geglu is not fused: it keeps the activated half as well as its product with the other.
+    """
+    widths = (3 if is_gated(config.model) else 2) + (config.model.activation == "geglu")
     return sizes.tokens * widths * ffn_size * sizes.value_bytes / layout.tp
 
 
@@ -128,7 +131,7 @@ def _moe_bytes(config: Config, layout: Layout, sizes: _Sizes, activation_dropped
     assert moe is not None
     router = 2 * 4 * sizes.tokens * moe.num_experts / sizes.stream_split
     dispatched = sizes.tokens * moe.top_k * model.hidden_size * sizes.value_bytes * layout.etp / layout.tp
-    widths = (2 if is_gated(model) else 1) + (0 if activation_dropped else 1)
+    widths = (2 if is_gated(model) else 1) + (0 if activation_dropped else 1 + (model.activation == "geglu"))
     inner = sizes.tokens * moe.top_k * widths * moe.ffn_hidden_size * sizes.value_bytes / layout.tp
     shared = moe.shared_expert_ffn_hidden_size
     return router + dispatched + inner + (_mlp_bytes(config, layout, sizes, shared) if shared else 0.0)

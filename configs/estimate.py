@@ -84,7 +84,7 @@ def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
 def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     """Estimate the bytes of a rank of each pipeline stage by kind.
 
-    Weights in the compute format (and in FP8, where that is not Transformer Engine's), gradients in fp32, ZeRO-1
+    Weights in the compute format (and in FP8, unless they are gathered so), gradients in fp32, ZeRO-1
     optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
     experts). Activations: `configs.activations`.
     """
@@ -163,8 +163,11 @@ def _vocabulary_parameters(config: Config, layout: Layout, pp_rank: int) -> int:
 
 
 def _in_fp8(config: Config) -> bool:
-    """Return whether each step keeps the layers' weights and their transposes in FP8 beside `precision.compute`."""
-    return config.precision.fp8 is not None and config.precision.fp8.backend != "te"
+    """Return whether the layers' weights and their transposes are kept in FP8 beside those in `precision.compute`.
+
+    Gathered in FP8, the weights are in no other format, and take as much with their transposes.
+    """
+    return config.precision.fp8 is not None and not config.precision.fp8.param_gather
 
 
 def _layer_weights(model: ModelConfig, layer: int) -> Iterator[_Weight]:

@@ -112,9 +112,10 @@ def check_fp8(config: Config) -> Iterator[str]:
         )
     kept, layers = fp8.num_first_layers_kept + fp8.num_last_layers_kept, config.model.num_layers
     if kept >= layers:
+        most = 0 if recipe.has_history and fp8.backend == "te" else 1
         yield (
             f"{path}.num_first_layers_kept: with num_last_layers_kept {kept} layers stay out of FP8, which leaves none "
-            f"of {layers}; a value that would work: 1 each" + (", or precision.fp8=null" if layers < 3 else "")
+            f"of {layers}; a value that would work: {most} each" + (", or precision.fp8=null" if layers < 3 else "")
         )
     if fp8.backend != "auto":
         yield from _check_of_backend(fp8, fp8.backend)

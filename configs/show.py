@@ -87,7 +87,8 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     if count.active != count.total:
         yield "active parameters", f"{count.active:,} per token"
     yield "parameters per rank", f"{parameters_per_rank(config, layout):,} on the fullest rank"
-    yield "estimated memory", f"{_size_text(memory.total)} on the fullest rank (pipeline stage {memory.pp_rank})"
+    fullest = f"on the fullest rank (pipeline stage {memory.pp_rank}), without buffers and fragmentation"
+    yield "estimated memory", f"{_size_text(memory.total)} {fullest}"
     for kind in ("weights", "gradients", "optimizer", "activations"):
         yield f"  {kind}", _size_text(getattr(memory, kind))
     batch = config.train.global_batch_size

@@ -31,7 +31,7 @@ usage: {stage}.py CONFIG [key=value ...] [--dry-run [--world-size N]]
                   a list of them) is read first, and the file's own fields go over it
   key=value       override of a field by its dotted name, for example train.num_steps=100 parallel.tp=2
   --dry-run       print the resolved config and what follows from it, check everything, start nothing
-  --world-size N  with --dry-run: number of ranks to plan for (default: the launcher's, else the fewest that fit)
+  --world-size N  with --dry-run: number of ranks to plan for (default: the launcher's, else the fewest the layout has)
   --help          print this and every field of the config
 
 start on one machine:   torchrun --nproc-per-node 4 launch/{stage}.py CONFIG

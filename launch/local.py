@@ -68,7 +68,11 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, patience_seconds: float
         _end(ranks, patience_seconds)
         if code > 0:
             return code
-        return 128 - code if -code in handed_on else ExitCode.PEER_LOST
+        if -code in handed_on:
+            return 128 - code
+        hint = ", as Linux does when memory runs out" if -code == signal.SIGKILL else ""
+        report(f"a rank was killed by signal {-code} ({signal.Signals(-code).name}){hint}.", ExitCode.PEER_LOST)
+        return ExitCode.PEER_LOST
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """Check one GPU from end to end: collectives, steps, attention, FP8, checkpoints, speed. No network, a few minutes.
 
 Run: python tools/gpu_check.py [--out gpu.json] [--quick]
-Exit code 0 all passed or no GPU here, 1 a check failed, 2 bad input. A failed check does not stop the others.
+Exit code 0 all passed, 1 a check failed, 2 bad input or no GPU here. A failed check does not stop the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import BadInput
 from configs.fp8 import RECIPES
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine
 from tools.console import Progress, run_command
@@ -70,7 +71,7 @@ def _fp8_checks(mesh: Mesh) -> Iterator[Check]:
     from tools.device_checks.fp8 import check_cast, check_multiply
     from tools.device_checks.steps import check_steps
 
-    refusal = mesh.platform.check_fp8()
+    refusal = mesh.platform.check_fp8("tensorwise")
     if refusal:
         yield "fp8", lambda: Outcome("fp8", "skipped", refusal)
         return
@@ -92,7 +93,7 @@ def _speed_checks(mesh: Mesh, platform: PlatformName, compute: str) -> Iterator[
     from tools.device_checks.speed import check_loop_cost, check_speed, llama_shape
 
     formats: list[dict[str, str] | None] = [None]
-    if mesh.platform.check_fp8() is None:
+    if mesh.platform.check_fp8("tensorwise") is None:
         formats.append({"recipe": "tensorwise", "backend": "torch"})
     yield "bare megatron-core loop", lambda: check_loop_cost(platform)
     for model in ("llama3_2_1b", "llama3_2_3b"):
@@ -177,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal all_passed
         platform = detect_platform_name()
         if platform == HOST:
-            print("no GPU here (or it is hidden by SHARDWRIGHT_PLATFORM or the driver's variables): nothing to check")
-            return
+            raise BadInput("no GPU here (or it is hidden by SHARDWRIGHT_PLATFORM or the driver's variables).")
         all_passed = check_platform(platform, quick=arguments.quick, out=arguments.out)
 
     code = run_command(command)

@@ -58,7 +58,7 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     platform = load_platform(platform_name)
     problem = platform.check_precision(config.precision.compute)
     if config.precision.fp8 is not None and config.precision.fp8.backend != "emulated":
-        problem = problem or platform.check_fp8()
+        problem = problem or platform.check_fp8(config.precision.fp8.recipe)
     if problem:
         raise BadInput(problem)
     start = find_start(config)

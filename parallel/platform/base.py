@@ -58,8 +58,8 @@ class Platform(Protocol):
         """Return whether torch's flash attention runs here in this format, for grouped heads and packed documents."""
         ...
 
-    def check_fp8(self) -> str | None:
-        """Return one sentence if the device has no FP8 units, else None."""
+    def check_fp8(self, recipe: str) -> str | None:
+        """Return one sentence if the device has no FP8 units, or none for this recipe, else None."""
         ...
 
     def describe(self) -> dict[str, str]:

@@ -63,7 +63,7 @@ class CpuPlatform:
         """Deny: the CPU's kernel takes neither grouped heads nor packed documents."""
         return False
 
-    def check_fp8(self) -> str | None:
+    def check_fp8(self, recipe: str) -> str | None:
         """Refuse: CPUs have no FP8 units."""
         return "precision.fp8.backend: a CPU has no FP8 units; a value that would work: emulated"
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from configs.errors import BadInput
+
 # Dense peaks in TFLOP/s, from the vendor's datasheets, by a part of the device's name; first match wins.
 PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     ("B200", {"bf16": 2250.0, "fp8": 4500.0}),
@@ -22,6 +24,8 @@ PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     ("4090", {"bf16": 165.2, "fp8": 660.6}),
     ("A10", {"bf16": 125.0}),
 )
+FP8_CAPABILITIES = {"blockwise": (9, 0), "mxfp8": (10, 0)}
+"""From which compute capability Transformer Engine runs a recipe that needs more than Ada."""
 
 
 class CudaPlatform:
@@ -36,6 +40,11 @@ class CudaPlatform:
         """Make GPU `local_rank` current and return it."""
         # Lets tensor-parallel communication start before the matmul queued after it; read when the context is made.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if not torch.cuda.is_available():
+            raise BadInput(
+                "SHARDWRIGHT_PLATFORM: PyTorch finds no GPU that it can use here (look at nvidia-smi, and at torch's "
+                f"build: {torch.__version__}); a value that would work: cpu"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
 
@@ -85,11 +94,16 @@ class CudaPlatform:
         """Return whether this is Ampere or later and the format one of 16 bits."""
         return compute in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0)
 
-    def check_fp8(self) -> str | None:
-        """Refuse GPUs before Ada and Hopper."""
-        if torch.cuda.get_device_capability() < (8, 9):
-            name = torch.cuda.get_device_name()
+    def check_fp8(self, recipe: str) -> str | None:
+        """Refuse GPUs before Ada and Hopper, for blocks those before Hopper, for MXFP8 those before Blackwell."""
+        capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+        if capability < (8, 9):
             return f"precision.fp8.backend: {name} has no FP8 units; a value that would work: emulated"
+        if capability < FP8_CAPABILITIES.get(recipe, (8, 9)):
+            return (
+                f"precision.fp8.recipe: {name} has no units for {recipe}; a value that would work: tensorwise, or "
+                "precision.fp8.backend=emulated"
+            )
         return None
 
     def describe(self) -> dict[str, str]:

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "pp2_first": ("bf16", SMALL_MODEL, {"parallel": {"pp": 2}}, 2, 0),
     "pp2_vpp2_last": ("bf16", model(num_layers=4), {"parallel": {"pp": 2, "vpp": 2}}, 2, 1),
     "ep2": ("bf16", model(moe=MOE), {"parallel": {"ep": 2}}, 2, 1),
+    "recompute_core": ("bf16", SMALL_MODEL, {"train": {"recompute": {"granularity": "selective"}}}, 1, 0),
     "recompute": ("bf16", SMALL_MODEL, {"train": {"recompute": {"granularity": "full"}}}, 1, 0),
     "fp8_tensorwise": ("bf16", SMALL_MODEL, {"precision": fp8("tensorwise")}, 1, 0),
     "fp8_rowwise_tp2_sp": (
@@ -88,6 +89,11 @@ MEMORY_CASES = {
     "qk_norm": large(fields={"qk_norm": True}),
     "latent": large(fields={"num_query_groups": None, "mla": LARGE_LATENT | {"v_head_dim": 128}}),
     "two_rows": large(train={"micro_batch_size": 2}),
+    "geglu": large(fields={"activation": "geglu"}, train={"micro_batch_size": 2}),
+    "recompute_long": large(
+        fields={"max_position_embeddings": 32768},
+        train={"seq_len": 32768, "global_batch_size": 1, "recompute": {"granularity": "full"}},
+    ),
     "recompute_mlp": large(train={"recompute": {"granularity": "selective", "modules": ["mlp"]}}),
     "recompute_all": large(train={"recompute": {"granularity": "full"}}),
     "fp8": large(precision=fp8("tensorwise")),
@@ -96,8 +102,8 @@ MEMORY_CASES = {
     "pp2_first": large(ranks=(2, 0), parallel={"pp": 2}),
     "pp2_last": large(ranks=(2, 1), parallel={"pp": 2}),
 }
-ONCE_A_STEP = {"engine._sum_losses", "clip_grads.get_grad_norm_fp32"}
-"""The loss and the norm of the gradients, after all work of the forward and backward passes has been queued."""
+ONCE_A_STEP = {"engine._sum_losses", "cuda.synchronize", "clip_grads.get_grad_norm_fp32"}
+"""The loss, to time the phases, and the norm of the gradients: after all work of both passes has been queued."""
 FURTHER_READS = {
     # the loss scale, the smallest that there is, and whether it was too large
     "fp16": {"optimizer.update_weights", "optimizer._unscale_main_grads_and_check_for_nan"},
@@ -108,6 +114,8 @@ FURTHER_READS = {
 }
 DISPATCHER = "moe_utils.maybe_move_tensor_to_cpu"
 """Megatron-Core's dispatcher of experts needs the sizes of what it sends, once a layer and microbatch."""
+PIPELINE = "p2p_communication._communicate"
+"""Megatron-Core waits for each batch of sends and receives; interleaved stages send one by one, and do not."""
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +162,7 @@ def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     reads = outcomes[name]["reads"]
     is_waiting = reads.pop(DISPATCHER, 0) > 0
     assert is_waiting == ("experts" in name or name == "ep2")
+    assert (reads.pop(PIPELINE, 0) > 0) == (name == "pp2_first")
     assert set(reads) == ONCE_A_STEP | FURTHER_READS.get(name, set())
     assert all(times <= 2 for times in reads.values()), reads
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 READS: collections.Counter[str] = collections.Counter()
 TYPE_NAMES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 NUM_STEPS = 2  # the first makes what later ones find
+NUM_ROUTED = 256  # tokens of a microbatch, times the experts of each
 DOCUMENTS = (0, 5, 64, 100, 128)
 
 
@@ -46,6 +47,9 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         aten = torch.ops.aten
         if operation is aten._local_scalar_dense.default:
+            if args[0].device.type != "cuda":
+                with contextlib.suppress(DataDependentOutputException):
+                    return operation(*args, **kwargs)  # a constant
             record_read(args[0])
             return True if args[0].dtype is torch.bool else 0.0  # all is finite; no loss, no norm, no vote
         if operation is aten._to_copy.default and torch.device(kwargs.get("device") or "cuda").type == "cpu":
@@ -87,10 +91,15 @@ class Memory(TorchDispatchMode):
 
 
 def record_read(tensor: torch.Tensor) -> None:
-    """Count a read of a device tensor by the innermost function of ours or Megatron-Core's."""
+    """Count a read of a device tensor."""
     if tensor.device.type == "cuda":
-        frames = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
-        READS[f"{Path(frames[-1].filename).stem}.{frames[-1].name}"] += 1
+        record_wait()
+
+
+def record_wait(*unused: Any) -> None:
+    """Count that the host waits, by the innermost function of ours or Megatron-Core's."""
+    frames = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
+    READS[f"{Path(frames[-1].filename).stem}.{frames[-1].name}"] += 1
 
 
 def is_ours(path: str) -> bool:
@@ -186,7 +195,7 @@ def move(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 def spread_evenly(tensor: torch.Tensor) -> Any:
     """Return what the host reads of a vector: the tokens of a case spread evenly over experts or ranks."""
     record_read(tensor)
-    total = 256 if not tensor.is_floating_point() else tensor.numel()
+    total = NUM_ROUTED if not tensor.is_floating_point() else tensor.numel()
     return np.full(tuple(tensor.shape), total // max(1, tensor.numel()), dtype=np.int64)
 
 
@@ -197,6 +206,7 @@ def replace_functions() -> None:
             setattr(module, name, replacement)
     torch.nn.Module.to = move
     torch.Tensor.pin_memory = lambda self: self
+    torch.cuda.synchronize = record_wait
     plain_type, plain_numpy = torch.Tensor.type, torch.Tensor.numpy
 
     def type_name(self: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -186,9 +186,9 @@ def test_an_exception_is_a_failure_and_stops_no_other_check():
 
 def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("SHARDWRIGHT_PLATFORM", "cpu")
-    assert gpu_check.main(["--out", str(tmp_path / "gpu.json")]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("no GPU here") and out.count("\n") == 1
+    assert gpu_check.main(["--out", str(tmp_path / "gpu.json")]) == 2
+    said = capsys.readouterr().err
+    assert "no GPU here" in said and said.count("\n") == 1
     assert not (tmp_path / "gpu.json").exists()
 
 

@@ -45,7 +45,7 @@ def check_steps(mesh: Mesh, compute: str, fp8: Mapping[str, Any] | None = None) 
     name = f"{compute} steps" if fp8 is None else f"fp8 {fp8['recipe']} steps ({fp8['backend']})"
     refusal = mesh.platform.check_precision(compute)
     if fp8 is not None and fp8["backend"] != "emulated":
-        refusal = refusal or mesh.platform.check_fp8()
+        refusal = refusal or mesh.platform.check_fp8(fp8["recipe"])
     if refusal:
         return Outcome(name, "skipped", refusal)
     config = build_config(compute, precision={} if fp8 is None else {"fp8": fp8})

@@ -17,6 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+_WIDEST_HEAD = 256  # that flash attention takes
+
 
 class SdpaCoreAttention(MegatronModule):
     """softmax(Q K^T * scale) V with Megatron-Core's core-attention interface (Vaswani et al. 2017, eq. 1)."""
@@ -122,7 +124,8 @@ class FlashCoreAttention(SdpaCoreAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedSeqParams
     ) -> torch.Tensor:
         """Attend over `[total, heads, dim]` in one kernel, which reads the boundaries on the device."""
-        if self.training and self.dropout > 0 or documents.max_seqlen_q is None:
+        has_dropout, widest = self.training and self.dropout > 0, max(query.shape[-1], value.shape[-1])
+        if has_dropout or widest > _WIDEST_HEAD or documents.max_seqlen_q is None:
             return super()._attend_documents(query, key, value, causal, documents)
         from torch.nn.attention.varlen import varlen_attn  # a second of imports
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
+_NUM_COMPILED = 64
 _rotate_one_by_one = rope_utils._apply_rotary_pos_emb_thd
 
 
@@ -46,6 +47,10 @@ def install_document_rotation() -> None:
 
 @functools.cache
 def compile_rotation() -> None:
-    """Let Megatron-Core rotate in one compiled kernel instead of seven passes over queries and keys."""
+    """Let Megatron-Core rotate in one compiled kernel instead of seven passes over queries and keys.
+
+    Queries, keys, training, evaluation and samples each want one of their own: more than the eight that are usual.
+    """
+    torch._dynamo.config.recompile_limit = max(_NUM_COMPILED, torch._dynamo.config.recompile_limit)
     names: dict[str, Any] = vars(rope_utils)
     names["_apply_rotary_pos_emb_bshd"] = torch.compile(rope_utils._apply_rotary_pos_emb_bshd)

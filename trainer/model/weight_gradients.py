@@ -25,8 +25,7 @@ class WeightGradients:
 
 
 def install_weight_gradients() -> None:
-    """Let Megatron-Core's linears use `WeightGradients` where apex's extension is not installed."""
-    if not layers._grad_accum_fusion_available:
-        names: dict[str, Any] = vars(layers)
-        names["fused_weight_gradient_mlp_cuda"] = WeightGradients
-        names["_grad_accum_fusion_available"] = True
+    """Let Megatron-Core's linears use `WeightGradients`, also where apex's extension is, which GPUs alone can run."""
+    names: dict[str, Any] = vars(layers)
+    names["fused_weight_gradient_mlp_cuda"] = WeightGradients
+    names["_grad_accum_fusion_available"] = True
