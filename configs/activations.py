@@ -119,9 +119,9 @@ def _mla_bytes(config: Config, layout: Layout, sizes: _Sizes, up_projection_drop
 def _mlp_bytes(config: Config, layout: Layout, sizes: _Sizes, ffn_size: int) -> float:
     """Output of the first linear layer (twice as wide when gated) and of the activation.
 
-    Geglu is not fused: it keeps the activated half as well as its product with the other.
+    Geglu is not fused: it keeps the factors of its product too, the activated half and a copy of the other.
     """
-    widths = (3 if is_gated(config.model) else 2) + (config.model.activation == "geglu")
+    widths = (3 if is_gated(config.model) else 2) + 2 * (config.model.activation == "geglu")
     return sizes.tokens * widths * ffn_size * sizes.value_bytes / layout.tp
 
 
@@ -131,7 +131,7 @@ def _moe_bytes(config: Config, layout: Layout, sizes: _Sizes, activation_dropped
     assert moe is not None
     router = 2 * 4 * sizes.tokens * moe.num_experts / sizes.stream_split
     dispatched = sizes.tokens * moe.top_k * model.hidden_size * sizes.value_bytes * layout.etp / layout.tp
-    widths = (2 if is_gated(model) else 1) + (0 if activation_dropped else 1 + (model.activation == "geglu"))
+    widths = (2 if is_gated(model) else 1) + (0 if activation_dropped else 1 + 2 * (model.activation == "geglu"))
     inner = sizes.tokens * moe.top_k * widths * moe.ffn_hidden_size * sizes.value_bytes / layout.tp
     shared = moe.shared_expert_ffn_hidden_size
     return router + dispatched + inner + (_mlp_bytes(config, layout, sizes, shared) if shared else 0.0)

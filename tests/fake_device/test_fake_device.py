@@ -89,7 +89,7 @@ MEMORY_CASES = {
     "qk_norm": large(fields={"qk_norm": True}),
     "latent": large(fields={"num_query_groups": None, "mla": LARGE_LATENT | {"v_head_dim": 128}}),
     "two_rows": large(train={"micro_batch_size": 2}),
-    "geglu": large(fields={"activation": "geglu"}, train={"micro_batch_size": 2}),
+    "geglu": large(fields={"activation": "geglu", "num_layers": 16}, train={"micro_batch_size": 4}),
     "recompute_long": large(
         fields={"max_position_embeddings": 32768},
         train={"seq_len": 32768, "global_batch_size": 1, "recompute": {"granularity": "full"}},

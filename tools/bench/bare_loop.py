@@ -14,6 +14,7 @@ from parallel.environment import Environment
 from parallel.platform import PlatformName, has_transformer_engine
 
 if TYPE_CHECKING:
+    from parallel.platform.base import Platform
     from tools.bench.clock import StepClock
 
 
@@ -34,7 +35,7 @@ def run_bare(config: Config, environment: Environment, platform_name: PlatformNa
     mesh = build_mesh(platform, device, config)
     seed_everything(config.run.seed, mesh.pp_rank)
     chunk = build_model_chunks(config, mesh, use_te=has_transformer_engine())[0]
-    model, optimizer = _wrap(chunk, config, platform.overlaps_communication)
+    model, optimizer = _wrap(chunk, config, platform)
     reader = open_corpus(config).build_reader(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     assert reader is not None
     steps = [[batch.to(device) for batch in reader.read_step()] for _ in range(clock.total_steps)]
@@ -46,7 +47,7 @@ def run_bare(config: Config, environment: Environment, platform_name: PlatformNa
     return loss
 
 
-def _wrap(chunk: Any, config: Config, is_overlapping: bool) -> tuple[Any, Any]:
+def _wrap(chunk: Any, config: Config, platform: Platform) -> tuple[Any, Any]:
     """Return the chunk in DDP and its optimizer, with the settings and the Adam and norm kernels `fit` has."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -57,7 +58,8 @@ def _wrap(chunk: Any, config: Config, is_overlapping: bool) -> tuple[Any, Any]:
 
     if has_fused_adam() is None:
         install_as_fused_adam()
-        install_as_fused_norm(is_fusing=is_overlapping)
+        install_as_fused_norm(is_fusing=platform.fuses_kernels)
+    is_overlapping = platform.overlaps_communication
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

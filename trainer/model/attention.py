@@ -91,8 +91,7 @@ class SdpaCoreAttention(MegatronModule):
         query, key, value = _widen(query, key, value)
         is_grouped = key.shape[1] != query.shape[1]
         if is_grouped and not self.takes_groups:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
         same_length = query.shape[2] == key.shape[2]
         mask = None
         if causal and not same_length and query.shape[2] > 1:
@@ -131,14 +130,18 @@ class FlashCoreAttention(SdpaCoreAttention):
 
         dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
         query, key, value = _widen(query, key, value, multiple=8)
-        if key.shape[1] != query.shape[1]:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
         bounds, longest = documents.cu_seqlens_q, documents.max_seqlen_q
         window = (-1, 0) if causal else (-1, -1)  # to the left all, to the right none or all
         output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
         assert isinstance(output, torch.Tensor)  # the kernel's statistics were not asked for
         return output[..., :dim_v].flatten(1)
+
+
+def _repeat_heads(part: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return keys or values, whose dimension 1 is the heads, with as many heads as the queries have."""
+    repeats = num_heads // part.shape[1]
+    return part if repeats == 1 else part.repeat_interleave(repeats, dim=1)
 
 
 def _widen(*parts: torch.Tensor, multiple: int = 1) -> list[torch.Tensor]:
