@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from configs.schema import Config
-from configs.section import Section
+from configs.sections.base import Section
+from configs.stages import Config
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A run's YAML with its `base:` chain, plus dotted overrides from the command line -> one frozen `Config`.
 
 Scalars are kept as the text that was typed and converted by the field's type, so `3e-4` is a number where a number
-is wanted and `name: 123` stays text. Rules that span fields are `configs.check`.
+is wanted and `name: 123` stays text. Rules that span fields are `configs.rules`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput
 from configs.fields import SchemaField, field_at, location_text, schema_fields, value_text
-from configs.schema import Config
+from configs.stages import Config
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _IMPLICIT_TAGS = ("tag:yaml.org,2002:null", _MERGE_TAG)

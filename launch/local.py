@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 
 from configs.errors import BadInput, ExitCode
-from launch.environment import find_free_port
 from parallel.environment import Environment
 from parallel.failures import report
+from parallel.launcher_variables import find_free_port
 
 _USAGE = "usage: python -m launch.local --nproc-per-node N launch/STAGE.py CONFIG [the entry point's own options]"
 _POLL_SECONDS = 0.1

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.errors import BadInput, ExitCode, PeerLost, ShardwrightError
-from configs.schema import Config
+from configs.stages import Config
 from launch.cli import Arguments, parse_arguments, usage
-from launch.environment import find_environment
 from parallel.environment import Environment
 from parallel.failures import is_peer_loss, let_rank_zero_speak, report
+from parallel.launcher_variables import find_environment
 from parallel.platform import (
     CLUSTER_PLATFORM,
     PlatformName,
@@ -60,7 +60,7 @@ def main(stage_name: str, argv: Sequence[str]) -> int:
 
 
 def _print_help(stage_name: str) -> None:
-    from configs.show import field_help
+    from configs.plan.show import field_help
 
     print(usage(stage_name))
     print("\nfields of the config:\n")
@@ -83,14 +83,14 @@ def _check(config: Config, world_size: int, platform_name: PlatformName) -> None
 
 
 def _problems(config: Config, world_size: int, platform_name: PlatformName, *, has_te: bool) -> list[str]:
-    from configs.check import check_config
+    from configs.rules.check import check_config
 
     return check_config(config, world_size, platform=platform_name, has_te=has_te)
 
 
 def _machine_problems(config: Config, platform_name: PlatformName) -> list[str]:
     """Return what this machine's devices cannot do."""
-    from configs.fp8 import check_backend
+    from configs.rules.fp8 import check_backend
 
     fp8 = config.precision.fp8
     return [] if fp8 is None else list(check_backend(fp8, platform=platform_name, has_te=has_transformer_engine()))
@@ -98,8 +98,8 @@ def _machine_problems(config: Config, platform_name: PlatformName) -> list[str]:
 
 def _dry_run(config: Config, arguments: Arguments, environment: Environment) -> int:
     """Print what a run of this config would be, perhaps on other machines than this one; writes nothing."""
-    from configs.derive import derive_layout
-    from configs.show import describe
+    from configs.plan.derive import derive_layout
+    from configs.plan.show import describe
 
     world_size = arguments.world_size
     if world_size is None:
@@ -144,10 +144,10 @@ def _train(config: Config, stage_name: str, environment: Environment, platform_n
     """Hand over to the trainer and turn what it raises into one sentence and an exit code."""
     os.environ.update(environment.as_variables())
     try:
-        from trainer.log import start_console
+        from trainer.report.log import start_console
 
         start_console(environment.rank)
-        from trainer.run import run
+        from trainer.run.run import run
 
         return run(config, stage_name, environment, platform_name)
     except ShardwrightError as error:

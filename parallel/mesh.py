@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import BadInput
-from configs.schema import Config
+from configs.stages import Config
 from parallel.platform.base import Platform
 
 

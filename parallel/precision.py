@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from configs.fp8 import fp8_format
-from configs.schema import Config, Fp8Config, PrecisionConfig
+from configs.sections.precision import Fp8Config, PrecisionConfig
+from configs.stages import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -6,7 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Config, ParallelConfig
+from configs.sections.parallel import ParallelConfig
+from configs.stages import Config
 from parallel.precision import gathers_fp8
 
 

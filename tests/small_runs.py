@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from configs.check import check_config
-from configs.schema import Config
+from configs.rules.check import check_config
+from configs.stages import Config
 from tests.pool import Place
 
 if TYPE_CHECKING:
-    from trainer.engine import Engine
-    from trainer.state import StepResult
+    from trainer.engine.engine import Engine
+    from trainer.engine.state import StepResult
 
 VOCAB_SIZE = 250
 DOCUMENT_END_ID = 5
@@ -114,7 +114,7 @@ def open_engine(place: Place, config: Config) -> Iterator[Engine]:
     """Join the ranks and yield the engine of the config on them; the pool forgets the ranks afterwards."""
     from parallel.mesh import build_mesh, init_world
     from parallel.platform import load_platform
-    from trainer.run import build_engine
+    from trainer.run.run import build_engine
 
     platform = load_platform("cpu")
     device = platform.activate(0)
@@ -192,7 +192,7 @@ def train_steps(engine: Engine, stage: Any, state: Any, num_steps: int) -> tuple
 
 def write_seed_checkpoint(place: Place, config: Config, run_dir: str) -> None:
     """Write the checkpoint that all layouts begin from: random weights, nothing at a constant."""
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         roughen(engine)
@@ -203,7 +203,7 @@ def run_from_seed(place: Place, config: Config, run_dir: str, masks: str = "all"
     """Warm-start from a run directory's checkpoint, train `train.num_steps` steps, and return the record."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))

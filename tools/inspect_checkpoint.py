@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import BadInput
-from configs.estimate import count_parameters
-from configs.model_schema import ModelConfig
+from configs.plan.estimate import count_parameters
+from configs.sections.model import ModelConfig
 from tools.console import Progress, run_command
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ def write_made_up_dataset(prefix: Path, *, num_tokens: int, vocab_size: int, see
 
     `vocab_size` must be at most 65536, since ids are written as uint16.
     """
-    from trainer.data.parts import PartStore, TokenizedBlock
+    from trainer.data.making.parts import PartStore, TokenizedBlock
 
     random = np.random.default_rng(seed)
     num_documents = num_tokens // 64 + 1

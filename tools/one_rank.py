@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
-from configs.schema import Config
+from configs.stages import Config
 from parallel.platform import PlatformName, detect_platform_name
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
-    from trainer.engine import Engine
+    from trainer.engine.engine import Engine
 
 # The world needs a layout and a time-out, which are the defaults; the model is not looked at.
 _ONE_RANK = {
@@ -48,7 +48,7 @@ def open_world(platform_name: PlatformName) -> Iterator[Mesh]:
 @contextlib.contextmanager
 def open_engine(config: Config, mesh: Mesh) -> Iterator[Engine]:
     """Yield an engine with new weights, built as `trainer.run` builds it; its memory is free after the context."""
-    from trainer.run import build_engine
+    from trainer.run.run import build_engine
 
     engine = build_engine(config, mesh)
     try:

@@ -24,7 +24,7 @@ from tools.preprocess_data import preprocess
 from tools.train_tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
-    from trainer.data.documents import InputFile
+    from trainer.data.making.documents import InputFile
 
 VALIDATION_SHARE = 50  # one file in this many is held out
 _FORMAT = 1  # raise it when the same settings give other files
@@ -68,7 +68,7 @@ def split_library(library: Path) -> tuple[list[InputFile], list[InputFile], int]
 
     Returns training files, validation files and how many were not UTF-8. Installed packages are no part of it.
     """
-    from trainer.data.documents import InputFile
+    from trainer.data.making.documents import InputFile
 
     train: list[InputFile] = []
     validation: list[InputFile] = []

@@ -22,11 +22,11 @@ from configs.errors import BadInput
 from tools.console import Progress, run_command
 
 if TYPE_CHECKING:
-    from trainer.data.documents import InputFile
     from trainer.data.indexed import DatasetMeta
-    from trainer.data.parts import Part, PartStore
+    from trainer.data.making.documents import InputFile
+    from trainer.data.making.parts import Part, PartStore
+    from trainer.data.making.workers import DocumentWorkers
     from trainer.data.tokenizer import Tokenizer
-    from trainer.data.workers import DocumentWorkers
 
 BLOCK_BYTES = 1 << 20
 PART_SECONDS = 20.0  # the most work a kill can lose
@@ -48,9 +48,9 @@ def preprocess(
     Returns at once when exactly that dataset is there already. Raises BadInput, also when another one is.
     """
     from trainer.data.indexed import check_files, read_meta
-    from trainer.data.parts import PartStore
+    from trainer.data.making.parts import PartStore
+    from trainer.data.making.workers import DocumentWorkers, token_dtype
     from trainer.data.tokenizer import load_tokenizer
-    from trainer.data.workers import DocumentWorkers, token_dtype
 
     tokenizer = load_tokenizer(tokenizer_directory)
     with DocumentWorkers(tokenizer_directory, text_key, num_workers) as workers:
@@ -119,8 +119,8 @@ def _tokenize(
     part_seconds: float,
 ) -> None:
     """Tokenize the blocks no finished part holds yet, closing a part every `part_seconds`."""
-    from trainer.data.documents import iter_blocks
-    from trainer.data.parts import Part
+    from trainer.data.making.documents import iter_blocks
+    from trainer.data.making.parts import Part
 
     blocks = iter_blocks(files, text_key, block_bytes)
     done = store.total
@@ -155,7 +155,7 @@ def _publish(
 ) -> DatasetMeta:
     """Merge the parts and rename the result into place: `.meta.json` comes last and says that all is there."""
     from trainer.data.indexed import DatasetMeta
-    from trainer.data.parts import hash_file
+    from trainer.data.making.parts import hash_file
 
     total = store.total
     if not total.num_documents:
@@ -193,11 +193,11 @@ def verify(
     files: Sequence[InputFile], tokenizer_directory: str, prefix: str, *, text_key: str = "text", num_workers: int = 1
 ) -> None:
     """Check a finished dataset against its inputs: hashes, counts, and a sample of documents tokenized again."""
-    from trainer.data.documents import iter_blocks
     from trainer.data.indexed import TokenDataset, check_tokenizer
-    from trainer.data.parts import hash_file
+    from trainer.data.making.documents import iter_blocks
+    from trainer.data.making.parts import hash_file
+    from trainer.data.making.workers import DocumentWorkers
     from trainer.data.tokenizer import load_tokenizer
-    from trainer.data.workers import DocumentWorkers
 
     dataset = TokenDataset(prefix)
     if dataset.meta is None:
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def command() -> None:
-        from trainer.data.documents import list_inputs
+        from trainer.data.making.documents import list_inputs
 
         if arguments.workers < 1:
             raise BadInput(f"--workers: {arguments.workers} is not a number of processes; a value that would work: 1")

@@ -21,7 +21,7 @@ from tools.console import Progress, run_command
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from trainer.data.documents import InputFile
+    from trainer.data.making.documents import InputFile
 
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-document token
 
@@ -56,7 +56,7 @@ def train_tokenizer(files: Sequence[InputFile], out: str, vocab_size: int, text_
 
 
 def _texts(files: Sequence[InputFile], text_key: str, progress: Progress) -> Iterator[str]:
-    from trainer.data.documents import iter_blocks, texts_of
+    from trainer.data.making.documents import iter_blocks, texts_of
 
     num_read = 0
     for block in iter_blocks(files, text_key):
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def command() -> None:
-        from trainer.data.documents import list_inputs
+        from trainer.data.making.documents import list_inputs
 
         files, _ = list_inputs(arguments.inputs)
         size = train_tokenizer(files, arguments.out, arguments.vocab_size, arguments.text_key)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.check import check_config
-from configs.derive import derive_layout
 from configs.load import load_config
-from configs.show import describe
+from configs.plan.derive import derive_layout
+from configs.plan.show import describe
+from configs.rules.check import check_config
 
 ROOT = Path(__file__).parents[2] / "configs"
 

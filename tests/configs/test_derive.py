@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs.derive import (
+from configs.errors import BadInput
+from configs.plan.derive import (
     chunk_layers,
     consumed_samples_after,
     derive_layout,
@@ -18,9 +19,10 @@ from configs.derive import (
     tokens_after,
     tokens_per_step,
 )
-from configs.errors import BadInput
-from configs.model_schema import ModelConfig
-from configs.schema import BatchRampConfig, Config, ParallelConfig, TrainConfig
+from configs.sections.model import ModelConfig
+from configs.sections.parallel import ParallelConfig
+from configs.sections.train import BatchRampConfig, TrainConfig
+from configs.stages import Config
 
 
 def model_of(num_layers: int = 4, **fields: object) -> ModelConfig:

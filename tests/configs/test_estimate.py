@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from configs.derive import derive_layout
-from configs.estimate import count_parameters, estimate_memory, model_flops_per_token, parameters_per_rank
 from configs.load import load_config
-from configs.model_schema import ModelConfig
-from configs.schema import Config, ParallelConfig, RecomputeConfig, TrainConfig
+from configs.plan.derive import derive_layout
+from configs.plan.estimate import count_parameters, estimate_memory, model_flops_per_token, parameters_per_rank
+from configs.sections.model import ModelConfig
+from configs.sections.parallel import ParallelConfig
+from configs.sections.train import RecomputeConfig, TrainConfig
+from configs.stages import Config
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from configs.check import check_config
-from configs.fp8 import check_backend, resolve_backend, uses_te_layers
+from configs.fp8 import resolve_backend, uses_te_layers
 from configs.load import load_config
-from configs.schema import Config, Fp8Config
+from configs.rules.check import check_config
+from configs.rules.fp8 import check_backend
+from configs.sections.precision import Fp8Config
+from configs.stages import Config
 
 TINY = Path(__file__).parents[2] / "configs" / "models" / "tiny.yaml"
 RUN = ["data.train=[{path: a}]", "train.num_steps=100", "train.seq_len=64", "train.global_batch_size=16"]

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs.derive import derive_layout
 from configs.fields import schema_fields
 from configs.load import load_config
-from configs.show import describe, field_help
+from configs.plan.derive import derive_layout
+from configs.plan.show import describe, field_help
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,8 @@ def test_dry_run_text_holds_config_and_consequences(tmp_path: Path) -> None:
 
 def test_configs_and_topology_import_no_torch() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; import configs.show, configs.check, configs.load, parallel.topology;"
+        "import sys; sys.modules['torch'] = None; "
+        "import configs.plan.show, configs.rules.check, configs.load, parallel.topology;"
         "print(any(name.split('.')[0] in ('megatron', 'transformers', 'numpy') for name in sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

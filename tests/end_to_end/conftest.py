@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from configs.check import check_config
 from configs.load import load_config
+from configs.rules.check import check_config
 from tests.pool import Place
 from tools.preprocess_data import preprocess
 from tools.train_tokenizer import train_tokenizer
-from trainer.data.documents import InputFile
+from trainer.data.making.documents import InputFile
 
 SENTENCES = [
     "def add(a, b):\n    return a + b\n",
@@ -76,8 +76,8 @@ def train_on_ranks(place: Place, path: str, overrides: tuple[str, ...], port: in
     from configs.errors import ShardwrightError
     from parallel.environment import Environment
     from tests.end_to_end.faults import inject
-    from trainer.log import start_console
-    from trainer.run import run
+    from trainer.report.log import start_console
+    from trainer.run.run import run
 
     start_console(place.rank)
     environment = Environment(rank=place.rank, world_size=place.world_size, master_port=port)

@@ -169,8 +169,8 @@ def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
 
 @pytest.mark.parametrize("name", MEMORY_CASES)
 def test_the_memory_plan_is_what_a_step_takes(outcomes, name):
-    from configs.derive import derive_layout
-    from configs.estimate import estimate_stages
+    from configs.plan.derive import derive_layout
+    from configs.plan.estimate import estimate_stages
 
     compute, shape, sections, world, rank = MEMORY_CASES[name]
     assert outcomes[name]["error"] is None

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from configs.schema import Config
+from configs.stages import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 READS: collections.Counter[str] = collections.Counter()
@@ -247,8 +247,8 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
         mesh = build_mesh(platform, device, config)
         replace_kernels()
         from tools.device_checks.engine import build_repeating_stage
-        from trainer.run import build_engine
-        from trainer.state import TrainState
+        from trainer.engine.state import TrainState
+        from trainer.run.run import build_engine
 
         stage, state = build_repeating_stage(config), TrainState()
         with FakeTensorMode(allow_non_fake_inputs=True), Watch(), Memory() as memory:

@@ -61,7 +61,7 @@ def _imports(node: ast.AST, module: str, in_function: bool, for_types_only: bool
                 yield Import(alias.name, child.lineno, in_function, for_types_only)
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, f"{module}:{child.lineno}: imports are absolute here"
-            for alias in child.names:  # `from trainer import log` imports trainer.log, so the name belongs to the path
+            for alias in child.names:  # `from trainer import run` imports trainer.run: the name is a part of the path
                 yield Import(f"{child.module}.{alias.name}", child.lineno, in_function, for_types_only)
         else:
             inside = in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)

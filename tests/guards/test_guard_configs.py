@@ -5,9 +5,9 @@ import re
 import pytest
 import yaml
 
-from configs.check import check_config
 from configs.load import load_config
-from configs.model_schema import ModelConfig
+from configs.rules.check import check_config
+from configs.sections.model import ModelConfig
 
 NOT_RUNS = {"models", "clusters"}
 

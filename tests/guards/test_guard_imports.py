@@ -11,15 +11,12 @@ ALLOWED = {
     "tools": {"configs", "parallel", "trainer", "tools"},
 }
 
-# The order inside trainer; a module may import its own level and those below. One that is not listed is at level 1,
-# so is the protocol that stages fulfil: the engine calls it.
+# The order inside trainer: a folder may import its own level and those below, and every folder is listed.
 TRAINER_LEVELS = {
-    "log": 0, "model": 0, "data": 0, "losses": 0,
-    "optimizer": 1, "metrics": 1, "state": 1,
-    "engine": 2, "checkpoint": 3, "evaluate": 3, "rollout": 3, "hf": 4, "stages": 4, "hooks": 5, "loop": 5,
-    "run_directory": 5, "start": 5, "run": 6,
+    "disk": 0, "losses": 0, "data": 0, "model": 0, "optim": 0,
+    "engine": 1, "generate": 2, "report": 2, "evaluate": 2, "stages": 3, "checkpoint": 4, "hf": 5, "run": 6,
 }  # fmt: skip
-STRANGERS = {"model", "data", "losses"}
+STRANGERS = {"losses", "data", "model", "optim"}
 SLOW_TO_IMPORT = {"torch", "megatron", "trainer", "transformers", "tensorboard"}
 
 IMPORT_WITHOUT_TORCH = """
@@ -41,8 +38,6 @@ for name in sys.argv[1:]:
 
 def part_of_trainer(module):
     parts = module.split(".")
-    if parts[1:3] == ["stages", "base"]:
-        return "stages.base"
     return parts[1] if len(parts) > 1 else ""
 
 
@@ -59,6 +54,13 @@ def test_packages_import_one_way(product_files):
     assert not wrong, "against configs <- parallel <- trainer <- launch | tools:\n" + "\n".join(wrong)
 
 
+def test_every_folder_of_trainer_has_a_level_and_nothing_lies_loose(product_files):
+    parts = {part_of_trainer(file.module) for file in product_files if file.package == "trainer"} - {""}
+    loose = [file.name for file in product_files if file.name.count("/") == 1 and file.name.startswith("trainer/")]
+    assert loose == ["trainer/__init__.py"]
+    assert parts == TRAINER_LEVELS.keys(), "list the folder in TRAINER_LEVELS: at which level may it be imported?"
+
+
 def test_trainer_imports_in_its_inner_order(product_files):
     wrong, seen = [], 0
     for file in (file for file in product_files if file.package == "trainer"):
@@ -68,7 +70,7 @@ def test_trainer_imports_in_its_inner_order(product_files):
             seen += 1
             if source != target and {source, target} <= STRANGERS:
                 wrong.append(f"{file.name}:{one.line}: {source} and {target} are strangers to each other")
-            if TRAINER_LEVELS.get(target, 1) > TRAINER_LEVELS.get(source, 1):
+            if TRAINER_LEVELS[target] > TRAINER_LEVELS[source]:
                 wrong.append(f"{file.name}:{one.line}: {source} comes before {target}")
     assert seen > 20
     assert not wrong, "\n".join(wrong)
@@ -88,8 +90,8 @@ def test_commands_import_slow_packages_only_inside_functions(product_files):
 
 def test_torch_free_modules_import_where_torch_cannot_be(product_files, root):
     free = [file.module for file in product_files if file.package in ("configs", "launch", "tools")]
-    free += ["parallel.topology", "parallel.environment", "parallel.platform"]
-    assert {"configs.check", "launch.main", "tools.compare_runs"} <= set(free)
+    free += ["parallel.topology", "parallel.environment", "parallel.launcher_variables", "parallel.platform"]
+    assert {"configs.rules.check", "launch.main", "tools.compare_runs"} <= set(free)
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_WITHOUT_TORCH, *free], cwd=root, capture_output=True, text=True, timeout=60
     )

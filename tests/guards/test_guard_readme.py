@@ -5,7 +5,7 @@ import re
 import pytest
 from pydantic import BaseModel
 
-from configs.schema import Config
+from configs.stages import Config
 
 PATH = re.compile(r"(?<![\w/.-])((?:configs|parallel|trainer|launch|tools|tests|\.ci)/[\w./-]*)(?![\w<*{$])")
 MAKE = re.compile(r"\bmake ([a-z][a-z-]*)")

@@ -62,7 +62,7 @@ def profile_steps(place: Place, num_steps: int) -> dict[str, float]:
 
     import torch
 
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, small_config(world=place.world_size, parallel={"tp": 2, "sp": True})) as engine:
         stage = build_stage(engine)

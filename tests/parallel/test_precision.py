@@ -20,7 +20,7 @@ def build_configs(place: Place, fp8: dict) -> tuple[dict, dict, dict]:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from configs.schema import Config
+    from configs.stages import Config
     from parallel.precision import gathers_fp8, model_precision, optimizer_precision
 
     model = {"num_layers": 8, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}

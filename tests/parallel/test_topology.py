@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.derive import Layout
+from configs.plan.derive import Layout
 from parallel.topology import all_groups, coordinates_of, expert_rank_of, rank_of, ranks_of_group
 
 

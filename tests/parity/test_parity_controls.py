@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import Config
+from configs.stages import Config
 from tests.parity.conftest import assert_equal_runs
 from tests.pool import Place
 from tests.small_runs import RunRecord, build_stage, open_engine, record_run, run_from_seed, train_steps
@@ -16,7 +16,7 @@ def run_with_a_fault(place: Place, config: Config, run_dir: str, masks: str, fau
     """Run from the seed checkpoint after `fault(engine, stage)` has put a bug in."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from configs.schema import Config
+from configs.stages import Config
 from tests.pool import Place
 from tests.small_runs import build_stage, open_engine, small_config, train_steps
 
@@ -95,7 +95,7 @@ def gradients_from_seed(place: Place, config: Config, run_dir: str) -> dict[str,
     """Return every gradient of this rank after one step, by name."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs.fp8 import RECIPES
-from configs.schema import Config
+from configs.stages import Config
 from tests.pool import Place
 from tests.small_runs import build_stage, open_engine, save_checkpoint, small_config, train_steps
 
@@ -71,7 +71,7 @@ def test_recomputation_changes_nothing(judge, changes):
 
 def train_and_save(place: Place, config: Config, run_dir: str) -> tuple[list[float], list[float], np.ndarray]:
     """Train to the end, saving after step 2 on the way; return losses and norms after it, and the history then."""
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         stage = build_stage(engine)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.model_schema import ModelConfig
+from configs.sections.model import ModelConfig
 from tests.pool import Place
 from tests.small_runs import build_stage, open_engine, small_config
 
@@ -96,10 +96,10 @@ def start_and_export(
 
     from trainer.checkpoint.load import warm_start
     from trainer.checkpoint.save import CheckpointWriter
+    from trainer.engine.state import TrainState
     from trainer.hf.exporting import ExportSource, export_checkpoint
     from trainer.hf.source import HfModel
     from trainer.hf.warm_start import load_hf_weights
-    from trainer.state import TrainState
 
     with open_engine(place, config) as engine:
         if imported is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import Config
+from configs.stages import Config
 from tests.parity.conftest import assert_equal_runs
 from tests.pool import Place
 from tests.small_runs import (
@@ -40,7 +40,7 @@ EXPERTS = {
 
 def run_and_save(place: Place, config: Config, run_dir: str) -> RunRecord:
     """Train to the end, saving at STOP on the way; return the record of the steps after it."""
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         if place.world_size == 1 and not config.model.hidden_dropout:
@@ -142,7 +142,7 @@ def warm_start_run(place: Place, config: Config, run_dir: str) -> RunRecord:
     """Train on from the weights alone, on the same data."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))

@@ -78,7 +78,7 @@ def llama_loss(config: Any, weights: dict[str, Any], batches: list[Any]) -> tupl
 
 def compare_with_llama(place: Place, config: Any) -> tuple[float, float, dict[str, float]]:
     """Return our loss, Llama's, and by parameter the relative error of our gradient in the L2 norm."""
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
         roughen(engine)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.train_tokenizer import train_tokenizer
-from trainer.data.documents import InputFile
+from trainer.data.making.documents import InputFile
 
 SENTENCE = "Größe, naïve café — 日本語 🙂 and def function(argument):\n    return argument + 1  # line {number}\n"
 

@@ -27,7 +27,7 @@ def run_step_checks(place):
 
 
 def test_large_shapes_break_no_rule():
-    from configs.check import check_config
+    from configs.rules.check import check_config
     from tools.device_checks.speed import llama_shape
 
     for model in ("llama3_2_1b", "llama3_2_3b"):
@@ -95,8 +95,8 @@ def run_broken(place):
     from tools.device_checks import steps
     from tools.device_checks.attention import check_attention
     from tools.one_rank import open_world
-    from trainer import engine
-    from trainer.model.attention import SdpaCoreAttention
+    from trainer.engine import engine
+    from trainer.model.attention.core import SdpaCoreAttention
 
     attend, schedule, gather = SdpaCoreAttention._attend, engine.compute_learning_rate, dist.all_gather_into_tensor
     try:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs.load import resolved_dict
-from configs.schema import Config
+from configs.stages import Config
 from tools.inspect_checkpoint import TensorEntry, list_tensors, main
 from trainer.checkpoint.manifest import Manifest, hash_file
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tools.preprocess_data import main, preprocess
-from trainer.data.documents import list_inputs
+from trainer.data.making.documents import list_inputs
 from trainer.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +72,8 @@ def test_two_workers_and_small_parts_give_the_same_bytes(finished, jsonl, tokeni
 KILLED = """
 import sys, time
 from tools import preprocess_data
-from trainer.data.documents import list_inputs
-from trainer.data.parts import PartStore
+from trainer.data.making.documents import list_inputs
+from trainer.data.making.parts import PartStore
 
 if __name__ == "__main__":
     finish = PartStore.finish_part
@@ -152,7 +152,7 @@ def test_verify_accepts_good_data_and_finds_a_changed_token(
     assert main(command) == 2
     assert "copy.bin: not the SHA-256" in capsys.readouterr().err
     meta = json.loads(Path(copy + ".meta.json").read_text())
-    from trainer.data.parts import hash_file
+    from trainer.data.making.parts import hash_file
 
     Path(copy + ".meta.json").write_text(json.dumps(meta | {"bin_sha256": hash_file(copy + ".bin")}))
     assert main(command) == 2

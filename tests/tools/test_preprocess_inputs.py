@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from configs.errors import BadInput
-from trainer.data.documents import InputFile, iter_blocks, list_inputs, read_pieces, texts_of
+from trainer.data.making.documents import InputFile, iter_blocks, list_inputs, read_pieces, texts_of
 
 DOCUMENTS = [f"document {number} ünï\n" * (number % 7 + 1) for number in range(1300)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import Config
+from configs.stages import Config
 from parallel.environment import Environment
 from parallel.platform import PlatformName, has_transformer_engine
 
@@ -53,8 +53,8 @@ def _wrap(chunk: Any, config: Config, platform: Platform) -> tuple[Any, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from parallel.precision import optimizer_precision
-    from trainer.adam import has_fused_adam, install_as_fused_adam
-    from trainer.grad_norm import install_as_fused_norm
+    from trainer.optim.adam import has_fused_adam, install_as_fused_adam
+    from trainer.optim.grad_norm import install_as_fused_norm
 
     if has_fused_adam() is None:
         install_as_fused_adam()

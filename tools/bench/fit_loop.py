@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.schema import Config
+from configs.stages import Config
 from parallel.environment import Environment
 from parallel.platform import PlatformName
 
@@ -21,7 +21,7 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
     """
     from parallel.mesh import Mesh
     from trainer.data.corpus import Corpus
-    from trainer.run import run
+    from trainer.run.run import run
     from trainer.stages.base import Stage
     from trainer.stages.build import STAGES
     from trainer.stages.pretrain import PretrainStage

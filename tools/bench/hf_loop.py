@@ -8,9 +8,9 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from configs.derive import padded_vocab_size
-from configs.model_schema import ModelConfig
-from configs.schema import Config
+from configs.plan.derive import padded_vocab_size
+from configs.sections.model import ModelConfig
+from configs.stages import Config
 from parallel.platform import PlatformName
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configs.load import load_config
-from configs.schema import Config
+from configs.stages import Config
 from parallel.environment import Environment
 from parallel.platform import PlatformName, detect_platform_name, load_platform
 from tools.bench.clock import RunReport, StepClock
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(loop: str, config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
     if loop == "fit":
         from tools.bench.fit_loop import run_fit
-        from trainer.log import start_console
+        from trainer.report.log import start_console
 
         start_console(environment.rank)
         return run_fit(config, environment, platform, clock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import Config
+from configs.stages import Config
 from tools.device_checks.engine import build_config
 from tools.device_checks.outcome import Outcome, judge
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import Config
+from configs.stages import Config
 
 if TYPE_CHECKING:
-    from trainer.engine import Engine
+    from trainer.engine.engine import Engine
+    from trainer.engine.state import StepResult
     from trainer.stages.base import Stage
-    from trainer.state import StepResult
 
 SMALL_MODEL: dict[str, Any] = {
     "num_layers": 2,
@@ -54,7 +54,7 @@ def build_repeating_stage(config: Config) -> Stage:
 
 def train(engine: Engine, stage: Stage, num_steps: int) -> list[StepResult]:
     """Take `num_steps` steps and return what each did."""
-    from trainer.state import TrainState
+    from trainer.engine.state import TrainState
 
     state, results = TrainState(), []
     for _ in range(num_steps):

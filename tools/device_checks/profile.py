@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from configs.schema import Config
+from configs.stages import Config
 from tools.device_checks.engine import build_repeating_stage, train
 from tools.device_checks.outcome import Outcome, judge
 from tools.one_rank import open_engine

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from configs.estimate import count_parameters, flops_per_step
-from configs.schema import Config
+from configs.plan.estimate import count_parameters, flops_per_step
+from configs.stages import Config
 from parallel.platform import PlatformName
 from tools.device_checks.engine import build_config, build_repeating_stage, train
 from tools.device_checks.outcome import Outcome, judge

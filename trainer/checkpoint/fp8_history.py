@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.model.fp8.history import AmaxHistory, Site
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ from trainer.checkpoint.manifest import (
     read_manifest,
 )
 from trainer.checkpoint.sharded_state import build_full_state, build_model_state, build_rng_state, fit_optimizer_state
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
+from trainer.engine.state import TrainState
 from trainer.stages.base import Stage
-from trainer.state import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.errors import BadInput
 from trainer.checkpoint.layout import list_checkpoints
-from trainer.state import TrainState
+from trainer.engine.state import TrainState
 
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ class Manifest:
 
     step: int
     state: dict[str, Any]
-    """Progress of the run (`trainer.state.TrainState`)."""
+    """Progress of the run (`trainer.engine.state.TrainState`)."""
     stage: dict[str, Any]
     """Name of the training stage and what it keeps (data cursor)."""
     layout: dict[str, int]

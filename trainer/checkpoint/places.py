@@ -12,7 +12,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from configs.errors import BadInput
-from configs.model_schema import ModelConfig
+from configs.sections.model import ModelConfig
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.")
 _EXPERT = re.compile(r"(\.experts\.experts\.)(\d+)\.")

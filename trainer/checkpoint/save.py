@@ -24,14 +24,14 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from configs.errors import ShardwrightError
 from configs.load import resolved_dict
-from configs.schema import CheckpointConfig
+from configs.sections.checkpoint import CheckpointConfig
 from parallel.collectives import any_rank, barrier, gather_objects
 from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import Manifest, hash_file
 from trainer.checkpoint.sharded_state import build_full_state
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
+from trainer.engine.state import TrainState
 from trainer.stages.base import Stage
-from trainer.state import TrainState
 
 log = logging.getLogger(__name__)
 

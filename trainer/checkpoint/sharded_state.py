@@ -13,8 +13,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from parallel.seeding import get_rng_state
 from trainer.checkpoint.fp8_history import build_fp8_state
 from trainer.checkpoint.places import name_at
-from trainer.engine import Engine
-from trainer.optimizer import init_optimizer_state
+from trainer.engine.engine import Engine
+from trainer.optim.update import init_optimizer_state
 
 
 def build_model_state(engine: Engine) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
-from configs.schema import SourceConfig
+from configs.sections.data import SourceConfig
 from trainer.data.indexed import TokenDataset
 from trainer.data.source import TokenSource
 

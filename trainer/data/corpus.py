@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from configs.derive import global_batch_size_at
 from configs.errors import BadInput
-from configs.schema import Config
+from configs.plan.derive import global_batch_size_at
+from configs.stages import Config
 from trainer.data.blend import Blend, open_blend
 from trainer.data.indexed import TokenDataset, check_tokenizer, check_vocab_size
 from trainer.data.reader import BatchReader, ValidationReader

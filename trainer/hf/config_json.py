@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs.check_model import check_model
-from configs.derive import head_dim, num_query_groups
 from configs.errors import BadInput
 from configs.fields import location_text
-from configs.model_schema import ModelConfig
+from configs.plan.derive import head_dim, num_query_groups
+from configs.rules.model import check_model
+from configs.sections.model import ModelConfig
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.hf.families import FAMILIES, HARMLESS, SWITCHES, Family, choose_family
 from trainer.hf.rope_json import read_rope, write_rope

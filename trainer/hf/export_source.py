@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import BadInput
-from configs.schema import Config
+from configs.stages import Config
 from parallel.collectives import gather_objects
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.checkpoint.manifest import find_damage, read_manifest

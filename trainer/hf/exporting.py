@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from configs.errors import BadInput
-from configs.model_schema import ModelConfig
+from configs.sections.model import ModelConfig
 from parallel.collectives import gather_objects
 from trainer.checkpoint.tensors import CheckpointTensors
+from trainer.disk.growing import growing_directory
 from trainer.hf.companions import carried_config, token_ids, write_companions
 from trainer.hf.config_json import find_family, write_model
-from trainer.hf.growing import growing_directory
 from trainer.hf.importing import ConversionReport, count_non_finite, share
 from trainer.hf.rules import Rule
 from trainer.hf.safetensors_files import OutputTensor, plan_files, write_file, write_index

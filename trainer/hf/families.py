@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import BadInput
-from configs.model_schema import ModelConfig
+from configs.sections.model import ModelConfig
 from trainer.hf.names import TensorNames
 
 # Keys that say nothing of what the weights compute: tokens, generation, bookkeeping.

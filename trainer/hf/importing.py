@@ -13,17 +13,17 @@ import torch
 import yaml
 
 from configs.load import resolved_dict
-from configs.model_schema import ModelConfig
-from configs.schema import Config
+from configs.sections.model import ModelConfig
+from configs.stages import Config
 from parallel.collectives import gather_objects
 from trainer.checkpoint.layout import PARTIAL_PREFIX, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import IMPORT_STAGE, Manifest, hash_file
 from trainer.checkpoint.places import choose_place
 from trainer.checkpoint.tensors import TensorFileWriter, write_metadata
+from trainer.disk.growing import growing_directory
+from trainer.engine.state import TrainState
 from trainer.hf.companions import carry
-from trainer.hf.growing import growing_directory
 from trainer.hf.source import HfModel
-from trainer.state import TrainState
 
 _PIECE = 2**22  # values
 _COMPUTE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

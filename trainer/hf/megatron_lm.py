@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from configs.check_model import check_model
 from configs.errors import BadInput
-from configs.model_schema import ModelConfig
+from configs.rules.model import check_model
+from configs.sections.model import ModelConfig
 from trainer.checkpoint.tensors import CheckpointTensors
 
 _TRACKER = "latest_checkpointed_iteration.txt"

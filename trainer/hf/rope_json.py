@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from configs.model_schema import ModelConfig
+from configs.sections.model import ModelConfig
 from trainer.hf.families import Family
 
 _KEYS = {

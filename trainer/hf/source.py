@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from configs.errors import BadInput
-from configs.model_schema import ModelConfig
+from configs.sections.model import ModelConfig
 from trainer.hf.config_json import find_family, load_config_json, read_model
 from trainer.hf.rules import Rule
 from trainer.hf.safetensors_files import SafetensorsDirectory

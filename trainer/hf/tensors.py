@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from configs.derive import head_dim, is_gated, num_query_groups, padded_vocab_size
-from configs.model_schema import MlaConfig, ModelConfig, MoeConfig
+from configs.plan.derive import head_dim, is_gated, num_query_groups, padded_vocab_size
+from configs.sections.model import MlaConfig, ModelConfig, MoeConfig
 from trainer.hf.names import TensorNames
 from trainer.hf.rules import Conversion, GateUp, GroupedQkv, HfTensor, MegatronTensor, PaddedRows, Rule, Same
 

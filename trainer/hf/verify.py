@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.checkpoint.sharded_state import model_shards
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.hf.source import HfModel
 
 

@@ -18,11 +18,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from configs.derive import padded_vocab_size
-from configs.model_schema import MlaConfig, ModelConfig
-from configs.schema import Config
+from configs.plan.derive import padded_vocab_size
+from configs.sections.model import MlaConfig, ModelConfig
+from configs.stages import Config
 from parallel.mesh import Mesh
-from trainer.model.attention import FlashCoreAttention, SdpaCoreAttention
+from trainer.model.attention.core import FlashCoreAttention, SdpaCoreAttention
 from trainer.model.config import build_transformer_config
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies

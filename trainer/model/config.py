@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from configs.model_schema import ModelConfig, MoeConfig
-from configs.schema import Config, RecomputeConfig
+from configs.sections.model import ModelConfig, MoeConfig
+from configs.sections.train import RecomputeConfig
+from configs.stages import Config
 from parallel.mesh import Mesh
 from parallel.precision import model_precision
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from configs.model_schema import RopeConfig
+from configs.sections.model import RopeConfig
 
 
 def compute_inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

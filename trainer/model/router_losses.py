@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-from configs.model_schema import ModelConfig
+from configs.sections.model import ModelConfig
 from parallel.mesh import Mesh
 
 

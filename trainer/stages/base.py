@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from trainer.data.batch import Batch
+from trainer.engine.state import TrainState
 from trainer.losses.loss import Loss
-from trainer.state import TrainState
 
 
 class Stage(Protocol):

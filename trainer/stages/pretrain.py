@@ -9,10 +9,10 @@ import torch
 
 from trainer.data.batch import Batch
 from trainer.data.reader import BatchReader
+from trainer.engine.state import TrainState
 from trainer.losses.cross_entropy import compute_cross_entropy
 from trainer.losses.loss import Loss
 from trainer.stages.forward import forward_language_model
-from trainer.state import TrainState
 
 
 class PretrainStage:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from configs.errors import BadInput
-from configs.schema import SourceConfig
+from configs.sections.data import SourceConfig
 from trainer.data.blend import open_blend
 from trainer.data.indexed import TokenDataset, check_files, check_tokenizer, check_vocab_size
-from trainer.data.parts import PartStore, TokenizedBlock, hash_file
+from trainer.data.making.parts import PartStore, TokenizedBlock, hash_file
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB_SIZE = 260
@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 def make_tokenizer(folder: Path, letter: str) -> Tokenizer:
     """A tokenizer of bytes, an end token and a few merges of `letter`."""
     from tools.train_tokenizer import train_tokenizer
-    from trainer.data.documents import InputFile
+    from trainer.data.making.documents import InputFile
 
     text = folder.parent / f"{letter}.txt"
     text.write_text((letter * 8 + " ") * 10)

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import load_config
-from configs.model_schema import ModelConfig, RopeConfig
+from configs.sections.model import ModelConfig, RopeConfig
 from trainer.hf.config_json import compare_models, read_model, write_model
 from trainer.hf.families import FAMILIES
 
@@ -201,6 +201,6 @@ def test_every_option_is_a_field():
             assert head in ModelConfig.model_fields, option
             if rest:
                 section = {"moe": "MoeConfig", "mla": "MlaConfig"}[head]
-                import configs.model_schema
+                import configs.sections.model
 
-                assert rest in getattr(configs.model_schema, section).model_fields, option
+                assert rest in getattr(configs.sections.model, section).model_fields, option

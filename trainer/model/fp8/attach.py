@@ -9,8 +9,8 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from configs.fp8 import RECIPES, fp8_format
-from configs.model_schema import ModelConfig
-from configs.schema import Fp8Config
+from configs.sections.model import ModelConfig
+from configs.sections.precision import Fp8Config
 from parallel.mesh import Mesh
 from trainer.model.fp8.history import AmaxHistory, Site
 from trainer.model.fp8.linear import Fp8Linear, Scheme

@@ -1,0 +1,116 @@
+"""Text for people: every field for `--help`, and for `--dry-run` the resolved config and what follows from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import yaml
+
+from configs.fields import schema_fields
+from configs.load import resolved_dict
+from configs.plan.derive import (
+    Layout,
+    chunk_layers,
+    num_microbatches,
+    padded_vocab_size,
+    ramp_batch_sizes,
+    tokens_after,
+    tokens_per_step,
+)
+from configs.plan.estimate import count_parameters, estimate_memory, flops_per_step, parameters_per_rank
+from configs.stages import Config
+
+_MIB, _GIB = 2**20, 2**30
+
+
+def field_help() -> str:
+    """Return every field of the schema: dotted path, type, default, and what it means with its unit."""
+    lines: list[str] = []
+    for field in schema_fields():
+        if field.section is not None:
+            default = "" if field.required or field.default_text != "null" else " (default null)"
+            summary = field.doc or " ".join((field.section.__doc__ or "").split())
+            lines += ["", f"{field.path}:{default} {summary}"]
+            continue
+        lines.append(f"  {field.path} = {field.default_text}   <{field.type_text}>")
+        lines.append(f"      {field.doc}")
+    return "\n".join(lines).strip() + "\n"
+
+
+def describe(config: Config, layout: Layout) -> str:
+    """Return the resolved config as YAML and, below it, what follows from it on this layout."""
+    resolved = yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    rows = [
+        *_layout_rows(config, layout),
+        *_batch_rows(config, layout),
+        *_size_rows(config, layout),
+        *_data_rows(config),
+    ]
+    width = max(len(name) for name, _ in rows)
+    derived = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return f"# Resolved config\n{resolved}\n# What follows from it\n{derived}\n"
+
+
+def _layout_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
+    yield "ranks", f"{layout.world_size} = dp {layout.dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}"
+    if layout.vpp > 1:
+        yield "virtual stages", f"{layout.vpp} model chunks per pipeline stage (interleaved schedule)"
+    if layout.sp:
+        yield "sequence parallelism", f"over the {layout.tp} tp ranks"
+    if config.model.moe is not None:
+        yield "expert ranks", f"ep {layout.ep} x etp {layout.etp} x edp {layout.edp} x pp {layout.pp}"
+    for pp_rank, chunks in enumerate(chunk_layers(config.model, config.parallel)):
+        held = ", ".join(f"{chunk.start}-{chunk.stop - 1}" if len(chunk) > 1 else str(chunk.start) for chunk in chunks)
+        yield f"layers of pipeline stage {pp_rank}", f"{sum(map(len, chunks))} ({held})"
+
+
+def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
+    train = config.train
+    sizes = ramp_batch_sizes(train)
+    if len(sizes) > 1 and train.batch_ramp is not None:
+        ramp = train.batch_ramp
+        yield "batch ramp", f"{sizes[0]} to {sizes[-1]} samples, {ramp.increment} at a time, over {ramp.num_samples:,}"
+    microbatches = [num_microbatches(config, layout, size) for size in (sizes[0], sizes[-1])]
+    first = f"{microbatches[0]} rising to " if len(sizes) > 1 else ""
+    yield "microbatches per step", f"{first}{microbatches[-1]} of {train.micro_batch_size} x {train.seq_len} tokens"
+    yield "tokens per step", f"{tokens_per_step(train):,}" + (" at the full batch" if len(sizes) > 1 else "")
+    yield "total tokens", f"{tokens_after(train, train.num_steps):,} in {train.num_steps:,} steps"
+
+
+def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
+    model = config.model
+    count, memory = count_parameters(model), estimate_memory(config, layout)
+    padded = padded_vocab_size(model)
+    yield "vocabulary", f"{model.vocab_size:,} ids, padded to {padded:,}"
+    yield "parameters", f"{count.total:,} ({count.embedding:,} in the vocabulary)"
+    if count.active != count.total:
+        yield "active parameters", f"{count.active:,} per token"
+    yield "parameters per rank", f"{parameters_per_rank(config, layout):,} on the fullest rank"
+    fullest = f"on the fullest rank (pipeline stage {memory.pp_rank}), without buffers and fragmentation"
+    yield "estimated memory", f"{_size_text(memory.total)} {fullest}"
+    for kind in ("weights", "gradients", "optimizer", "activations"):
+        yield f"  {kind}", _size_text(getattr(memory, kind))
+    batch = config.train.global_batch_size
+    yield "model TFLOPs per step", f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}"
+
+
+def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
+    """Say which data is on this machine; a plan for another one may name what is not here yet."""
+    data = config.data
+    places = [("data.tokenizer", data.tokenizer, data.tokenizer)] if data.tokenizer else []
+    for name in ("train", "validation"):
+        places += [(f"data.{name}", source.path, f"{source.path}.bin") for source in getattr(data, name)]
+    if config.checkpoint.init_from_hf is not None:
+        path = config.checkpoint.init_from_hf
+        places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
+    if config.checkpoint.init_from is not None:
+        places.append(("checkpoint.init_from", config.checkpoint.init_from, config.checkpoint.init_from))
+    for name, path, file in places:
+        found = "found" if os.path.exists(file) else "not on this machine"
+        size = f", {_size_text(os.path.getsize(file))}" if file.endswith(".bin") and os.path.isfile(file) else ""
+        yield name, f"{path}: {found}{size}"
+
+
+def _size_text(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / _MIB:.1f} MiB"

@@ -1,0 +1,28 @@
+"""Cross-field rules of a whole run: every problem at once, before any process group exists. Torch-free.
+
+Each sentence names the field to change and a value that would work.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from configs.fp8 import uses_te_layers
+from configs.rules.fp8 import check_fp8
+from configs.rules.layout import check_layout
+from configs.rules.model import check_model
+from configs.rules.training import check_training
+from configs.stages import Config
+
+
+def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "cuda"], has_te: bool) -> list[str]:
+    """Return every rule the config breaks on `world_size` ranks, one sentence each; none means it can run.
+
+    `has_te` says whether Transformer Engine is installed.
+    """
+    return [
+        *check_model(config.model),
+        *check_training(config),
+        *check_fp8(config),
+        *check_layout(config, world_size, platform=platform, has_te=uses_te_layers(config, has_te=has_te)),
+    ]

@@ -1,0 +1,186 @@
+"""Rules of training, data, schedule and checkpoints: fields that contradict each other or would be ignored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from configs.rules.model import check_unused
+from configs.stages import Config
+
+
+def check_training(config: Config) -> list[str]:
+    """Return every rule broken outside architecture and layout, one sentence each with a value that would work."""
+    return [
+        *_check_data(config),
+        *_check_ramp(config),
+        *_check_recompute_fields(config),
+        *_check_precision(config),
+        *_check_fp8_fields(config),
+        *_check_optimizer(config),
+        *_check_schedule(config),
+        *_check_checkpoint(config),
+        *_check_sample(config),
+    ]
+
+
+def _check_data(config: Config) -> Iterator[str]:
+    data, train = config.data, config.train
+    if train.num_steps > 0 and not data.train:
+        yield (
+            f"data.train: {train.num_steps} steps need at least one source; a value that would work: "
+            "[{path: data/corpus_train}]"
+        )
+    for name in ("train", "validation"):
+        paths = [os.path.normpath(source.path) for source in getattr(data, name)]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        for path in twice:
+            yield f"data.{name}: {path} is listed more than once; list it once and raise its weight"
+    names = [os.path.basename(source.path) for source in {source.path: source for source in data.validation}.values()]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.validation: several sources are logged under the file name {name}; give them different file names"
+    if train.eval_every is not None and not data.validation:
+        yield "train.eval_every: has no effect without data.validation; a value that would work: null"
+    if not config.run.name.strip():
+        yield "run.name: is empty; a value that would work: run"
+
+
+def _check_ramp(config: Config) -> Iterator[str]:
+    train, ramp = config.train, config.train.batch_ramp
+    if ramp is None:
+        return
+    gap = train.global_batch_size - ramp.start
+    if gap <= 0:
+        yield (
+            f"train.batch_ramp.start: {ramp.start} is not below train.global_batch_size={train.global_batch_size}; "
+            f"a value that would work: {max(1, train.global_batch_size // 2)}"
+        )
+    elif gap % ramp.increment:
+        works = next(size for size in range(min(ramp.increment, gap), 0, -1) if gap % size == 0)
+        yield (
+            f"train.batch_ramp.increment: steps of {ramp.increment} do not lead from {ramp.start} to "
+            f"train.global_batch_size={train.global_batch_size}; a value that would work: {works}"
+        )
+
+
+def _check_recompute_fields(config: Config) -> Iterator[str]:
+    recompute, model = config.train.recompute, config.model
+    path, reason = "train.recompute", f"with train.recompute.granularity={config.train.recompute.granularity}"
+    if recompute.granularity != "full":
+        yield from check_unused(recompute, path, ("method", "num_layers"), reason)
+    if recompute.granularity != "selective":
+        yield from check_unused(recompute, path, ("modules",), reason)
+        return
+    has_dense = model.moe is None or model.moe.num_dense_layers > 0
+    applies = {
+        "mlp": (has_dense, "a dense MLP"),
+        "moe": (model.moe is not None, "model.moe"),
+        "moe_act": (model.moe is not None, "model.moe"),
+        "mla_up_proj": (model.mla is not None, "model.mla"),
+    }
+    for module in dict.fromkeys(recompute.modules):
+        is_there, needed = applies.get(module, (True, ""))
+        if not is_there:
+            yield (
+                f"{path}.modules: {module} needs {needed}, which this model lacks; a value that would work: [core_attn]"
+            )
+
+
+def _check_precision(config: Config) -> Iterator[str]:
+    precision = config.precision
+    fp16_fields = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "loss_scale_hysteresis")
+    if precision.compute != "fp16":
+        yield from check_unused(precision, "precision", fp16_fields, f"with precision.compute={precision.compute}")
+    elif precision.min_loss_scale > precision.initial_loss_scale:
+        yield (
+            f"precision.min_loss_scale: {precision.min_loss_scale:g} exceeds precision.initial_loss_scale="
+            f"{precision.initial_loss_scale:g}; a value that would work: 1.0"
+        )
+
+
+def _check_fp8_fields(config: Config) -> Iterator[str]:
+    fp8 = config.precision.fp8
+    if fp8 is not None and fp8.recipe != "delayed":
+        reason = f"with precision.fp8.recipe={fp8.recipe}"
+        yield from check_unused(fp8, "precision.fp8", ("amax_history_len", "amax_compute"), reason)
+
+
+def _check_optimizer(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    for name, works in (("beta1", 0.9), ("beta2", 0.95)):
+        if getattr(optimizer, name) >= 1.0:
+            yield f"optimizer.{name}: 1.0 never forgets and divides by zero; a value that would work: {works}"
+    if config.schedule.kind != "constant" and optimizer.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.min_lr: {optimizer.min_lr:g} exceeds optimizer.lr={optimizer.lr:g}; a value that would work: "
+            f"{optimizer.lr / 10:g}"
+        )
+    if config.schedule.kind == "wsd" and config.schedule.wsd_decay == "exponential" and optimizer.min_lr == 0:
+        yield f"optimizer.min_lr: an exponential decay never reaches 0; a value that would work: {optimizer.lr / 10:g}"
+
+
+def _check_schedule(config: Config) -> Iterator[str]:
+    schedule, num_steps = config.schedule, config.train.num_steps
+    if schedule.kind != "wsd":
+        reason = f"with schedule.kind={schedule.kind}"
+        yield from check_unused(schedule, "schedule", ("wsd_decay_steps", "wsd_decay"), reason)
+    if schedule.kind == "constant":
+        yield from check_unused(schedule, "schedule", ("decay_steps",), "with schedule.kind=constant")
+    if num_steps == 0:
+        return
+    end = schedule.decay_steps or num_steps
+    if schedule.warmup_steps >= end:
+        field = "train.num_steps" if schedule.decay_steps is None else "schedule.decay_steps"
+        yield (
+            f"schedule.warmup_steps: {schedule.warmup_steps} is not below {field}={end}; a value that would work: "
+            f"{end // 10}"
+        )
+        return
+    decay = schedule.wsd_decay_steps
+    if schedule.kind == "wsd" and decay is not None and schedule.warmup_steps + decay > end:
+        yield (
+            f"schedule.wsd_decay_steps: {decay} do not fit between the {schedule.warmup_steps} warm-up steps and step "
+            f"{end}; a value that would work: {end - schedule.warmup_steps}"
+        )
+
+
+def _check_checkpoint(config: Config) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if not checkpoint.resume.strip():
+        yield "checkpoint.resume: is empty; a value that would work: auto"
+    for name in ("init_from", "init_from_hf"):
+        if checkpoint.resume not in ("auto", "never") and getattr(checkpoint, name) is not None:
+            yield (
+                f"checkpoint.{name}: checkpoint.resume names a checkpoint too, and a run starts from one; a value that "
+                "would work: null (to continue), or checkpoint.resume=auto (for a warm start)"
+            )
+    if checkpoint.init_from is not None and checkpoint.init_from_hf is not None:
+        yield "checkpoint.init_from_hf: checkpoint.init_from names weights too; a value that would work: null"
+    if checkpoint.keep_every is None:
+        return
+    if checkpoint.save_every is None:
+        yield (
+            "checkpoint.keep_every: has no effect without checkpoint.save_every; a value that would work: null, or "
+            f"checkpoint.save_every={checkpoint.keep_every}"
+        )
+    elif checkpoint.keep_every % checkpoint.save_every:
+        times = max(1, round(checkpoint.keep_every / checkpoint.save_every))
+        yield (
+            f"checkpoint.keep_every: {checkpoint.keep_every} is no multiple of checkpoint.save_every="
+            f"{checkpoint.save_every}; a value that would work: {times * checkpoint.save_every}"
+        )
+
+
+def _check_sample(config: Config) -> Iterator[str]:
+    sample, model = config.sample, config.model
+    if not sample.prompts:
+        return
+    if config.data.tokenizer is None:
+        yield "data.tokenizer: sample.prompts need a tokenizer directory; set it, or sample.prompts=[]"
+    if sample.num_tokens >= model.max_position_embeddings:
+        yield (
+            f"sample.num_tokens: {sample.num_tokens} leaves no room for a prompt in model.max_position_embeddings="
+            f"{model.max_position_embeddings}; a value that would work: {max(1, model.max_position_embeddings // 2)}"
+        )
+    if sample.top_k is not None and sample.top_k > model.vocab_size:
+        yield f"sample.top_k: {sample.top_k} exceeds model.vocab_size={model.vocab_size}; a value that would work: null"

@@ -1,0 +1,33 @@
+"""The `data` section: what the model reads. Torch-free plain data."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from configs.sections.base import PositiveFloat, PositiveInt, Section
+
+
+class SourceConfig(Section):
+    """One tokenized source of a blend."""
+
+    path: Annotated[str, Field(min_length=1, examples=["data/corpus_train"])]
+    """Prefix of a Megatron dataset: `<path>.bin` and `<path>.idx` must exist."""
+    weight: PositiveFloat = 1.0
+    """Share of samples drawn from this source, relative to the other weights."""
+
+
+class DataConfig(Section):
+    """What the model reads."""
+
+    tokenizer: str | None = None
+    """Directory of the Hugging Face tokenizer the data was made with; its vocabulary hash is checked."""
+    train: tuple[SourceConfig, ...] = ()
+    """Blend of training sources."""
+    validation: tuple[SourceConfig, ...] = ()
+    """Validation sources; each is evaluated on its own and logged under its file name."""
+    document_mask: bool = False
+    """Keep attention inside documents, with positions starting at 0 in each, instead of across the whole sample."""
+    prefetch_steps: PositiveInt = 2
+    """Steps read ahead by a background thread."""

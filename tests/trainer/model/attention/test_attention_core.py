@@ -1,0 +1,179 @@
+"""Core attention against a float64 softmax: causal, grouped heads, documents, latent sizes; no seq x seq tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.pool import Place
+
+# name: (query length, key length, batch, query heads, key heads, key size, value size, document lengths or None)
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "causal": (17, 17, 2, 4, 4, 16, 16, None),
+    "grouped": (17, 17, 2, 6, 2, 16, 16, None),
+    "one_key_head": (17, 17, 2, 4, 1, 16, 16, None),
+    "latent": (17, 17, 2, 4, 4, 24, 16, None),
+    "documents": (30, 30, 1, 4, 2, 16, 16, (1, 12, 7, 10)),
+    "latent_documents": (30, 30, 1, 4, 4, 24, 16, (13, 17)),
+    "later_queries": (5, 17, 2, 4, 2, 16, 16, None),
+    "one_query": (1, 17, 2, 4, 2, 16, 16, None),
+}
+
+
+def build_attention(scale: float | None = None, kind: str = "SdpaCoreAttention") -> Any:
+    """Return the module in training mode, without dropout."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from trainer.model.attention import core as attention
+
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, attention_dropout=0.0)
+    return getattr(attention, kind)(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
+
+
+def reference(query: Any, key: Any, value: Any, scale: float) -> Any:
+    """Return softmax attention of `[seq, batch, heads, dim]` with the last query seeing all keys, in float64."""
+    import torch
+
+    repeats = query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
+    scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * scale
+    sq, sk = scores.shape[-2:]
+    hidden = torch.ones(sq, sk, dtype=torch.bool).triu(sk - sq + 1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+
+
+def reference_of_documents(parts: list[Any], lengths: tuple[int, ...], scale: float) -> Any:
+    """Return the attention of each document alone, joined."""
+    import torch
+
+    pieces = zip(*(part.split(list(lengths)) for part in parts), strict=True)
+    return torch.cat([reference(*piece, scale) for piece in pieces])
+
+
+def attend_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    bounds_q: Any,
+    bounds_k: Any,
+    longest_q: int,
+    longest_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Any:
+    """Stand for torch's kernel of packed documents, which runs on GPUs alone: what its documentation says it does."""
+    import torch
+
+    assert query.shape[2] == key.shape[2] == value.shape[2] and query.shape[2] % 8 == 0, "sizes the kernel refuses"
+    assert query.shape[1] == key.shape[1] and bounds_q is bounds_k and window_size == (-1, 0)
+    lengths = bounds_q.diff().tolist()
+    assert longest_q == longest_k == max(lengths)
+    parts = [[piece.unsqueeze(1) for piece in part.split(lengths)] for part in (query, key, value)]
+    documents = [reference(*piece, scale) for piece in zip(*parts, strict=True)]
+    return torch.cat(documents).squeeze(1).unflatten(-1, (query.shape[1], -1))
+
+
+def largest_errors_of_flash(place: Place, shape: tuple[Any, ...]) -> list[float]:
+    """Return the largest errors of the module for GPUs, with its kernel of documents replaced."""
+    from unittest.mock import patch
+
+    with patch("torch.nn.attention.varlen.varlen_attn", attend_varlen):
+        return largest_errors(place, shape, None, kind="FlashCoreAttention")
+
+
+def largest_errors(
+    place: Place, shape: tuple[Any, ...], scale: float | None, kind: str = "SdpaCoreAttention"
+) -> list[float]:
+    """Return the largest absolute error of the output and of each gradient."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    sq, sk, batch, heads, groups, dim, dim_v, lengths = shape
+    torch.manual_seed(1)
+    sizes = (sq, batch, heads, dim), (sk, batch, groups, dim), (sk, batch, groups, dim_v)
+    exact = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    parts = [part.detach().float().requires_grad_() for part in exact]
+    used_scale = dim**-0.5 if scale is None else scale
+    module = build_attention(scale, kind)
+    if lengths is None:
+        out, expected = module(*parts, None), reference(*exact, used_scale)
+    else:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        documents = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(lengths)
+        )
+        out = module(*(part.squeeze(1) for part in parts), None, packed_seq_params=documents).unsqueeze(1)
+        expected = reference_of_documents(exact, lengths, used_scale)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = [float((ours.grad - theirs.grad).abs().max()) for ours, theirs in zip(parts, exact, strict=True)]
+    return [float((out - expected).abs().max()), *gradients]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_float64_softmax(ranks, name):
+    (errors,) = ranks.run(largest_errors, SHAPES[name], None)
+    assert max(errors) < 2e-5, errors
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "odd_latent_documents"])
+def test_the_module_for_gpus_equals_float64_softmax(ranks, name):
+    shape = SHAPES.get(name, (30, 30, 1, 4, 2, 20, 12, (13, 17)))
+    (errors,) = ranks.run(largest_errors_of_flash, shape)
+    assert max(errors) < 2e-5, errors
+
+
+def test_scale_is_used(ranks):
+    (errors,) = ranks.run(largest_errors, SHAPES["causal"], 0.7)
+    assert max(errors) < 2e-5, errors
+
+
+def measure_attention(place: Place, seq_len: int, groups: int, dim_v: int, dtype: str) -> tuple[int, list[str]]:
+    """Return the largest single allocation in bytes of a forward and backward pass, and the attention kernels used."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    sizes = (seq_len, 1, 4, 16), (seq_len, 1, groups, 16), (seq_len, 1, groups, dim_v)
+    parts = [torch.randn(size, dtype=getattr(torch, dtype), requires_grad=True) for size in sizes]
+    module = build_attention()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        module(*parts, None).sum().backward()
+    kernels = {event.name for event in profiled.events() if "_scaled_dot_product" in event.name}
+    largest = max(event.self_cpu_memory_usage for event in profiled.events())
+    return largest, sorted(kernels)
+
+
+@pytest.mark.parametrize(
+    "groups, dim_v, dtype",
+    [(4, 16, "float32"), (2, 16, "float32"), (4, 8, "float32"), (2, 16, "bfloat16")],
+    ids=["mha", "gqa", "latent", "bf16"],
+)
+def test_never_a_seq_by_seq_tensor(ranks, groups, dim_v, dtype):
+    """At 8192 tokens one head's scores alone would take 64 MB as bytes; all inputs together take 6 MB."""
+    seq_len = 8192 if dtype == "float32" else 4096
+    ((largest, kernels),) = ranks.run(measure_attention, seq_len, groups, dim_v, dtype)
+    assert kernels and not [name for name in kernels if "math" in name], kernels
+    assert largest < seq_len * seq_len / 4, f"{largest} bytes at once"
+
+
+def refusals(place: Place) -> list[str]:
+    """Return what the module says to explicit masks and biases."""
+    import torch
+
+    part, mask, said = torch.randn(4, 1, 4, 16), torch.zeros(4, 4, dtype=torch.bool), []
+    for arguments in ({"attention_mask": mask}, {"attention_mask": None, "attention_bias": mask}):
+        try:
+            build_attention()(part, part, part, **arguments)
+        except NotImplementedError as error:
+            said.append(str(error))
+    return said
+
+
+def test_masks_and_biases_are_refused(ranks):
+    (said,) = ranks.run(refusals)
+    assert len(said) == 2 and all("masks or biases" in sentence for sentence in said)

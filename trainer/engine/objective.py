@@ -1,0 +1,25 @@
+"""What the engine minimises: the protocol of an objective. Knows nothing of stages, data files or layouts."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from trainer.data.batch import Batch
+from trainer.losses.loss import Loss
+
+
+class Objective(Protocol):
+    """Forward pass and loss of one microbatch."""
+
+    metric_names: tuple[str, ...]
+    """Names of the sums that `loss` returns beside the loss itself."""
+
+    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Run one model chunk on one microbatch on the device; the last pipeline stage returns what `loss` takes."""
+        ...
+
+    def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
+        """Return the summed loss of one microbatch from the last pipeline stage's output."""
+        ...

@@ -1,0 +1,41 @@
+"""Validation: the mean loss of each source on its own, on fixed samples, the same on every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from trainer.data.batch import Batch, without_loss
+from trainer.data.reader import ValidationReader
+from trainer.engine.engine import Engine
+from trainer.engine.objective import Objective
+
+VALIDATION_LOSS = "validation_loss/"
+VALIDATION_PERPLEXITY = "validation_perplexity/"
+
+
+class Evaluator:
+    """Evaluates every validation source when asked."""
+
+    def __init__(self, readers: Mapping[str, ValidationReader]) -> None:
+        self._readers = readers
+
+    def evaluate(self, engine: Engine, stage: Objective) -> dict[str, float]:
+        """Return `validation_loss/<source>` in nats and `validation_perplexity/<source>` for each source.
+
+        Collective: all ranks of the world must call this.
+        """
+        values = {}
+        for name, reader in self._readers.items():
+            batches = fill_pipeline(list(reader.batches()), engine.mesh.pp_size if engine.mesh.vpp_size > 1 else 1)
+            sums = engine.eval_step(batches, stage)
+            loss = sums["total"] / max(sums["num_tokens"], 1.0)
+            values[VALIDATION_LOSS + name] = loss
+            values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
+        return values
+
+
+def fill_pipeline(batches: list[Batch], multiple: int) -> list[Batch]:
+    """Return the batches with copies that count for nothing, up to a multiple: the interleaved schedule wants one."""
+    missing = -len(batches) % multiple
+    return batches + [without_loss(batches[-1], 0)] * missing

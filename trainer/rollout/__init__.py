@@ -1,1 +1,0 @@
-"""Text from the engine that trains."""

@@ -1,0 +1,153 @@
+"""The run directory is the run: writes what was asked, with what command, and what was found on the machine."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from configs.errors import BadInput
+from configs.fp8 import describe_fp8, resolve_backend, uses_te_layers
+from configs.load import resolved_dict
+from configs.stages import Config
+from parallel.collectives import broadcast_object, gather_objects
+from parallel.mesh import Mesh
+from trainer.checkpoint.layout import LATEST, checkpoints_dir
+from trainer.disk.lock import FileLock
+from trainer.optim.adam import has_fused_adam
+from trainer.report.log import add_rank_file, console, next_attempt
+
+PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
+
+
+def check_run_directory(run_dir: str) -> None:
+    """Raise BadInput if `run.dir` cannot be a directory that this user writes; creates nothing."""
+    advice = "choose a path like runs/<name> that can be created."
+    if not run_dir or "\0" in run_dir:
+        raise BadInput(f"run.dir: {run_dir!r} is not a path; {advice}")
+    existing = Path(run_dir).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"run.dir: {existing} is not a directory that can be written to; {advice}")
+    latest = checkpoints_dir(run_dir) / LATEST
+    if latest.exists() and not latest.is_symlink():
+        raise BadInput(f"{latest}: is not a link but a file or directory of its own; move it away.")
+
+
+class RunLock:
+    """Keeps a second run out of a run directory while the first one writes there."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._path = Path(run_dir) / ".lock"
+        self._lock = FileLock(self._path)
+
+    def take(self, mesh: Mesh) -> None:
+        """Lock the directory for rank 0's process, or raise BadInput on all ranks, naming who holds it.
+
+        Collective: all ranks of the world must call this.
+        """
+        problem = broadcast_object(self._try() if mesh.rank == 0 else None)
+        if problem:
+            raise BadInput(problem)
+
+    def release(self) -> None:
+        """Let the next run in."""
+        self._lock.release()
+
+    def _try(self) -> str | None:
+        """Take the lock and return None, or the sentence that says why not."""
+        directory = self._path.parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            holder = self._lock.take()
+        except OSError as error:
+            return f"run.dir: {directory} cannot be written to ({error}); choose another path."
+        if holder is None:
+            return None
+        return f"run.dir: {directory} is being written to by {holder}; wait for it, or choose another path."
+
+
+def describe_environment(config: Config, mesh: Mesh, *, has_te: bool) -> dict[str, Any]:
+    """Return hosts, devices, layout, versions and the kernels found and chosen.
+
+    Collective: all ranks of the world must call this.
+    """
+    platform, fp8 = mesh.platform.describe(), config.precision.fp8
+    use_te = uses_te_layers(config, has_te=has_te)
+    places = gather_objects((socket.gethostname(), platform["device"]))
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hosts": sorted({host for host, _ in places}),
+        "devices": [device for _, device in places],
+        "platform": platform,
+        "layout": mesh.sizes(),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "chosen": {
+            "layers": "Transformer Engine" if use_te else "Megatron-Core local layers, torch SDPA",
+            "adam": has_fused_adam() or "torch fused AdamW",
+            "fp8": "none" if fp8 is None else describe_fp8(fp8, resolve_backend(fp8, has_te=has_te)),
+        },
+    }
+
+
+def write_run_files(config: Config, environment: Mapping[str, Any], run_dir: Path, *, launcher: str) -> None:
+    """Write config.json, command.txt and environment.json. Rank 0 alone calls this."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir / "config.json", json.dumps(resolved_dict(config), indent=1))
+    started = f"# {len(environment['devices'])} ranks on {len(environment['hosts'])} host(s), by {launcher}, each:\n"
+    _write(run_dir / "command.txt", started + shlex.join([sys.executable, *sys.argv]) + "\n")
+    _write(run_dir / "environment.json", json.dumps(environment, indent=1))
+
+
+def start_rank_log(run_dir: Path, mesh: Mesh) -> Path:
+    """Open this rank's log file of this attempt. Collective: all ranks of the world must call this."""
+    attempts = gather_objects(next_attempt(run_dir) if mesh.rank == 0 else None)
+    return add_rank_file(run_dir, attempts[0], mesh.rank)
+
+
+def show_start(config: Config, environment: Mapping[str, Any]) -> None:
+    """Print what was found, what was chosen and why. Rank 0 alone calls this."""
+    table = Table(show_header=False)
+    layout = ", ".join(f"{name} {size}" for name, size in environment["layout"].items())
+    te = environment["versions"]["transformer-engine"]
+    rows = {
+        "device": environment["platform"]["device"],
+        "collectives": environment["platform"]["collectives"],
+        "layout": layout,
+        "precision": f"{config.precision.compute} compute, fp32 main weights, reductions and moments",
+        "FP8": environment["chosen"]["fp8"],
+        "Transformer Engine": te or "not installed: its layers and fusions are not used",
+        "apex": "found" if importlib.util.find_spec("apex") else "not installed",
+        "flash-attn": environment["versions"]["flash-attn"] or "not installed: torch's attention kernels are used",
+        "layers": environment["chosen"]["layers"],
+        "AdamW": environment["chosen"]["adam"],
+        "run directory": config.run.dir or "",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

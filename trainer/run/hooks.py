@@ -1,0 +1,151 @@
+"""What happens around a step, in one fixed order: faults, evaluation, log, checkpoints, stop requests.
+
+Every method is collective: all ranks of the world must call it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import torch
+
+from configs.errors import NonFinite
+from configs.stages import Config
+from parallel.collectives import gather_objects, max_over_ranks
+from trainer.checkpoint.save import CheckpointWriter
+from trainer.engine.engine import Engine
+from trainer.engine.state import StepResult, TrainState
+from trainer.evaluate.validation import VALIDATION_LOSS, Evaluator
+from trainer.optim.update import has_non_finite_gradient
+from trainer.report.reporter import Reporter
+from trainer.run.signals import StopSignals
+from trainer.stages.base import Stage
+
+log = logging.getLogger(__name__)
+
+
+class Hooks:
+    """All that happens around a step."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        stage: Stage,
+        *,
+        reporter: Reporter,
+        evaluator: Evaluator,
+        checkpoints: CheckpointWriter,
+        signals: StopSignals,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._stage = stage
+        self._reporter = reporter
+        self._evaluator = evaluator
+        self._checkpoints = checkpoints
+        self._signals = signals
+        self._first_validation: dict[str, float] = {}
+        self._last_validation: dict[str, float] = {}
+        self._last_validation_step = -1
+
+    def on_start(self, state: TrainState) -> None:
+        """Measure the validation loss before the first step of a run."""
+        if state.step == 0 and self._config.train.num_steps > 0:
+            self._first_validation = self._evaluate(state)
+            self._reporter.write_start(state.step, self._first_validation)
+        self._vote()
+
+    def stop_requested(self) -> bool:
+        """Return whether any rank has been asked to save and exit."""
+        return self._signals.is_agreed
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Report faults, evaluate, log and save after a step."""
+        if not result.is_applied:
+            self._report_skip(state, result)
+        train = self._config.train
+        is_last = state.step == train.num_steps
+        extras: dict[str, float] = {}
+        if is_last or (train.eval_every is not None and state.step % train.eval_every == 0):
+            extras = self._evaluate(state)
+        started = time.perf_counter()
+        is_any_rank_writing, extras["peak_memory_gb"] = self._vote()
+        self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)
+        save_every = self._config.checkpoint.save_every
+        # Weights that give non-finite losses must not push the last good ones out of the retention.
+        if save_every is not None and state.step % save_every == 0 and state.num_nonfinite_in_a_row == 0:
+            self._checkpoints.save(state, self._stage)
+        extras["seconds_checkpoint"] = time.perf_counter() - started
+        self._reporter.write(state, result, extras)
+        if state.num_nonfinite_in_a_row >= train.max_nonfinite_steps:
+            culprits = self._find_culprits()
+            self._checkpoints.finish()
+            self._reporter.close()
+            raise NonFinite(
+                f"{state.num_nonfinite_in_a_row} steps in a row, up to step {state.step}, had a non-finite loss or "
+                f"gradient and were skipped ({culprits}); lower optimizer.lr, or look at that data, and run the same "
+                "command to continue from the last checkpoint."
+            )
+
+    def on_end(self, state: TrainState) -> None:
+        """Save where the run is, unless that has been done, and wait until it is on disk."""
+        if self._checkpoints.last_saved_step != state.step:
+            self._checkpoints.save(state, self._stage)
+        self._checkpoints.finish()
+        self._reporter.close()
+        for name, first in self._first_validation.items():
+            if name.startswith(VALIDATION_LOSS) and self._last_validation_step == state.step:
+                log.info("%s: %.4f before training, %.4f after", name, first, self._last_validation[name])
+
+    def _vote(self) -> tuple[bool, float]:
+        """Agree, in one reduction a step, on stopping; return whether any rank is writing and the peak memory in GB."""
+        mesh = self._engine.mesh
+        mine = (self._signals.is_received, self._checkpoints.is_writing, mesh.platform.peak_memory_bytes() / 1e9)
+        is_stop, is_writing, peak_memory = max_over_ranks(mine, mesh.device)
+        self._signals.is_agreed = self._signals.is_agreed or bool(is_stop)
+        return bool(is_writing), peak_memory
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        values = self._evaluator.evaluate(self._engine, self._stage)
+        self._last_validation, self._last_validation_step = values, state.step
+        for name, value in values.items():
+            if name.startswith(VALIDATION_LOSS):
+                log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))
+        return values
+
+    def _report_skip(self, state: TrainState, result: StepResult) -> None:
+        if result.is_overflow_expected:
+            log.info(
+                "step %d: fp16 overflow at loss scale %g; update skipped, scale now %g",
+                state.step,
+                result.loss_scale,
+                self._engine.optimizer.get_loss_scale().item(),
+            )
+            return
+        log.warning(
+            "step %d: non-finite (loss %s, gradient norm %s); update skipped on all ranks: %s",
+            state.step,
+            result.loss,
+            result.grad_norm,
+            self._find_culprits(),
+        )
+
+    def _find_culprits(self) -> str:
+        """Return which ranks and data had a non-finite loss, else which ranks hold non-finite gradients."""
+        report = self._engine.report
+        bad_samples = [
+            sample
+            for ids, loss in zip(report.sample_ids, report.losses, strict=True)
+            if not bool(torch.isfinite(loss))
+            for sample in ids
+        ]
+        place = self._engine.mesh.coordinates()
+        findings = gather_objects((place, bad_samples, has_non_finite_gradient(self._engine.replicas)))
+        losses = [f"{where}, samples {samples}" for where, samples, _ in findings if samples]
+        if losses:
+            return "non-finite loss on " + "; ".join(losses)
+        gradients = [where for where, _, is_bad in findings if is_bad]
+        return "non-finite gradients on " + "; ".join(gradients) if gradients else "the sum of the gradients overflows"
