@@ -89,11 +89,14 @@ def _problems(config: Config, world_size: int, platform_name: PlatformName, *, h
 
 
 def _machine_problems(config: Config, platform_name: PlatformName) -> list[str]:
-    """Return what this machine's devices cannot do."""
+    """Return what this version, or this machine's devices, cannot do."""
     from configs.rules.fp8 import check_backend
+    from configs.rules.layout import check_runnable
 
-    fp8 = config.precision.fp8
-    return [] if fp8 is None else list(check_backend(fp8, platform=platform_name, has_te=has_transformer_engine()))
+    fp8, problems = config.precision.fp8, list(check_runnable(config))
+    if fp8 is not None:
+        problems += check_backend(fp8, platform=platform_name, has_te=has_transformer_engine())
+    return problems
 
 
 def _dry_run(config: Config, arguments: Arguments, environment: Environment) -> int:

@@ -108,25 +108,32 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     return estimates
 
 
-def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return the FLOPs of forward and backward per token: 3 x the forward matrix multiplications.
+def model_flops(model: ModelConfig, num_tokens: int, num_attended_pairs: int) -> float:
+    """Return the FLOPs of forward and backward: 3 x the forward matrix multiplications.
 
-    Two FLOPs per parameter that multiplies a token (active experts, router and the output layer over the true
-    vocabulary; embedding look-up, norms and biases are free), and the attention core 2 seq_len heads (d_qk + d_v).
-    Of the core half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so
-    do we. Recomputation is not counted: this is model, not hardware, FLOPs.
+    Two FLOPs per token and parameter that multiplies it (active experts, router and the output layer over the true
+    vocabulary; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of the squared lengths of
+    what attention sees at once (samples, or documents): 2 heads (d_qk + d_v) FLOPs a pair and layer, of which half is
+    counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so do we. Recomputation
+    is not counted: this is model, not hardware, FLOPs.
     """
     multiplied = model.vocab_size * model.hidden_size
     for layer in range(model.num_layers):
         multiplied += sum(_active_count(model, weight) for weight in _layer_weights(model, layer) if weight.multiplies)
     value_dim = model.mla.v_head_dim if model.mla is not None else head_dim(model)
-    core = seq_len * model.num_attention_heads * (head_dim(model) + value_dim) * model.num_layers
-    return 3.0 * (2 * multiplied + core)
+    core = model.num_attention_heads * (head_dim(model) + value_dim) * model.num_layers
+    return 3.0 * (2 * multiplied * num_tokens + core * num_attended_pairs)
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Return the model FLOPs of a token of a sample that is attended whole."""
+    return model_flops(model, seq_len, seq_len**2) / seq_len
 
 
 def flops_per_step(config: Config, global_batch: int) -> float:
-    """Return the model FLOPs of a step of `global_batch` samples, over all ranks."""
-    return model_flops_per_token(config.model, config.train.seq_len) * global_batch * config.train.seq_len
+    """Return the model FLOPs of a step of `global_batch` samples that are attended whole, over all ranks."""
+    seq_len = config.train.seq_len
+    return model_flops(config.model, global_batch * seq_len, global_batch * seq_len**2)
 
 
 def _active_count(model: ModelConfig, weight: _Weight) -> int:

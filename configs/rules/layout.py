@@ -30,7 +30,7 @@ def check_layout(config: Config, world_size: int, *, platform: Literal["cpu", "c
     problems = [
         *_check_world(config, world_size),
         *_check_tensor_axis(config, has_te),
-        *_check_sequence(config, has_te),
+        *_check_sequence(config),
         *_check_pipeline(config),
         *_check_experts(config, has_te),
         *_check_recompute(config, has_te),
@@ -41,6 +41,15 @@ def check_layout(config: Config, world_size: int, *, platform: Literal["cpu", "c
     except BadInput:
         return problems  # the world is already reported, and without dp no batch can be judged
     return problems + list(_check_batches(config, layout))
+
+
+def check_runnable(config: Config) -> Iterator[str]:
+    """Yield what can be planned, but not run by this version on any machine."""
+    if config.parallel.cp > 1:
+        yield (
+            f"parallel.cp: {config.parallel.cp} can be planned but not run yet: nothing splits the samples; a value "
+            "that would work: 1"
+        )
 
 
 def _check_world(config: Config, world_size: int) -> Iterator[str]:
@@ -107,7 +116,7 @@ def _check_tensor_axis(config: Config, has_te: bool) -> Iterator[str]:
         )
 
 
-def _check_sequence(config: Config, has_te: bool) -> Iterator[str]:
+def _check_sequence(config: Config) -> Iterator[str]:
     parallel, train, model = config.parallel, config.train, config.model
     if parallel.sp and parallel.tp == 1:
         yield "parallel.sp: there is nothing to split the sequence over with parallel.tp=1; set parallel.sp=false"
@@ -115,11 +124,6 @@ def _check_sequence(config: Config, has_te: bool) -> Iterator[str]:
         yield (
             f"parallel.sp: mixture of experts with parallel.tp={parallel.tp} needs the sequence split; "
             "set parallel.sp=true"
-        )
-    if parallel.cp > 1 and not has_te:
-        yield (
-            f"parallel.cp: {parallel.cp} needs Transformer Engine, which is not installed here (context-parallel "
-            "attention of our own comes with long context); a value that would work: 1"
         )
     # Context parallelism gives each rank two pieces of the sequence, one from either end, to balance the causal mask.
     pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)

@@ -33,6 +33,7 @@ class CudaPlatform:
 
     name = "cuda"
     backend = "nccl"
+    control_backend = "gloo"
     fuses_kernels = True
     overlaps_communication = True
 

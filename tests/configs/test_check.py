@@ -12,6 +12,8 @@ from configs.load import load_config
 from configs.plan.derive import derive_layout
 from configs.plan.show import describe
 from configs.rules.check import check_config
+from configs.rules.layout import check_runnable
+from configs.stages import Config
 
 ROOT = Path(__file__).parents[2] / "configs"
 
@@ -25,8 +27,12 @@ MLA = [
 ]
 
 
+def config_of(overrides: list[str]) -> Config:
+    return load_config(str(ROOT / "models" / "tiny.yaml"), overrides)
+
+
 def problems_of(overrides: list[str], world_size: int = 1, platform: str = "cuda", has_te: bool = False) -> list[str]:
-    config = load_config(str(ROOT / "models" / "tiny.yaml"), overrides)
+    config = config_of(overrides)
     return check_config(config, world_size, platform=platform, has_te=has_te)
 
 
@@ -271,11 +277,12 @@ def test_each_rule_gives_its_sentence(base: list[str], overrides: list[str], wor
     assert all("\n" not in problem and ";" in problem for problem in problems), problems
 
 
-def test_context_parallelism_needs_transformer_engine() -> None:
+def test_context_parallelism_is_planned_but_not_run() -> None:
     overrides = [*DENSE, "parallel.cp=2"]
-    (problem,) = problems_of(overrides, 2)
-    assert problem.startswith("parallel.cp: 2 needs Transformer Engine") and "comes with long context" in problem
-    assert problems_of(overrides, 2, has_te=True) == []
+    assert problems_of(overrides, 2) == problems_of(overrides, 2, has_te=True) == []
+    (problem,) = check_runnable(config_of(overrides))
+    assert problem.startswith("parallel.cp: 2 can be planned but not run yet") and problem.endswith("would work: 1")
+    assert not list(check_runnable(config_of(DENSE)))
     (problem,) = problems_of([*overrides, "train.seq_len=66"], 2, has_te=True)
     assert problem.startswith("train.seq_len: 66 is not divisible by 4") and problem.endswith("work: 68")
 

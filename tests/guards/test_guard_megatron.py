@@ -14,7 +14,12 @@ EXEMPT = "tools/bench/"
         (r"megatron\.core(\.parallel_state)\b", r"parallel/mesh\.py"),
         (r"megatron\.core\.pipeline_parallel(\.schedules|\.get_forward_backward_func)\b", r"parallel/schedule\.py"),
         (r"megatron\.core\.models\.gpt(\.gpt_model)?\.GPTModel\b", r"trainer/model/build\.py"),
-        (r"megatron\.core\.dist_checkpointing\b", r"trainer/checkpoint/\w+\.py"),
+        (r"megatron\.core\.dist_checkpointing(?!\.mapping|\.dict_utils)\b", r"trainer/checkpoint/\w+\.py"),
+        # the words in which models, optimizers and converters say which shard they hold
+        (
+            r"megatron\.core\.dist_checkpointing\.(mapping|dict_utils)\b",
+            r"trainer/(checkpoint/load|engine/fp8_history|engine/sharded_state|hf/shards)\.py",
+        ),
         (r"megatron\.core\.distributed\.\w*DistributedDataParallel\b", r"parallel/replicate\.py"),
     ],
 )

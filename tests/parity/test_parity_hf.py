@@ -107,7 +107,7 @@ def start_and_export(
         else:
             warm_start(engine, Path(imported) / "checkpoints" / "latest")
         logits = engine.compute_logits(torch.from_numpy(tokens)).numpy()
-        writer = CheckpointWriter(run_dir, config.checkpoint, engine)
+        writer = CheckpointWriter(run_dir, config, engine.mesh)
         writer.save(TrainState(), build_stage(engine))
         checkpoint = Path(run_dir) / "checkpoints" / "latest"
         export_checkpoint(

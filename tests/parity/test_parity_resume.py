@@ -46,9 +46,9 @@ def run_and_save(place: Place, config: Config, run_dir: str) -> RunRecord:
         if place.world_size == 1 and not config.model.hidden_dropout:
             roughen(engine)
         stage = build_stage(engine, "uneven")
-        state, _ = train_steps(engine, stage, TrainState(), STOP)
+        state, _ = train_steps(stage, TrainState(), STOP)
         save_checkpoint(engine, state, stage, Path(run_dir))
-        _, results = train_steps(engine, stage, state, config.train.num_steps - STOP)
+        _, results = train_steps(stage, state, config.train.num_steps - STOP)
         return record_run(engine, results)
 
 
@@ -59,9 +59,9 @@ def resume_run(place: Place, config: Config, run_dir: str) -> RunRecord:
 
     with open_engine(place, config) as engine:
         stage = build_stage(engine, "uneven")
-        state = resume(engine, stage, resolve_checkpoint(run_dir))
+        state = resume(engine.config, engine.mesh, stage, resolve_checkpoint(run_dir))
         assert state.step == STOP and state.consumed_samples == STOP * config.train.global_batch_size
-        _, results = train_steps(engine, stage, state, config.train.num_steps - STOP)
+        _, results = train_steps(stage, state, config.train.num_steps - STOP)
         return record_run(engine, results)
 
 
@@ -148,5 +148,5 @@ def warm_start_run(place: Place, config: Config, run_dir: str) -> RunRecord:
         warm_start(engine, resolve_checkpoint(run_dir))
         stage = build_stage(engine, "uneven")
         stage.load_state_dict({"data": {"step": STOP}})
-        _, results = train_steps(engine, stage, TrainState(step=STOP), config.train.num_steps - STOP)
+        _, results = train_steps(stage, TrainState(step=STOP), config.train.num_steps - STOP)
         return record_run(engine, results)

@@ -24,12 +24,12 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from configs.errors import ShardwrightError
 from configs.load import resolved_dict
-from configs.sections.checkpoint import CheckpointConfig
+from configs.stages import Config
 from parallel.collectives import any_rank, barrier, gather_objects
+from parallel.mesh import Mesh
 from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import Manifest, hash_file
-from trainer.checkpoint.sharded_state import build_full_state
-from trainer.engine.engine import Engine
+from trainer.checkpoint.parts import collect
 from trainer.engine.state import TrainState
 from trainer.stages.base import Stage
 
@@ -55,13 +55,13 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """Saves the engine's state under a run directory, one checkpoint at a time."""
+    """Saves a stage's state under a run directory, one checkpoint at a time."""
 
     def __init__(
         self,
         run_dir: str | Path,
-        settings: CheckpointConfig,
-        engine: Engine,
+        config: Config,
+        mesh: Mesh,
         last_saved_step: int | None = None,
         on_published: Callable[[Path], None] | None = None,
     ) -> None:
@@ -71,13 +71,13 @@ class CheckpointWriter:
         """
         self._on_published = on_published
         self._dir = checkpoints_dir(run_dir)
-        self._run_dir = Path(run_dir)
-        self._settings = settings
-        self._engine = engine
+        self._config = config
+        self._settings = config.checkpoint
+        self._mesh = mesh
         self.last_saved_step = last_saved_step
         self._pending: _Pending | None = None
         self._strategy = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy(), engine.mesh.dp_cp_group, do_cache_distribution=True
+            TorchDistSaveShardedStrategy(), mesh.dp_cp_group, do_cache_distribution=True
         )
         # The default queue is served by a spawned process that imports torch; for a thread this one will do.
         filesystem_async._results_queue = queue.Queue()
@@ -88,14 +88,13 @@ class CheckpointWriter:
         A save that is still under way is finished first.
         """
         self.finish()
-        self._engine.finish_parameter_gather()
         partial = self._dir / f"{PARTIAL_PREFIX}{checkpoint_name(state.step)}"
-        if self._engine.mesh.rank == 0:
+        if self._mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         barrier()
         request = dist_checkpointing.save(
-            build_full_state(self._engine, is_loading=False),
+            collect(stage.parts, None),
             str(partial),
             self._strategy,
             async_sharded_save=True,
@@ -140,7 +139,7 @@ class CheckpointWriter:
             raise self._failure(pending, failures[0])
         for finalize in pending.request.finalize_fns:
             finalize()
-        if self._engine.mesh.rank == 0:
+        if self._mesh.rank == 0:
             self._publish(pending, {name: info for _, files in outcomes for name, info in files.items()})
         barrier()
         if self._on_published is not None:
@@ -151,7 +150,7 @@ class CheckpointWriter:
         tensors = [tensor for _, _, (_, tensor_data) in buckets or [] for _, tensor in tensor_data]
         needed = sum(gather_objects(sum(tensor.nbytes for tensor in tensors)))
         free = shutil.disk_usage(self._dir).free
-        if any_rank(needed > free, self._engine.mesh.device):
+        if any_rank(needed > free, self._mesh.device):
             self._discard(pending)
             raise self._failure(pending, f"it needs {needed / 1e9:.2f} GB")
 
@@ -185,27 +184,27 @@ class CheckpointWriter:
                 files[path.name] = hash_file(path)
         Manifest(files=dict(sorted(files.items())), **pending.manifest).write(pending.partial)
         final = publish(pending.partial, pending.step)
-        apply_retention(self._run_dir, self._settings.keep_last, self._settings.keep_every)
+        apply_retention(final, self._settings.keep_last, self._settings.keep_every)
         num_bytes = sum(info["bytes"] for info in files.values())
         seconds = time.perf_counter() - pending.started
         log.info("saved %s (%.1f MB in %.1f s)", final, num_bytes / 1e6, seconds)
 
     def _discard(self, pending: _Pending) -> None:
-        if self._engine.mesh.rank == 0:
+        if self._mesh.rank == 0:
             shutil.rmtree(pending.partial, ignore_errors=True)
         filesystem_async._results_queue = queue.Queue()
         barrier()
 
     def _describe(self, state: TrainState, stage: Stage) -> dict[str, Any]:
         """Return the manifest's fields but the files."""
-        mesh = self._engine.mesh
+        mesh = self._mesh
         stage_state: Mapping[str, Any] = stage.state_dict()
         return {
             "step": state.step,
             "state": state.as_dict(),
             "stage": {"name": stage.name, "state": dict(stage_state)},
             "layout": mesh.sizes(),
-            "config": resolved_dict(self._engine.config),
+            "config": resolved_dict(self._config),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
         }
 
