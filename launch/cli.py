@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str], stage: str) -> Arguments:
             world_size = _world_size(value)
         elif word.startswith("-"):
             raise BadInput(f"{word}: unknown option; {_nearest_option(word)}")
-        elif "=" in word and not word.endswith((".yaml", ".yml")):
+        elif "=" in word and "/" not in word.partition("=")[0]:  # a config with "=" in its name is written ./a=b.yaml
             overrides.append(word)
         elif config_path is None:
             config_path = word

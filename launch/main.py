@@ -40,7 +40,7 @@ def main(stage_name: str, argv: Sequence[str]) -> int:
             return ExitCode.DONE
         environment = find_environment(os.environ)
         rank = environment.rank
-        config = _load(arguments)
+        config = _load(arguments, stage_name)
         if arguments.dry_run:
             return _dry_run(config, arguments, environment)
         platform_name = detect_platform_name()
@@ -64,14 +64,14 @@ def _print_help(stage_name: str) -> None:
 
     print(usage(stage_name))
     print("\nfields of the config:\n")
-    print(field_help())
+    print(field_help(stage_name))
 
 
-def _load(arguments: Arguments) -> Config:
+def _load(arguments: Arguments, stage_name: str) -> Config:
     from configs.load import load_config
 
     assert arguments.config_path is not None  # parse_arguments refuses a command line without one
-    return load_config(arguments.config_path, arguments.overrides)
+    return load_config(arguments.config_path, arguments.overrides, stage_name)
 
 
 def _check(config: Config, world_size: int, platform_name: PlatformName) -> None:

@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.checkpoint.manifest import read_manifest
 
         checkpoint = find_checkpoint(arguments.path)
-        manifest = read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint, is_only_shown=True)
         _print_facts(checkpoint, manifest)
         if arguments.verify:
             problems.extend(find_all_damage(checkpoint, manifest))

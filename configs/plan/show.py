@@ -19,15 +19,15 @@ from configs.plan.derive import (
     tokens_per_step,
 )
 from configs.plan.estimate import count_parameters, estimate_memory, flops_per_step, parameters_per_rank
-from configs.stages import Config
+from configs.stages import STAGE_CONFIGS, Config
 
 _MIB, _GIB = 2**20, 2**30
 
 
-def field_help() -> str:
-    """Return every field of the schema: dotted path, type, default, and what it means with its unit."""
+def field_help(stage: str) -> str:
+    """Return every field of a stage's config: dotted path, type, default, and what it means with its unit."""
     lines: list[str] = []
-    for field in schema_fields():
+    for field in schema_fields(STAGE_CONFIGS[stage]):
         if field.section is not None:
             default = "" if field.required or field.default_text != "null" else " (default null)"
             summary = field.doc or " ".join((field.section.__doc__ or "").split())

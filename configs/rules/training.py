@@ -146,8 +146,6 @@ def _check_schedule(config: Config) -> Iterator[str]:
 
 def _check_checkpoint(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
-    if not checkpoint.resume.strip():
-        yield "checkpoint.resume: is empty; a value that would work: auto"
     for name in ("init_from", "init_from_hf"):
         if checkpoint.resume not in ("auto", "never") and getattr(checkpoint, name) is not None:
             yield (

@@ -174,7 +174,6 @@ TRAINING_RULES = [
     (["sample={prompts: [a], num_tokens: 2048}", "data.tokenizer=t"], "sample.num_tokens: 2048 leaves no room"),
     (["sample={prompts: [a], top_k: 5000}", "data.tokenizer=t"], "sample.top_k: 5000 exceeds model.vocab_size=4096"),
     (["run.name='  '"], "run.name: is empty"),
-    (["checkpoint.resume=''"], "checkpoint.resume: is empty"),
 ]
 
 MODEL_RULES = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.plan.derive import padded_vocab_size
 from configs.stages import Config
 from tests.parity.conftest import assert_equal_runs
 from tests.pool import Place
@@ -117,6 +118,31 @@ def test_experts_on_another_layout(ranks, stopped_run, before, after):
     world, config = make_config(after, EXPERTS)
     resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
     assert_equal_runs(resumed, uninterrupted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "before, rows_before, after, rows_after",
+    [("one", 250, "tp2_sp", 256), ("one", 250, "tp2_pp2", 384), ("tp2_pp2", 384, "one", 250), ("dp2", 256, "pp2", 250)],
+)
+def test_another_padding_of_the_vocabulary(ranks, stopped_run, before, rows_before, after, rows_after, tied):
+    """Padding is layout: embedding, output layer and the moments of both move between vocabularies of other sizes."""
+    multiples = {250: 1, 256: 16, 384: 192}
+    model = {"vocab_pad_multiple": multiples[rows_before], "tie_embeddings": tied}
+    run_dir, uninterrupted = stopped_run(before, model)
+    world, config = make_config(after, model | {"vocab_pad_multiple": multiples[rows_after]})
+    assert padded_vocab_size(config.model) == rows_after
+    resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
+    assert_equal_runs(resumed, uninterrupted)
+
+
+def test_a_warm_start_takes_another_padding_of_the_vocabulary(ranks, stopped_run):
+    run_dir, _ = stopped_run("one", {"vocab_pad_multiple": 1, "tie_embeddings": False})
+    runs = [
+        ranks.run(warm_start_run, make_config(name, {"vocab_pad_multiple": multiple})[1], str(run_dir), world=world)[0]
+        for name, world, multiple in (("one", 1, 1), ("tp2_sp", 2, 128))
+    ]
+    assert_equal_runs(runs[1], runs[0])
 
 
 def test_changed_optimizer_settings_apply_on_resume(ranks, stopped_run):
