@@ -88,9 +88,7 @@ class PartStore:
         self._stream.write(block.tokens)
         self._lengths.append(block.lengths)
         num_tokens = len(block.tokens) // np.dtype(self.dtype).itemsize
-        added = Part(
-            1, len(block.lengths), num_tokens, block.num_empty, block.num_text_bytes, block.num_missing
-        )
+        added = Part(1, len(block.lengths), num_tokens, block.num_empty, block.num_text_bytes, block.num_missing)
         self._open = self._open.plus(added)
         return added
 
