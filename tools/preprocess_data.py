@@ -23,7 +23,7 @@ from tools.console import Progress, run_command
 from tools.outputs import check_prefix
 
 if TYPE_CHECKING:
-    from trainer.data.indexed import DatasetMeta
+    from trainer.data.dataset_files import DatasetMeta
     from trainer.data.making.documents import InputFile
     from trainer.data.making.parts import Part, PartStore
     from trainer.data.making.workers import DocumentWorkers, Recipe
@@ -47,7 +47,8 @@ def preprocess(
 
     Returns at once when exactly that dataset is there already. Raises BadInput, also when another one is.
     """
-    from trainer.data.indexed import check_files, read_meta
+    from trainer.data.dataset_files import read_meta
+    from trainer.data.indexed import check_files
     from trainer.data.making.around_documents import find_notes
     from trainer.data.making.parts import PartStore
     from trainer.data.making.workers import DocumentWorkers, token_dtype
@@ -163,7 +164,7 @@ def _publish(
     store: PartStore, prefix: str, tokenizer: Tokenizer, fingerprint: str, sources: list[dict[str, str | int]]
 ) -> DatasetMeta:
     """Merge the parts and rename the result into place: `.meta.json` comes last and says that all is there."""
-    from trainer.data.indexed import DatasetMeta
+    from trainer.data.dataset_files import DatasetMeta
     from trainer.data.making.parts import hash_file
 
     total = store.total

@@ -189,3 +189,26 @@ def test_help_needs_neither_torch_nor_tokenizers():
     code = hidden + "from tools.preprocess_data import main; main(['-h'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--verify" in done.stdout and time.monotonic() - started < 5
+
+
+def test_records_without_text_are_counted_in_the_summary_and_the_meta_file(tokenizer_directory, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{}\n{"text": ""}\n')
+    command = [str(tmp_path / "a.jsonl"), "--tokenizer", tokenizer_directory, "--out", str(tmp_path / "data")]
+    assert main(command) == 2
+    assert "a.jsonl:2: the value of 'text' is not a string but null" in capsys.readouterr().err
+    assert main([*command, "--skip-missing", "--verify"]) == 0
+    assert "1 documents (1 empty ones left out, 2 records without text left out)" in capsys.readouterr().out
+    meta = json.loads((tmp_path / "data.meta.json").read_text())
+    assert (meta["num_documents"], meta["num_empty_documents"], meta["num_missing_documents"]) == (1, 1, 2)
+
+
+def test_a_small_input_starts_no_processes_and_no_slow_imports(jsonl, tokenizer_directory, tmp_path):
+    hidden = "import sys; sys.modules |= dict(torch=None, megatron=None, transformers=None)\n"
+    code = hidden + (
+        "import concurrent.futures\n"
+        "concurrent.futures.ProcessPoolExecutor.submit = None\n"
+        "from tools.preprocess_data import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [str(jsonl), "--tokenizer", tokenizer_directory, "--out", str(tmp_path / "data"), "--workers", "8"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "360 documents" in done.stdout, done.stderr

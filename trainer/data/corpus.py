@@ -11,7 +11,8 @@ from configs.errors import BadInput
 from configs.plan.derive import global_batch_size_at
 from configs.stages import Config
 from trainer.data.blend import Blend, open_blend
-from trainer.data.indexed import DatasetMeta, TokenDataset, check_tokenizer, check_vocab_size
+from trainer.data.dataset_files import DatasetMeta
+from trainer.data.indexed import TokenDataset, check_tokenizer, check_vocab_size
 from trainer.data.reader import BatchReader, ValidationReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 

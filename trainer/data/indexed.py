@@ -6,43 +6,15 @@ imports. Knows nothing of order, windows or batches.
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
-from trainer.data.index_file import COPY_OR_MAKE_AGAIN, MAKE_AGAIN, Index, read_index
+from trainer.data.dataset_files import check_size, check_sizes, read_meta
+from trainer.data.index_file import MAKE_AGAIN, Index, read_index
 from trainer.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class DatasetMeta:
-    """What `<prefix>.meta.json` says: the tokenizer the data was made with, its size and where it came from."""
-
-    vocabulary_hash: str
-    vocab_size: int
-    eod_id: int
-    dtype: str
-    num_documents: int
-    num_tokens: int
-    num_empty_documents: int
-    fingerprint: str
-    bin_sha256: str
-    idx_sha256: str
-    sources: list[dict[str, str | int]] = field(default_factory=list)
-    eod_token: str | None = None  # None: made before it was written down
-    bos_id: int | None = None  # what every document begins with, if anything
-    num_missing_documents: int = 0  # records without text, left out
-
-    def write(self, file: Path) -> None:
-        """Write as JSON, atomically."""
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
 
 
 class TokenDataset:
@@ -54,15 +26,15 @@ class TokenDataset:
         self.prefix = prefix
         self.meta = read_meta(prefix)
         self.lengths: NDArray[np.int32] = index.lengths  # [num_documents] tokens of each document
-        self.num_documents = len(index.lengths)
-        self.num_tokens = index.num_bytes // np.dtype(index.dtype).itemsize
-        self._dtype, self._itemsize = index.dtype, np.dtype(index.dtype).itemsize
+        self.num_documents = index.header.num_documents
+        self.num_tokens = index.header.num_tokens
+        self._dtype, self._itemsize = index.dtype, index.header.itemsize
         self._starts = index.starts
         self._content = memoryview(np.memmap(prefix + ".bin", dtype=np.uint8, mode="r"))
 
     @property
     def identity(self) -> str:
-        """What the data is, wherever it lies: the order of samples and the ledger of what was read hang on it."""
+        """What the data is, wherever it lies: the order of samples and the ledger of what was read depend on it."""
         return self.meta.bin_sha256 if self.meta else f"{self.num_documents}-documents-{self.num_tokens}-tokens"
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.integer]:
@@ -76,29 +48,14 @@ class TokenDataset:
             ) from error
 
 
-def check_sizes(prefix: str) -> Index:
-    """Check that `<prefix>.bin` and `.idx` are there and have the sizes they must have; quick for any size of data.
-
-    Raises BadInput with what to do.
-    """
-    idx, data = Path(prefix + ".idx"), Path(prefix + ".bin")
-    for file in (data, idx):
-        if not file.is_file():
-            raise BadInput(f"data {file}: no such file; {MAKE_AGAIN} --out {prefix}")
-    index = read_index(idx)
-    _check_size(data, index.num_bytes)
-    if index.num_bytes == 0:
-        raise BadInput(f"data {data}: it holds no tokens; {MAKE_AGAIN} from files with text")
-    return index
-
-
 def check_files(prefix: str) -> Index:
     """Check that `<prefix>.bin`, `.idx` and, where there is one, `.meta.json` are whole and agree. Raises BadInput."""
-    index = check_sizes(prefix)
-    num_documents, num_tokens = len(index.lengths), int(index.lengths.sum(dtype=np.int64))
+    header = check_sizes(prefix)
+    index = read_index(Path(prefix + ".idx"))
+    num_documents, num_tokens = header.num_documents, int(index.lengths.sum(dtype=np.int64))
     if int(index.lengths.min()) < 0:
         raise BadInput(f"data {prefix}.idx: corrupted, a document has a negative length; {MAKE_AGAIN}")
-    _check_size(Path(prefix + ".bin"), num_tokens * np.dtype(index.dtype).itemsize)
+    check_size(Path(prefix + ".bin"), num_tokens * header.itemsize)
     meta = read_meta(prefix)
     if meta and (meta.num_tokens, meta.num_documents) != (num_tokens, num_documents):
         raise BadInput(
@@ -106,25 +63,6 @@ def check_files(prefix: str) -> Index:
             f"{Path(prefix).name}.idx says {num_documents} and {num_tokens}; {MAKE_AGAIN}"
         )
     return index
-
-
-def _check_size(data: Path, expected: int) -> None:
-    found = data.stat().st_size
-    if found != expected:
-        word = "truncated" if found < expected else "too long"
-        idx = data.with_suffix(".idx").name
-        raise BadInput(f"data {data}: {word}, {found} bytes where {idx} says {expected}; {COPY_OR_MAKE_AGAIN}")
-
-
-def read_meta(prefix: str) -> DatasetMeta | None:
-    """Read `<prefix>.meta.json`; None where there is none, as beside data made by Megatron-LM's own tools."""
-    file = Path(prefix + ".meta.json")
-    if not file.is_file():
-        return None
-    try:
-        return DatasetMeta(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"data {file}: not readable ({error}); {MAKE_AGAIN}") from error
 
 
 def check_tokenizer(dataset: TokenDataset, tokenizer: Tokenizer, num_documents: int = 256) -> None:

@@ -1,15 +1,13 @@
-"""What of `data` a run cannot start without: torch-free and quick, so that it is told before anything starts up."""
+"""What of `data` a run cannot start without. Torch-free and numpy-free: it is told before anything starts up."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
-import numpy as np
-
 from configs.errors import BadInput
 from configs.stages import Config
-from trainer.data.indexed import check_sizes, read_meta
+from trainer.data.dataset_files import check_sizes, read_meta
 
 
 def find_data_problems(config: Config) -> list[str]:
@@ -34,8 +32,8 @@ def find_data_problems(config: Config) -> list[str]:
 
 def _source_problems(config: Config, field: str, prefix: str) -> Iterator[str]:
     """Yield what a source that is whole lacks for this run. Raises BadInput where it is not whole."""
-    index, meta = check_sizes(prefix), read_meta(prefix)
-    num_tokens, seq_len = index.num_bytes // np.dtype(index.dtype).itemsize, config.train.seq_len
+    num_tokens, meta = check_sizes(prefix).num_tokens, read_meta(prefix)
+    seq_len = config.train.seq_len
     if num_tokens <= seq_len:
         yield (
             f"{field} {prefix}: its {num_tokens} tokens give no sample of train.seq_len={seq_len} and the token that "

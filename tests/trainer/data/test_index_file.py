@@ -69,7 +69,7 @@ def test_documents_of_several_sequences_are_read_sequence_by_sequence(tmp_path):
 def test_bounds_that_end_elsewhere_are_refused(tmp_path):
     idx = tmp_path / "data.idx"
     write_index(idx, np.uint16, [np.array([2, 3], dtype=np.int32)])
-    assert read_index(idx).starts.tolist() == [0, 4] and read_index(idx).num_bytes == 10
+    assert read_index(idx).starts.tolist() == [0, 4] and read_index(idx).header.num_tokens == 5
     content = bytearray(idx.read_bytes())
     content[-8:] = np.int64(7).tobytes()
     idx.write_bytes(content)
