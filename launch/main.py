@@ -75,9 +75,11 @@ def _load(arguments: Arguments, stage_name: str) -> Config:
 
 
 def _check(config: Config, world_size: int, platform_name: PlatformName) -> None:
-    """Raise BadInput with every cross-field problem, one a line."""
+    """Raise BadInput with every cross-field problem and whatever of the data is not there, one a line."""
+    from trainer.data.presence import find_data_problems
+
     problems = _problems(config, world_size, platform_name, has_te=has_transformer_engine())
-    problems += _machine_problems(config, platform_name)
+    problems += _machine_problems(config, platform_name) + find_data_problems(config)
     if problems:
         raise BadInput("\n".join(problems))
 

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     codes: list[int] = []
     code = run_command(
-        lambda: codes.append(commands[arguments.command](arguments)), "stopped; nothing was written, start it again"
+        lambda: codes.append(commands[arguments.command](arguments)),
+        "stopped; nothing was written, start it again",
+        takes_ranks=True,
     )
     return code or codes[0]
 

@@ -23,6 +23,7 @@ from configs.fp8 import RECIPES
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine
 from tools.console import Progress, run_command
 from tools.device_checks.outcome import Outcome, run_check
+from tools.outputs import check_file
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
@@ -176,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         nonlocal all_passed
+        if arguments.out is not None:
+            check_file(arguments.out)
         platform = detect_platform_name()
         if platform == HOST:
             raise BadInput("no GPU here (or it is hidden by SHARDWRIGHT_PLATFORM or the driver's variables).")

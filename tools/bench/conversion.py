@@ -22,6 +22,7 @@ from typing import Any
 
 from tools.bench.report import describe_machine
 from tools.console import Progress, run_command
+from tools.outputs import check_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--gigabytes must be above 0, for example 4")
 
     def command() -> None:
+        check_file(arguments.out)
         with tempfile.TemporaryDirectory(prefix="convert-") as scratch:
             figures = measure_all(int(arguments.gigabytes * 1e9), Path(scratch))
         print_table(figures)

@@ -25,6 +25,7 @@ from tools.bench.report import describe_machine, print_report, write_report
 from tools.bench.turns import Conductor
 from tools.console import Progress, run_command
 from tools.made_up_data import write_made_up_dataset
+from tools.outputs import check_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
@@ -156,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--steps must be at least 2, for example --steps 20")
 
     def command() -> None:
+        check_file(arguments.out)
         load_before = os.getloadavg()[0]
         measures = measure_all(arguments.steps)
         machine = describe_machine(measures[0].report.device, load_before)

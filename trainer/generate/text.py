@@ -19,7 +19,8 @@ def generate_text(model: ShardedModel, tokenizer: Tokenizer, prompt: str, settin
     Collective: all ranks of the world must call this.
     """
     generator = torch.Generator().manual_seed(seed)
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # as documents of the data begin
+    prompt_ids = begin + tokenizer.encode(prompt) or [tokenizer.eod_id]
     ids = list(prompt_ids)
     longest = model.config.model.max_position_embeddings
     for _ in range(settings.num_tokens):
