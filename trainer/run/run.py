@@ -208,6 +208,8 @@ def _export(engine: Engine, checkpoint: Path) -> None:
         on_bytes=lambda done: None,
     )
     log.info("exported %s (%.1f s)", checkpoint / "hf", report.seconds)
+    for note in report.notes:
+        log.warning("%s: %s", checkpoint / "hf", note)
     if report.non_finite:
         log.warning("%s holds NaN or infinite values: %s", checkpoint / "hf", report.non_finite)
 
