@@ -165,9 +165,10 @@ def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_deepseek(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
+def _read_deepseek(config: Mapping[str, Any], fields: dict[str, Any], num_shared_experts: int) -> list[str]:
+    """Read what both have, `num_shared_experts` being the family's own default."""
     moe = fields["moe"]
-    shared = config.get("n_shared_experts")
+    shared = config.get("n_shared_experts", num_shared_experts)
     if shared:
         moe["shared_expert_ffn_hidden_size"] = shared * moe["ffn_hidden_size"]
     if moe.get("num_groups") == 1:
@@ -185,7 +186,7 @@ def _read_deepseek(config: Mapping[str, Any], fields: dict[str, Any]) -> list[st
 
 
 def _read_deepseek_v2(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
-    problems = _read_deepseek(config, fields)
+    problems = _read_deepseek(config, fields, 2)
     moe = fields["moe"] | {"softmax_before_topk": True}
     method = config.get("topk_method", "greedy")
     if method == "greedy":
@@ -199,7 +200,7 @@ def _read_deepseek_v2(config: Mapping[str, Any], fields: dict[str, Any]) -> list
 
 
 def _read_deepseek_v3(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
-    problems = _read_deepseek(config, fields)
+    problems = _read_deepseek(config, fields, 1)
     moe = fields["moe"]
     moe |= {"score_function": "sigmoid", "balancing": "bias"}
     if "num_groups" in moe and moe["top_k"] != 2 * moe["group_top_k"]:
@@ -224,7 +225,7 @@ def _write_deepseek(model: ModelConfig) -> dict[str, Any]:
             "model.moe.shared_expert_ffn_hidden_size: DeepSeek's shared experts are as large as the routed ones; a "
             f"value that would work: {max(1, shared) * moe.ffn_hidden_size}"
         )
-    keys: dict[str, Any] = {"n_shared_experts": shared or None, "num_key_value_heads": model.num_attention_heads}
+    keys: dict[str, Any] = {"n_shared_experts": shared, "num_key_value_heads": model.num_attention_heads}
     keys |= {"q_lora_rank": mla.q_lora_rank, "routed_scaling_factor": moe.scaling_factor or 1.0}
     if moe.num_groups is None:
         keys |= {"n_group": 1, "topk_group": 1}

@@ -18,7 +18,9 @@ def dequantise(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int
     """
     rows, columns = weight.shape
     result = torch.empty(rows, columns, dtype=dtype)
+    values = torch.empty(min(block[0], rows), columns)  # the same memory for every row of blocks: much faster
     for number, scale in enumerate(scales.float()):
-        here = slice(number * block[0], (number + 1) * block[0])
-        result[here] = weight[here].float() * scale.repeat_interleave(block[1])[:columns]
+        here = slice(number * block[0], min((number + 1) * block[0], rows))
+        part = values[: here.stop - here.start].copy_(weight[here])
+        result[here] = part.mul_(scale.repeat_interleave(block[1])[:columns])
     return result

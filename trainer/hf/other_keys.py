@@ -19,8 +19,9 @@ INERT = frozenset(
     "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class "
     "model_max_length "
     # what a forward pass returns, and labels of other heads
-    "use_cache return_dict output_attentions _output_attentions output_hidden_states output_router_logits id2label "
-    "label2id num_labels problem_type task_specific_params keys_to_ignore_at_inference tie_last_hidden_states "
+    "use_cache return_dict use_return_dict output_attentions _output_attentions output_hidden_states "
+    "output_router_logits id2label label2id num_labels problem_type task_specific_params keys_to_ignore_at_inference "
+    "tie_last_hidden_states "
     # which kernels compute it, on which devices
     "_attn_implementation _attn_implementation_internal _attn_implementation_autoset attn_implementation "
     "_experts_implementation _experts_implementation_internal experts_implementation _flash_attn_2_enabled "
@@ -50,7 +51,7 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "text_encoder": (),
     "transformers_weights": (),
     "fusion_config": (),
-    # Constants of the config's class, which a key of the same name would replace.
+    # Constants and inner state of the config's class, which a key of the same name would replace.
     "attribute_map": (),
     "default_theta": (),
     "default_rope_type": ("default",),
@@ -59,6 +60,11 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "ignore_keys_at_rope_validation": (),
     "base_config_key": (),
     "has_no_defaults_at_init": (),
+    "extra_files": (),
+    "extra_config_files": (),
+    "_heterogeneity_spec": (),
+    "_post_init_done": (),
+    "_rope_type_labels": (),
 }
 
 
