@@ -150,9 +150,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _model(arguments: argparse.Namespace) -> int:
     from trainer.hf.config_json import load_config_json, read_model
+    from trainer.hf.directories import find_model_directory
     from trainer.hf.importing import model_yaml
 
-    print(model_yaml(read_model(load_config_json(arguments.hf_dir), arguments.hf_dir / "config.json")), end="")
+    directory = find_model_directory(arguments.hf_dir)
+    print(model_yaml(read_model(load_config_json(directory), directory / "config.json")), end="")
     return ExitCode.DONE
 
 
@@ -167,7 +169,7 @@ def _progress(title: str, total: int, ranks: Environment) -> Iterator[Callable[[
 
 
 def _warn_of_tokenizer(directory: Path) -> None:
-    from trainer.hf.verify import tokenizer_difference
+    from trainer.hf.tokenizer_check import tokenizer_difference
 
     text = tokenizer_difference(directory)
     if text is not None:
@@ -185,6 +187,8 @@ def _tell(what: str, report: ConversionReport) -> None:
     if report.ignored:
         shown = f"{len(report.ignored)} tensors, such as {report.ignored[0]}"
         print(f"warning: left aside, as transformers does: {shown}", file=sys.stderr)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     for name, count in list(report.non_finite.items())[:10]:
         print(f"warning: {name} holds {count} NaN or infinite values", file=sys.stderr)
     if len(report.non_finite) > 10:

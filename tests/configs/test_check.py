@@ -200,7 +200,7 @@ MODEL_RULES = [
     ),
     (
         ["model.rope={scaling: yarn, factor: 2, original_max_position_embeddings: 1024, beta_slow: 40}"],
-        "model.rope.beta_fast: 32 must be above model.rope.beta_slow=40",
+        "model.rope.beta_fast: 32 must be at least model.rope.beta_slow=40",
     ),
 ]
 

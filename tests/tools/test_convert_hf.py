@@ -123,7 +123,7 @@ def spoil(copy: Path, how: str) -> None:
     elif how == "unknown":
         tensors["model.layers.0.adapter.weight"] = torch.zeros(2)
     elif how == "option":
-        config.write_text(json.dumps(content | {"logit_softcapping": 30.0}))
+        config.write_text(json.dumps(content | {"is_causal": False}))
     elif how == "family":
         config.write_text(json.dumps(content | {"architectures": ["Gemma2ForCausalLM"]}))
     elif how == "no_config":
@@ -144,7 +144,7 @@ def spoil(copy: Path, how: str) -> None:
         ("shape", "has shape [48, 32], config.json says [64, 32]"),
         ("missing", "lacks model.norm.weight"),
         ("unknown", "has no place for: model.layers.0.adapter.weight"),
-        ("option", "logit_softcapping: not understood"),
+        ("option", "is_causal: False is not supported"),
         ("family", "architectures ['Gemma2ForCausalLM'] cannot be converted"),
         ("no_config", "config.json: cannot be read"),
         ("mixed", "differ in their number format"),
@@ -326,7 +326,7 @@ def test_tokens_that_transformers_makes_otherwise_are_noticed(tmp_path):
     """transformers 5 builds Qwen2's splitting of words itself, whatever tokenizer.json says."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from trainer.hf.verify import tokenizer_difference
+    from trainer.hf.tokenizer_check import tokenizer_difference
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

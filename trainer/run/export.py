@@ -32,5 +32,7 @@ def export_run_checkpoint(config: Config, mesh: Mesh, checkpoint: Path) -> None:
         on_bytes=lambda done: None,
     )
     log.info("exported %s (%.1f s)", checkpoint / "hf", report.seconds)
+    for note in report.notes:
+        log.warning("%s: %s", checkpoint / "hf", note)
     if report.non_finite:
         log.warning("%s holds NaN or infinite values: %s", checkpoint / "hf", report.non_finite)
