@@ -1,8 +1,9 @@
 """Start ranks on this machine and return the exit code of the rank that failed first, which torchrun hides behind 1.
 
 Run: python -m launch.local --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml [key=value ...]
-For scripts, tests and rehearsals; torch-free, no restarts. SIGTERM, SIGINT and SIGUSR1 are handed on to every rank;
-a closed terminal (SIGHUP) or the launcher's own death reaches them as SIGTERM, so that they save and end.
+For scripts, tests and rehearsals; no restarts. SIGTERM, SIGINT and SIGUSR1 are handed on to every rank; a closed
+terminal (SIGHUP) or the launcher's own death reaches them as SIGTERM, so that they save and end. Training on the CPU
+is forked from the launcher (`launch/fork.py`); other scripts, and ranks with a GPU, are processes of their own.
 """
 
 from __future__ import annotations
@@ -13,20 +14,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from configs.errors import BadInput, ExitCode
+from launch.fork import ForkedRank, fork_rank, import_trainer, run_script
+from launch.main import is_training
 from parallel.environment import Environment
 from parallel.failures import report
 from parallel.launcher_variables import find_free_port
+from parallel.platform import detect_platform_name
 
 _USAGE = "usage: python -m launch.local --nproc-per-node N launch/STAGE.py CONFIG [the entry point's own options]"
 _POLL_SECONDS = 0.1
 _FORWARDED = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 _FORWARDED |= {signal.SIGHUP: signal.SIGTERM}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_Rank = subprocess.Popen[bytes] | ForkedRank
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,20 +42,30 @@ def main(argv: Sequence[str]) -> int:
         return ExitCode.DONE if argv else ExitCode.BAD_INPUT
     try:
         num_ranks, entry_point, rest = _parse(argv)
+        is_forked = _can_be_forked(entry_point, rest, num_ranks)
     except BadInput as error:
         report(str(error), error.exit_code)
         return error.exit_code
-    return run_ranks([sys.executable, str(entry_point), *rest], num_ranks)
+    if is_forked:
+        import_trainer(_FORWARDED)
+    code = run_ranks([sys.executable, str(entry_point), *rest], num_ranks, is_forked=is_forked)
+    if code is None:
+        run_script(entry_point, rest)
+        return ExitCode.DONE
+    return code
 
 
-def run_ranks(command: Sequence[str], num_ranks: int, *, patience_seconds: float = 20.0) -> int:
+def run_ranks(
+    command: Sequence[str], num_ranks: int, *, is_forked: bool = False, patience_seconds: float = 20.0
+) -> int | None:
     """Run `command` as `num_ranks` ranks of one world until all have ended and return the exit code of them all.
 
     That is the code of the first rank that failed; 128 + n if signal n, handed on by us, ended it; PEER_LOST if any
     other signal did. Once a rank has failed the others get SIGTERM, `patience_seconds` to leave, then SIGKILL.
+    With `is_forked` the ranks are copies of this process: there None is returned at once, and the caller is the rank.
     """
     port = find_free_port()
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[_Rank] = []
     handed_on: set[int] = set()
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
@@ -59,24 +75,39 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, patience_seconds: float
     previous = {number: signal.signal(number, hand_on) for number in _FORWARDED}
     try:
         for rank in range(num_ranks):
-            ranks.append(_start_rank(command, rank, num_ranks, port))
+            started = _start_rank(command, _variables(rank, num_ranks, port), is_forked=is_forked)
+            if started is None:
+                ranks.clear()  # the others are not this rank's to end
+                return None
+            ranks.append(started)
             if handed_on:  # a rank more would miss what the others were told
                 break
-        code = _wait_for_failure(ranks)
-        if code is None:
-            return ExitCode.DONE
-        _end(ranks, patience_seconds)
-        if code > 0:
-            return code
-        if -code in handed_on:
-            return 128 - code
-        hint = ", as Linux does when memory runs out" if -code == signal.SIGKILL else ""
-        report(f"a rank was killed by signal {-code} ({signal.Signals(-code).name}){hint}.", ExitCode.PEER_LOST)
-        return ExitCode.PEER_LOST
+        return _watch(ranks, handed_on, patience_seconds)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _end(ranks, 0.0)
+
+
+def _watch(ranks: Sequence[_Rank], handed_on: set[int], patience_seconds: float) -> int:
+    """Wait for the ranks, end the others once one has failed, and return the exit code of them all."""
+    code = _wait_for_failure(ranks)
+    if code is None:
+        return ExitCode.DONE
+    _end(ranks, patience_seconds)
+    if code > 0:
+        return code
+    if -code in handed_on:
+        return 128 - code
+    hint = ", as Linux does when memory runs out" if -code == signal.SIGKILL else ""
+    report(f"a rank was killed by signal {-code} ({signal.Signals(-code).name}){hint}.", ExitCode.PEER_LOST)
+    return ExitCode.PEER_LOST
+
+
+def _can_be_forked(entry_point: Path, rest: Sequence[str], num_ranks: int) -> bool:
+    """Return whether the command trains on the CPU; raises BadInput, before anything slow, where it cannot start."""
+    is_stage = entry_point.resolve().parent == Path(__file__).resolve().parent
+    return is_stage and detect_platform_name() == "cpu" and is_training(entry_point.stem, rest, num_ranks)
 
 
 def _parse(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
@@ -90,13 +121,23 @@ def _parse(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
     return int(argv[1]), entry_point, list(argv[3:])
 
 
-def _start_rank(command: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
+def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     place = Environment(
         rank=rank, world_size=num_ranks, local_rank=rank, local_world_size=num_ranks, master_port=port
     ).as_variables()
-    # A session of its own: Ctrl-C must reach a rank once, through us, not a second time from the terminal.
-    environment = os.environ | place | {"SHARDWRIGHT_LAUNCHER": "local"}
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
+    return place | {"SHARDWRIGHT_LAUNCHER": "local"}
+
+
+def _start_rank(command: Sequence[str], variables: Mapping[str, str], *, is_forked: bool) -> _Rank | None:
+    """Start one rank in a session of its own: Ctrl-C must reach it once, through us, not again from the terminal."""
+    if not is_forked:
+        environment = os.environ | variables
+        return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
+    rank = fork_rank(variables, tuple(_FORWARDED))
+    if rank is None:
+        os.setsid()
+        _end_with_launcher()
+    return rank
 
 
 def _end_with_launcher() -> None:
@@ -105,7 +146,7 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _wait_for_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+def _wait_for_failure(ranks: Sequence[_Rank]) -> int | None:
     """Return the first exit code that is not 0 (negative: killed by that signal), or None when all ranks ended well."""
     while True:
         codes = [rank.poll() for rank in ranks]
@@ -118,13 +159,13 @@ def _wait_for_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(_POLL_SECONDS)
 
 
-def _send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def _send(ranks: Sequence[_Rank], number: int) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(number)
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]], patience_seconds: float) -> None:
+def _end(ranks: Sequence[_Rank], patience_seconds: float) -> None:
     _send(ranks, signal.SIGTERM)
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):

@@ -59,6 +59,15 @@ def main(stage_name: str, argv: Sequence[str]) -> int:
         return _INTERRUPTED
 
 
+def is_training(stage_name: str, argv: Sequence[str], world_size: int) -> bool:
+    """Return whether the command line trains, not only prints; raises BadInput where `main` would refuse it."""
+    arguments = parse_arguments(argv, stage_name)
+    if arguments.help or arguments.dry_run:
+        return False
+    _check(_load(arguments), world_size, detect_platform_name())
+    return True
+
+
 def _print_help(stage_name: str) -> None:
     from configs.plan.show import field_help
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from parallel.platform import gloo_collectives
+from parallel.platform.late_imports import SYMBOLIC_SHAPES, import_late
 
 CPU = torch.device("cpu")
 
@@ -94,6 +96,14 @@ NAME_PATCHES: tuple[NamePatch, ...] = (
         "torch:compile",
         _leave_eager,
         "Megatron-Core decorates small functions at import: 4 s of imports a process and a minute of C++ at first use",
+    ),
+    *(
+        NamePatch(
+            f"torch.optim:Optimizer.{name}",
+            inspect.unwrap(getattr(torch.optim.Optimizer, name)),
+            "kept from the compiler by importing it: 2.4 s at the first optimizer",
+        )
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
     ),
     NamePatch("torch.cuda:current_device", lambda: CPU, "passed as `device=` to tensor constructors everywhere"),
     NamePatch("torch.cuda:synchronize", _nothing, "called around pipeline communication"),
@@ -183,6 +193,7 @@ def _underlying_function(value: Any) -> types.FunctionType:
 @functools.cache
 def apply_cpu_patches() -> None:
     """Apply both tables once in this process; imports Megatron-Core, after torch's names are replaced."""
+    import_late(SYMBOLIC_SHAPES)
     for patch in NAME_PATCHES:
         owner, name, _ = resolve(patch.target)
         setattr(owner, name, patch.replacement)
