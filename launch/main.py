@@ -64,7 +64,7 @@ def is_training(stage_name: str, argv: Sequence[str], world_size: int) -> bool:
     arguments = parse_arguments(argv, stage_name)
     if arguments.help or arguments.dry_run:
         return False
-    _check(_load(arguments), world_size, detect_platform_name())
+    _check(_load(arguments, stage_name), world_size, detect_platform_name())
     return True
 
 
