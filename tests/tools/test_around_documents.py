@@ -146,7 +146,7 @@ def test_document_masks_end_where_the_data_says(tmp_path, text, instruct):
         assert reader is not None
         batch = reader.read_step()[0]
         reader.close()
-        assert batch.cu_seqlens is not None and len(batch.cu_seqlens) > 2
+        assert batch.documents is not None and len(batch.documents.cu_seqlens) > 2
         end = load_tokenizer(instruct, eod=END).eod_id
         assert (batch.loss_mask == 0).equal(batch.tokens == end) and (batch.tokens == end).any()
         validation = corpus.build_validation_readers(dp_rank=0, dp_size=1)["other"]

@@ -6,7 +6,6 @@ Every public method is collective: all ranks of the world must call it.
 from __future__ import annotations
 
 import logging
-import queue
 import shutil
 import threading
 import time
@@ -79,8 +78,6 @@ class CheckpointWriter:
         self._strategy = FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy(), mesh.dp_cp_group, do_cache_distribution=True
         )
-        # The default queue is served by a spawned process that imports torch; for a thread this one will do.
-        filesystem_async._results_queue = queue.Queue()
 
     def save(self, state: TrainState, stage: Stage) -> None:
         """Copy the state to host memory and write it in the background (or at once with `async_save: false`).
@@ -192,7 +189,9 @@ class CheckpointWriter:
     def _discard(self, pending: _Pending) -> None:
         if self._mesh.rank == 0:
             shutil.rmtree(pending.partial, ignore_errors=True)
-        filesystem_async._results_queue = queue.Queue()
+        results = filesystem_async._results_queue  # ours (trainer.engine.kernels)
+        while not results.empty():
+            results.get_nowait()
         barrier()
 
     def _describe(self, state: TrainState, stage: Stage) -> dict[str, Any]:

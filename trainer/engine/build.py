@@ -13,6 +13,7 @@ from parallel.platform import has_transformer_engine
 from parallel.replicate import replicate
 from parallel.seeding import seed_everything
 from trainer.engine.engine import Engine
+from trainer.engine.kernels import replace_kernels
 from trainer.engine.sharded_model import ShardedModel
 from trainer.model.build import build_model_chunks
 from trainer.model.fp8.attach import Fp8State, attach_fp8
@@ -29,6 +30,9 @@ class ModelPlan:
     config: Config
     """Its architecture and number formats; the layout is the run's."""
     is_trained: bool
+    start: str | None = None
+    """Where the weights come from: a checkpoint, a run directory, or a Hugging Face model. The policy's start is the
+    run's own (`checkpoint`)."""
 
 
 def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, ShardedModel]:
@@ -36,6 +40,7 @@ def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, Sharde
 
     Collective: all ranks of the world must call this.
     """
+    replace_kernels(mesh.platform)
     first = next(iter(plans.values()))
     seed_everything(first.config.run.seed, mesh.pp_rank)
     return {role: _build(plan.config, mesh, is_trained=plan.is_trained) for role, plan in plans.items()}

@@ -26,17 +26,11 @@ from trainer.model.attention.core import FlashCoreAttention, SdpaCoreAttention
 from trainer.model.config import build_transformer_config
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
-from trainer.model.rotate import compile_rotation, install_document_rotation
-from trainer.model.weight_gradients import install_weight_gradients
 
 
 def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTModel]:
     """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights."""
     transformer = build_transformer_config(config, mesh, use_te=use_te)
-    install_weight_gradients()
-    install_document_rotation()
-    if mesh.platform.fuses_kernels:
-        compile_rotation()
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
     attention = None
     if not use_te:

@@ -14,8 +14,6 @@ from parallel.mesh import Mesh
 from parallel.platform.base import Platform
 from parallel.precision import optimizer_precision
 from parallel.replicate import resolve_overlap
-from trainer.optim.adam import has_fused_adam, install_as_fused_adam
-from trainer.optim.grad_norm import install_as_fused_norm
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,6 @@ class UpdateResult:
 
 def build_optimizer(config: Config, chunks: list[Any], platform: Platform) -> Any:
     """Return Megatron-Core's (chained) distributed optimizer over the replicated chunks."""
-    if has_fused_adam() is None:
-        install_as_fused_adam()
-        install_as_fused_norm(is_fusing=platform.fuses_kernels)
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = config.optimizer

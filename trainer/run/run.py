@@ -72,11 +72,15 @@ def _run_locked(config: Config, stage_name: str, environment: Environment, mesh:
     from trainer.stages.build import STAGES
 
     kind = STAGES[stage_name]
-    models = build_models(kind.plan_models(config), mesh)
+    plans = kind.plan_models(config)
+    models = build_models(plans, mesh)
     try:
         stage = on_all_ranks(lambda: kind.build(StageContext(config, mesh, models, corpus)))
         try:
             state = _load(config, mesh, start, stage, models[POLICY])
+            for role, plan in plans.items():
+                if plan.start is not None:
+                    _load_weights(models[role], plan.start)
             if state.step < config.train.num_steps:
                 on_all_ranks(lambda: stage.start(state))
             state = _fit(config, environment, mesh, start, stage, state, signals)
@@ -94,18 +98,27 @@ def _run_locked(config: Config, stage_name: str, environment: Environment, mesh:
 
 def _load(config: Config, mesh: Mesh, start: Start, stage: Stage, policy: ShardedModel) -> TrainState:
     """Put in place what the run starts from and return its progress."""
-    from trainer.checkpoint.load import resume, warm_start
-    from trainer.hf.source import HfModel
-    from trainer.hf.warm_start import load_hf_weights
+    from trainer.checkpoint.load import resume
 
     if start.resume_from is not None:
         return resume(config, mesh, stage, start.resume_from)
-    if start.init_from is not None:
-        warm_start(policy, start.init_from)
-    elif start.init_from_hf is not None:
-        source = on_all_ranks(partial(HfModel, str(start.init_from_hf), config.model))
-        load_hf_weights(policy, source)
+    weights = start.init_from or start.init_from_hf
+    if weights is not None:
+        _load_weights(policy, str(weights))
     return TrainState()
+
+
+def _load_weights(model: ShardedModel, place: str) -> None:
+    """Put in place the weights of a checkpoint, a run directory or a Hugging Face model."""
+    from trainer.checkpoint.layout import existing_checkpoint, resolve_checkpoint
+    from trainer.checkpoint.load import warm_start
+    from trainer.hf.source import HfModel
+    from trainer.hf.warm_start import load_hf_weights
+
+    if on_rank_zero(lambda: resolve_checkpoint(place) is None and (Path(place) / "config.json").is_file()):
+        load_hf_weights(model, on_all_ranks(partial(HfModel, place, model.config.model)))
+    else:
+        warm_start(model, on_rank_zero(partial(existing_checkpoint, place, "weights")))
 
 
 def _fit(
