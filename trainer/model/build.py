@@ -159,7 +159,7 @@ def _set_latent_epsilon(chunk: GPTModel, epsilon: float) -> None:
     for layer in chunk.decoder.layers:
         attention = layer.self_attention
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-            module = getattr(attention, name, None)
+            module: Any = getattr(attention, name, None)
             if hasattr(module, "eps"):
                 module.eps = epsilon
 
