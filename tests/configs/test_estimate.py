@@ -31,6 +31,8 @@ PUBLISHED = {
     "qwen3_30b_a3b": 30_532_122_624,
     "mixtral_8x7b": 46_702_792_704,
     "deepseek_v3": 671_026_419_200,
+    "kimi_k2": 1_026_408_232_448,
+    "moonlight_16b_a3b": 15_960_110_208,  # computed from its config and the tensors of its family
 }
 
 

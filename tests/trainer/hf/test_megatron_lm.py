@@ -46,7 +46,7 @@ def save(folder, words):
     from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
     from megatron.training.checkpointing import save_checkpoint
     from megatron.training.global_vars import set_args
-    from trainer.model.attention import SdpaCoreAttention
+    from trainer.model.attention.core import SdpaCoreAttention
 
     sys.argv = ["pretrain_gpt.py", *words, "--save", f"{folder}/megatron", "--save-interval", "1"]
     args = parse_args()
