@@ -128,15 +128,15 @@ def _verify(arguments: argparse.Namespace) -> int:
         if arguments.text is not None:
             from trainer.data.tokenizer import load_tokenizer
 
-            tokens = torch.tensor([load_tokenizer(str(arguments.hf_dir)).encode(arguments.text)])
+            tokens = torch.tensor([load_tokenizer(str(source.directory)).encode(arguments.text)])
             if tokens.numel() == 0:
                 raise BadInput("--text: holds no token; give a few words.")
         else:
             length = min(64, source.model.max_position_embeddings)
             generator = torch.Generator().manual_seed(0)
             tokens = torch.randint(source.model.vocab_size, (2, length), generator=generator)
-        result = compare_with_transformers(engine, arguments.hf_dir, tokens)
-    _warn_of_tokenizer(arguments.hf_dir)
+        result = compare_with_transformers(engine, source.directory, tokens)
+    _warn_of_tokenizer(source.directory)
     print(f"tokens            {result.num_tokens}")
     print(f"max difference    {result.max_difference:.3e}")
     print(f"mean difference   {result.mean_difference:.3e}")

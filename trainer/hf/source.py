@@ -130,8 +130,8 @@ class HfModel:
         scales = self._files.tensors.get(name)
         if stored.dtype not in _FP8 or self._block_size is None or len(part.shape) != 2 or scales is None:
             raise BadInput(
-                f"{stored.file}: {part.name} is {kind}; of quantised weights only float8 with {name} beside it and "
-                f"{QUANTISATION_KEY}.weight_block_size in config.json can be converted."
+                f"{stored.file}: {part.name} is {kind}; such quantised weights cannot be converted, only float8 with "
+                f"{name} beside it and {QUANTISATION_KEY}.weight_block_size in config.json."
             )
         wanted = num_blocks(part.shape, self._block_size)
         if not scales.dtype.is_floating_point or scales.shape != wanted:

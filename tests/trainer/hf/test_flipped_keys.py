@@ -47,6 +47,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # What published configs say beside, and what other families compute with.
 OTHERS: dict[str, tuple[Any, ...]] = {
+    "is_causal": (False, True), "is_encoder_decoder": (True, False), "default_theta": (5.0,),
+    "attention_chunk_size": (4,),
     "attention_bias": (True, False),
     "is_llama_config": (True,), "transformers.js_config": ({"dtype": "q4"},), "qkv_bias": (False, True),
     "use_qk_norm": (True, False), "qk_layernorm": (True,), "shared_expert_intermediate_size": (0, 16), "bias": (True,),

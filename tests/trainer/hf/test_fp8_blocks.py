@@ -131,14 +131,14 @@ def spoil(directory: Path, how: str) -> None:
     [
         (
             "no scales",
-            "up_proj.weight is float8_e4m3fn; of quantised weights only float8 with model.layers.0.mlp.up_proj",
+            "up_proj.weight is float8_e4m3fn; such quantised weights cannot be converted, only float8 with",
         ),
         ("other blocks", "blocks of [32, 32] need floating point of shape"),
         ("no blocks", "quantization_config.weight_block_size: None cannot be converted, only such as [128, 128]"),
-        ("no word", "weight_block_size in config.json can be converted"),
+        ("no word", "and quantization_config.weight_block_size in config.json"),
         ("static", "quantization_config.activation_scheme: 'static' cannot be converted, only 'dynamic'"),
         ("gptq", "quantization_config.quant_method: 'gptq' cannot be converted, only 'fp8'"),
-        ("int8", "up_proj.weight is int8; of quantised weights only"),
+        ("int8", "up_proj.weight is int8; such quantised weights cannot be converted"),
         ("double", "model.norm.weight is float64; save it in one of bfloat16, float16, float32"),
         ("not quantised", "quantization_config is given, but no tensor is quantised; remove it"),
     ],
