@@ -18,7 +18,8 @@ from configs.plan.derive import (
     tokens_after,
     tokens_per_step,
 )
-from configs.plan.estimate import count_parameters, estimate_memory, flops_per_step, parameters_per_rank
+from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.flops import flops_per_step
 from configs.stages import STAGE_CONFIGS, Config
 
 _MIB, _GIB = 2**20, 2**30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from configs.plan.estimate import flops_per_step
+from configs.plan.flops import flops_per_step
 from configs.stages import Config
 from trainer.engine.engine import Engine
 from trainer.engine.state import StepResult, TrainState
