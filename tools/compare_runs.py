@@ -16,6 +16,7 @@ from pathlib import Path
 
 from configs.errors import BadInput, ExitCode
 from tools.console import run_command
+from tools.paths import path_argument
 
 _PLOT_WIDTH = 60
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -120,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="compare_runs.py", description="Compare two runs' metrics step by step.")
-    parser.add_argument("run_a", type=Path, help="run directory or metrics.jsonl")
-    parser.add_argument("run_b", type=Path, help="run directory or metrics.jsonl")
+    parser.add_argument("run_a", type=path_argument, help="run directory or metrics.jsonl")
+    parser.add_argument("run_b", type=path_argument, help="run directory or metrics.jsonl")
     parser.add_argument(
         "--rtol", type=float, default=0.0, help="relative difference to accept (default 0: bit for bit)"
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from configs.errors import BadInput, ExitCode
 from parallel.environment import Environment
 from tools.console import Progress, run_command
+from tools.paths import path_argument
 from tools.ranks import host_ranks, read_environment
 
 if TYPE_CHECKING:
@@ -47,19 +48,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="convert_hf.py", description="Hugging Face checkpoints in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("import", help="Hugging Face model -> run directory")
-    command.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors files")
-    command.add_argument("run_dir", type=Path, help="run directory to make")
+    command.add_argument("hf_dir", type=path_argument, help="directory with config.json and safetensors files")
+    command.add_argument("run_dir", type=path_argument, help="run directory to make")
     command = commands.add_parser("export", help="checkpoint -> Hugging Face model")
-    command.add_argument("checkpoint", type=Path, help="checkpoint, latest link, run directory, or Megatron-LM's")
-    command.add_argument("hf_dir", type=Path, help="directory to make")
+    command.add_argument(
+        "checkpoint", type=path_argument, help="checkpoint, latest link, run directory, or Megatron-LM's"
+    )
+    command.add_argument("hf_dir", type=path_argument, help="directory to make")
     command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format (default: the checkpoint's)")
     command = commands.add_parser("verify", help="compare logits of transformers and the engine, in fp32")
-    command.add_argument("hf_dir", type=Path, help="Hugging Face model")
-    command.add_argument("checkpoint", type=Path, help="checkpoint, latest link or run directory")
+    command.add_argument("hf_dir", type=path_argument, help="Hugging Face model")
+    command.add_argument("checkpoint", type=path_argument, help="checkpoint, latest link or run directory")
     command.add_argument("--text", help="text to compare on (default: random tokens)")
     command.add_argument("--tolerance", type=float, default=_TOLERANCE, help=f"of a logit (default {_TOLERANCE:g})")
     command = commands.add_parser("model", help="print the model section of a Hugging Face model")
-    command.add_argument("hf_dir", type=Path, help="directory with config.json")
+    command.add_argument("hf_dir", type=path_argument, help="directory with config.json")
     arguments = parser.parse_args(argv)
     if arguments.command == "verify" and not arguments.tolerance >= 0:
         parser.error(f"--tolerance: {arguments.tolerance} is no distance; give one such as {_TOLERANCE:g}")

@@ -24,6 +24,7 @@ from parallel.platform import PlatformName, detect_platform_name, has_transforme
 from tools.console import Progress, run_command
 from tools.device_checks.outcome import Outcome, run_check
 from tools.outputs import check_file
+from tools.paths import path_argument
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
@@ -170,7 +171,7 @@ def check_platform(platform: PlatformName, *, quick: bool, out: Path | None) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="gpu_check.py", description="Check one GPU from end to end.")
-    parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
+    parser.add_argument("--out", type=path_argument, help="write the results as JSON to this file")
     parser.add_argument("--quick", action="store_true", help="fewer steps and no large models")
     arguments = parser.parse_args(argv)
     all_passed = True

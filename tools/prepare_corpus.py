@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from configs.errors import BadInput
 from tools.console import run_command
 from tools.outputs import check_directory
+from tools.paths import path_text
 from tools.preprocess_data import preprocess
 from tools.train_tokenizer import train_tokenizer
 
@@ -95,7 +96,7 @@ def split_library(library: Path) -> tuple[list[InputFile], list[InputFile], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(description="Make the default corpus from the running Python's standard library.")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory of the corpus")
+    parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory of the corpus")
     parser.add_argument(
         "--vocab-size", type=int, default=4096, metavar="N", help="tokens of its tokenizer (default: 4096)"
     )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from configs.errors import BadInput
 from tools.console import Progress, run_command
 from tools.outputs import check_prefix
+from tools.paths import path_text
 
 if TYPE_CHECKING:
     from trainer.data.dataset_files import DatasetMeta
@@ -270,12 +271,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokenize documents into a Megatron dataset.")
     parser.add_argument(
         "inputs",
+        type=path_text,
         nargs="+",
         metavar="INPUT",
         help="JSONL, Parquet, text (one document a file), .zst or .gz of them, directories",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer directory")
-    parser.add_argument("--out", required=True, metavar="PREFIX", help="path of the dataset without suffix")
+    parser.add_argument(
+        "--tokenizer", type=path_text, required=True, metavar="DIR", help="Hugging Face tokenizer directory"
+    )
+    parser.add_argument(
+        "--out", type=path_text, required=True, metavar="PREFIX", help="path of the dataset without suffix"
+    )
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text in JSONL and Parquet (default: text)"
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from configs.errors import BadInput
 from tools.console import Progress, run_command
 from tools.outputs import check_directory
+from tools.paths import path_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -102,9 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train a byte-level BPE tokenizer and write it as a Hugging Face directory."
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="FILE", help="JSONL, Parquet or text, also .zst or .gz; or directories"
+        "inputs",
+        type=path_text,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL, Parquet, text, also .zst or .gz; directories",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special one included")
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text in JSONL and Parquet (default: text)"

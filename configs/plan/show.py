@@ -18,7 +18,8 @@ from configs.plan.derive import (
     tokens_after,
     tokens_per_step,
 )
-from configs.plan.estimate import count_parameters, estimate_memory, flops_per_step, parameters_per_rank
+from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.flops import flops_per_step
 from configs.stages import STAGE_CONFIGS, Config
 
 _MIB, _GIB = 2**20, 2**30
@@ -106,6 +107,8 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
         places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
     if config.checkpoint.init_from is not None:
         places.append(("checkpoint.init_from", config.checkpoint.init_from, config.checkpoint.init_from))
+    if config.checkpoint.resume not in ("auto", "never"):
+        places.append(("checkpoint.resume", config.checkpoint.resume, config.checkpoint.resume))
     for name, path, file in places:
         found = "found" if os.path.exists(file) else "not on this machine"
         size = f", {_size_text(os.path.getsize(file))}" if file.endswith(".bin") and os.path.isfile(file) else ""

@@ -19,6 +19,8 @@ from configs.plan.derive import (
     padded_vocab_size,
     ramp_batch_sizes,
 )
+from configs.plan.tensors import distinct_linears
+from configs.sections.model import ModelConfig
 from configs.stages import Config
 
 
@@ -97,16 +99,8 @@ def _check_tensor_axis(config: Config, has_te: bool) -> Iterator[str]:
             f"parallel.tp: {tp} does not divide the {2 * groups * head_dim(model)} key and value channels; values "
             f"that would work: {_listed(size for size in works if 2 * groups * head_dim(model) % size == 0)}"
         )
-    has_dense = model.moe is None or model.moe.num_dense_layers > 0
-    sizes = {"model.ffn_hidden_size": model.ffn_hidden_size if has_dense else None}
-    if model.moe is not None:
-        sizes["model.moe.shared_expert_ffn_hidden_size"] = model.moe.shared_expert_ffn_hidden_size
-    if model.mla is not None and not has_te:
-        # Without Transformer Engine the down projections are split over tp.
-        latent = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
-        sizes |= {"model.mla.q_lora_rank": model.mla.q_lora_rank, "model.mla.kv_lora_rank + qk_rope_head_dim": latent}
-    for name, size in sizes.items():
-        if size is not None and size % tp:
+    for name, size in _widths_split_alone(model, has_te):
+        if size % tp:
             yield f"{name}: {size} is not divisible by parallel.tp={tp}; a value that would work: {_round_up(size, tp)}"
     if padded_vocab_size(model) % tp:
         multiple = math.lcm(model.vocab_pad_multiple, tp)
@@ -114,6 +108,16 @@ def _check_tensor_axis(config: Config, has_te: bool) -> Iterator[str]:
             f"model.vocab_pad_multiple: the padded vocabulary of {padded_vocab_size(model)} is not divisible by "
             f"parallel.tp={tp}; a value that would work: {multiple}"
         )
+
+
+def _widths_split_alone(model: ModelConfig, has_te: bool) -> list[tuple[str, int]]:
+    """Return the widths that tp splits and that no rule of heads or experts covers: of MLPs and of what is gathered."""
+    widths = {}
+    for linear in distinct_linears(model):
+        is_split = linear.name.startswith("mlp.") if linear.split != "gathered" else not has_te
+        if linear.num_experts is None and is_split and linear.split_width is not None:
+            widths[linear.split_width.field] = linear.split_width.size
+    return list(widths.items())
 
 
 def _check_sequence(config: Config) -> Iterator[str]:

@@ -8,7 +8,8 @@ import pytest
 
 from configs.load import load_config
 from configs.plan.derive import derive_layout
-from configs.plan.estimate import count_parameters, estimate_memory, model_flops_per_token, parameters_per_rank
+from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.flops import model_flops_per_token
 from configs.sections.model import ModelConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.train import RecomputeConfig, TrainConfig

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from configs.plan.estimate import count_parameters, flops_per_step
+from configs.plan.estimate import count_parameters
+from configs.plan.flops import flops_per_step
 from configs.stages import Config
 from parallel.platform import PlatformName
 from tools.device_checks.engine import build_config, build_repeating_stage, train

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
+from configs.load import resolved_dict
+from configs.stages import Config
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.checkpoint.migrate import refuse_unknown, rename_fields, resolve_saved
 from trainer.engine.state import TrainState
@@ -105,6 +107,22 @@ def check_architecture(manifest: Manifest, model: Mapping[str, Any], where: Path
         raise BadInput(
             f"{where}: holds another architecture: {'; '.join(differences)}; use the model section of its "
             f"{MANIFEST}, or another checkpoint."
+        )
+
+
+def check_continues(manifest: Manifest, config: Config, stage: str, where: Path) -> None:
+    """Raise BadInput if a run of this config cannot continue the checkpoint: its stage, architecture or seed differ."""
+    if manifest.stage["name"] != stage:
+        raise BadInput(
+            f"{where}: was saved by the {manifest.stage['name']} stage, this is {stage}; to begin a new stage from its "
+            "weights set checkpoint.init_from to it and run.dir to a new directory."
+        )
+    check_architecture(manifest, resolved_dict(config)["model"], where, is_warm_start=False)
+    saved_seed = manifest.config["run"]["seed"]
+    if saved_seed != config.run.seed:
+        raise BadInput(
+            f"run.seed: {config.run.seed} differs from the {saved_seed} of {where}, on which the order of the data "
+            f"depends; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
         )
 
 

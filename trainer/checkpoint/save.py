@@ -24,11 +24,12 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from configs.errors import ShardwrightError
 from configs.load import resolved_dict
 from configs.stages import Config
-from parallel.collectives import any_rank, barrier, gather_objects
+from parallel.collectives import barrier, gather_objects
 from parallel.mesh import Mesh
 from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import Manifest, hash_file
 from trainer.checkpoint.parts import collect
+from trainer.disk.space import describe_file_limit, find_space_problem
 from trainer.engine.state import TrainState
 from trainer.stages.base import Stage
 
@@ -144,19 +145,19 @@ class CheckpointWriter:
 
     def _check_space(self, pending: _Pending, buckets: Any) -> None:
         """Raise CheckpointFailed on all ranks if the disk cannot hold what all ranks are about to write."""
-        tensors = [tensor for _, _, (_, tensor_data) in buckets or [] for _, tensor in tensor_data]
-        needed = sum(gather_objects(sum(tensor.nbytes for tensor in tensors)))
-        free = shutil.disk_usage(self._dir).free
-        if any_rank(needed > free, self._mesh.device):
+        sizes = [sum(tensor.nbytes for _, tensor in tensor_data) for _, _, (_, tensor_data) in buckets or []]
+        needed = sum(gather_objects(sum(sizes)))
+        problems = gather_objects(find_space_problem(self._dir, needed, max(sizes, default=0)))
+        for problem in filter(None, problems):
             self._discard(pending)
-            raise self._failure(pending, f"it needs {needed / 1e9:.2f} GB")
+            raise self._failure(pending, problem)
 
     def _failure(self, pending: _Pending, reason: str) -> CheckpointFailed:
         free = shutil.disk_usage(self._dir).free / 1e9
         return CheckpointFailed(
             f"checkpoint of step {pending.step} could not be written to {self._dir}, which has {free:.2f} GB free "
-            f"({reason}); the previous checkpoint is untouched: make room there, or set run.dir to another disk, and "
-            "run the command again."
+            f"({reason}{describe_file_limit()}); the previous checkpoint is untouched: make room there, or set run.dir "
+            "to another disk, and run the command again."
         )
 
     def _write(self, pending: _Pending, buckets: Any) -> None:

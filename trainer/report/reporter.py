@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from configs.plan.estimate import model_flops
+from configs.plan.flops import model_flops
 from configs.stages import Config
 from parallel.mesh import Mesh
 from trainer.engine.state import StepResult, TrainState

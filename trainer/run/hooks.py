@@ -81,8 +81,7 @@ class Hooks:
             self._reporter.close()
             raise NonFinite(
                 f"{state.num_nonfinite_in_a_row} steps in a row, up to step {state.step}, had a non-finite loss or "
-                f"gradient and were skipped ({culprits}); lower optimizer.lr, or look at that data, and run the same "
-                "command to continue from the last checkpoint."
+                f"gradient and were skipped ({culprits}); lower optimizer.lr, or look at that data"
             )
 
     def on_end(self, state: TrainState) -> None:
