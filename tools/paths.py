@@ -9,12 +9,9 @@ from configs.paths import clean_path
 
 
 def path_text(text: str) -> str:
-    """Return a typed path with `~` expanded; argparse tells in words what can be none.
-
-    Nothing at all is left to the command, which knows a value that would work.
-    """
+    """Return a typed path with `~` expanded; argparse tells in words what can be none."""
     if not text.strip():
-        return text
+        raise argparse.ArgumentTypeError("is empty; a value that would work: a path such as data/corpus")
     try:
         return clean_path(text)
     except ValueError as error:
@@ -22,7 +19,5 @@ def path_text(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """Return what `path_text` does, as a path; an empty one is refused."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; a value that would work: a path such as runs/demo")
+    """Return what `path_text` does, as a path."""
     return Path(path_text(text))

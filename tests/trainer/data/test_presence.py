@@ -52,7 +52,9 @@ def test_every_problem_is_told_at_once(tmp_path):
     assert len(found) == 4 and f"data.tokenizer {tmp_path}/none: no such directory" in found[0]
     assert "cut.bin: truncated, 12 bytes where cut.idx says 20" in found[1]
     assert "absent.bin: no such file" in found[2]
-    assert found[3].startswith(f"data.validation {whole}: its 10 tokens") and found[3].endswith("train.seq_len=9")
+    assert found[3].startswith(f"data.validation: the 10 tokens of {whole} give no sample") and found[3].endswith(
+        "train.seq_len=9"
+    )
 
 
 def test_data_of_a_larger_vocabulary_is_told_and_a_broken_meta_file(tmp_path):
