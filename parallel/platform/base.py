@@ -17,6 +17,8 @@ class Platform(Protocol):
     """Name in configs, reports and `environment.json`."""
     backend: str
     """`torch.distributed` backend of the collectives."""
+    lone_backend: str
+    """The same for a world of one rank."""
     fuses_kernels: bool
     """Whether run-time compiled fusions (bias + activation, RoPE) pay on this device."""
     overlaps_communication: bool

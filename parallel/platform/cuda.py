@@ -33,6 +33,7 @@ class CudaPlatform:
 
     name = "cuda"
     backend = "nccl"
+    lone_backend = "nccl"
     fuses_kernels = True
     overlaps_communication = True
 
