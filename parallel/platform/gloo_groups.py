@@ -30,32 +30,34 @@ class _Done(dist.Work):
         return True
 
 
-class LoneGroup(dist.ProcessGroup):
-    """A group of one rank: reductions leave their tensors as they are, what would be sent is copied."""
+def _keep(group: Any, *tensors_and_options: Any, **options: Any) -> dist.Work:
+    """Do nothing: the sum, mean or maximum over one rank is what that rank has."""
+    return _Done()
 
-    def allreduce(self, *tensors_and_options: Any, **options: Any) -> dist.Work:
-        """Do nothing: the sum, mean or maximum of one tensor is that tensor."""
+
+def _copy(group: Any, output: Any, input: Any, *options: Any, **more_options: Any) -> dist.Work:
+    """Copy one tensor, or one after the other of two lists of them; nothing where both are the same memory."""
+    if isinstance(output, torch.Tensor):
+        if output.data_ptr() != input.data_ptr():
+            output.detach().copy_(input.detach().reshape(output.shape))
         return _Done()
-
-    allreduce_coalesced = reduce = broadcast = barrier = allreduce
-
-    def allgather(self, output: Any, input: Any, *options: Any, **more: Any) -> dist.Work:
-        """Copy the input, or one after the other of a list of them, into the output; nothing where both are one."""
-        if isinstance(output, torch.Tensor):
-            if output.data_ptr() != input.data_ptr():
-                output.detach().copy_(input.detach().reshape(output.shape))
-        else:
-            for part, source in zip(output, input, strict=True):
-                # One side lists its tensors by rank: [[tensor of rank 0]].
-                self.allgather(*(one if isinstance(one, torch.Tensor) else one[0] for one in (part, source)))
-        return _Done()
-
-    _allgather_base = allgather_coalesced = allgather_into_tensor_coalesced = gather = allgather
-    reduce_scatter = _reduce_scatter_base = reduce_scatter_tensor_coalesced = scatter = allgather
-    alltoall = alltoall_base = allgather
+    for part, source in zip(output, input, strict=True):
+        # One of the two may be a list by ranks: [tensor of rank 0].
+        _copy(group, *(one if isinstance(one, torch.Tensor) else one[0] for one in (part, source)))
+    return _Done()
 
 
-def _make_lone_group(store: Any, rank: int, size: int, timeout: object) -> LoneGroup:
+_KEEPING = ("allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier")
+_COPYING = (
+    *("allgather", "_allgather_base", "allgather_into_tensor_coalesced", "gather"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "scatter"),
+    *("alltoall", "alltoall_base"),
+)
+LoneGroup = type("LoneGroup", (dist.ProcessGroup,), dict.fromkeys(_KEEPING, _keep) | dict.fromkeys(_COPYING, _copy))
+"""A group of one rank, as the methods that `torch.distributed` calls on a group."""
+
+
+def _make_lone_group(store: Any, rank: int, size: int, timeout: object) -> Any:
     return LoneGroup(rank, size)
 
 
