@@ -52,6 +52,9 @@ def import_trainer(ending: Iterable[int]) -> None:
         os._exit(128 + number)
 
     previous = {number: signal.signal(number, leave) for number in ending}
+    from trainer.report.log import start_console
+
+    start_console(rank=0)  # what the imports remark goes to the log files of all ranks
     from trainer.run.preload import preload
 
     preload()

@@ -13,7 +13,9 @@ _opened: list[tuple[Any, Any]] = []  # the world, and its control group
 
 def open_control_group(backend: str) -> None:
     """Make the control group of the world just joined. Collective: all ranks of the world must call this."""
-    _opened[:] = [(dist.group.WORLD, dist.new_group(backend=backend, timeout=_PATIENCE))]
+    _opened[:] = []
+    if dist.get_world_size() > 1:
+        _opened.append((dist.group.WORLD, dist.new_group(backend=backend, timeout=_PATIENCE)))
 
 
 def control_group() -> Any:

@@ -77,7 +77,7 @@ def init_world(platform: Platform, config: Config, *, rank: int, world_size: int
     """Join the world's process group. Collective: all ranks of the world must call this."""
     try:
         dist.init_process_group(
-            platform.backend,
+            platform.backend if world_size > 1 else platform.lone_backend,
             init_method=init_method,
             rank=rank,
             world_size=world_size,

@@ -1,6 +1,6 @@
-"""Worker processes that stay alive between tests, so that importing torch and Megatron-Core is paid once a session.
+"""Worker processes that stay alive between tests, forked from a server that imports torch and Megatron-Core once.
 
-Torch-free here: the workers import it. A case is a module-level function `case(place, *args)`, sent by name.
+Torch-free here: the server imports it. A case is a module-level function `case(place, *args)`, sent by name.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class RankPool:
         assert world <= self._largest, f"a case wants {world} ranks, the pool has at most {self._largest}"
         if any(not worker.process.is_alive() for worker in self._workers):
             self.close()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
         started = []
         while len(self._workers) < world:
             ours, theirs = context.Pipe()
@@ -133,17 +134,10 @@ class RankPool:
 
 
 def _serve(connection: Connection) -> None:
-    """Import once, then run cases until the pool goes away."""
+    """Run cases until the pool goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; pytest ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    from parallel.platform import load_platform
-
-    torch.set_num_threads(1)
-    load_platform("cpu").activate(0)
-    gc.freeze()  # the imports stay; what cases leave behind is then found quickly
+    importlib.import_module("tests.preloaded")  # done, unless the server did not find it
     connection.send_bytes(b"ready")
     while True:
         try:

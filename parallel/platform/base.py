@@ -19,6 +19,8 @@ class Platform(Protocol):
     """`torch.distributed` backend of the collectives."""
     control_backend: str
     """Backend of what the hosts tell each other beside the training step."""
+    lone_backend: str
+    """The same for a world of one rank."""
     fuses_kernels: bool
     """Whether run-time compiled fusions (bias + activation, RoPE) pay on this device."""
     overlaps_communication: bool

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from parallel.platform import gloo_collectives
+from parallel.platform import gloo_collectives, gloo_groups
 from parallel.platform.late_imports import SYMBOLIC_SHAPES, import_late
 from parallel.replaced_names import NamePatch, replace_names, resolve
 
@@ -114,6 +114,7 @@ NAME_PATCHES: tuple[NamePatch, ...] = (
     NamePatch("torch.distributed:all_gather", gloo_collectives.all_gather, "gloo wants equal sizes (experts x etp)"),
     NamePatch("torch.distributed:reduce_scatter", gloo_collectives.reduce_scatter, "gloo has no list form"),
     NamePatch("torch.distributed:all_to_all_single", gloo_collectives.all_to_all_single, "gloo wants split lists"),
+    NamePatch("torch.distributed:new_group", gloo_groups.new_group, "Megatron-Core makes 21 groups for one rank"),
     NamePatch(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state", _get_rng_state, "reads the CUDA generator directly"
     ),

@@ -22,6 +22,7 @@ class CudaPlatform:
     name = "cuda"
     backend = "nccl"
     control_backend = "gloo"
+    lone_backend = "nccl"
     fuses_kernels = True
     overlaps_communication = True
 

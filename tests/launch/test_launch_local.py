@@ -10,16 +10,36 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ExitCode
-from launch.local import _wait_for_failure, main, run_ranks
+from launch.local import _wait_for_failure, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_snippet(code: str, num_ranks: int) -> int:
-    return run_ranks([sys.executable, "-c", f"import os, sys, time, signal\n{code}"], num_ranks, patience_seconds=5.0)
+LAUNCHER = """
+import os, signal, sys, time
+from launch.local import run_ranks
+code = run_ranks([sys.executable, "-c", sys.argv[3]], int(sys.argv[1]), is_forked=sys.argv[2] == "forked",
+                 patience_seconds=5.0)
+if code is None:
+    exec(sys.argv[3])
+    sys.exit(0)
+sys.exit(code)
+"""
 
 
-def test_every_rank_gets_its_place(tmp_path):
+@pytest.fixture(params=["forked", "processes"])
+def run_snippet(request):
+    """Return a function that runs code as ranks, forked from a launcher or as processes of their own."""
+
+    def run(code: str, num_ranks: int) -> int:
+        snippet = f"import os, sys, time, signal\n{code}"
+        command = [sys.executable, "-c", LAUNCHER, str(num_ranks), request.param, snippet]
+        return subprocess.run(command, cwd=ROOT).returncode
+
+    return run
+
+
+def test_every_rank_gets_its_place(run_snippet, tmp_path):
     code = f"open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(os.environ['WORLD_SIZE'] + os.environ['MASTER_PORT'])"
     assert run_snippet(code, 3) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
@@ -27,13 +47,13 @@ def test_every_rank_gets_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5])
-def test_a_workers_code_reaches_the_caller_and_the_others_end(code):
+def test_a_workers_code_reaches_the_caller_and_the_others_end(run_snippet, code):
     start = time.monotonic()
     assert run_snippet(f"sys.exit({code}) if os.environ['RANK'] == '1' else time.sleep(60)", 2) == code
     assert time.monotonic() - start < 20
 
 
-def test_a_killed_rank_is_a_lost_peer():
+def test_a_killed_rank_is_a_lost_peer(run_snippet):
     snippet = "os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '0' else time.sleep(60)"
     assert run_snippet(snippet, 2) == ExitCode.PEER_LOST
 
@@ -45,6 +65,19 @@ def wait_for_files(folder: Path, name: str) -> None:
         time.sleep(0.05)
 
 
+FORKING = """
+import sys
+from pathlib import Path
+from launch.fork import run_script
+from launch.local import run_ranks
+code = run_ranks([], 2, is_forked=True)
+if code is None:
+    run_script(Path(sys.argv[1]), sys.argv[2:])
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("start", [["-m", "launch.local", "--nproc-per-node", "2"], ["-c", FORKING]])
 @pytest.mark.parametrize(
     ("sent", "received", "code"),
     [
@@ -53,7 +86,7 @@ def wait_for_files(folder: Path, name: str) -> None:
         (signal.SIGKILL, "SIGTERM", -signal.SIGKILL),
     ],
 )
-def test_a_signal_reaches_every_rank(tmp_path, sent, received, code):
+def test_a_signal_reaches_every_rank(tmp_path, start, sent, received, code):
     """Also when it closes the terminal, or ends the launcher before it can hand anything on."""
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -65,13 +98,53 @@ def test_a_signal_reaches_every_rank(tmp_path, sent, received, code):
         f"open(r'{tmp_path}/ready' + os.environ['RANK'], 'w').close()\n"
         "time.sleep(60)\n"
     )
-    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2", str(worker), "config"]
-    launcher = subprocess.Popen(command, cwd=ROOT)
+    launcher = subprocess.Popen([sys.executable, *start, str(worker), "config"], cwd=ROOT)
     wait_for_files(tmp_path, "ready")
     launcher.send_signal(sent)
     assert launcher.wait(timeout=20) == code
     wait_for_files(tmp_path, "left")
     assert (tmp_path / "left0").exists() and (tmp_path / "left1").exists()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_forked_rank_ends_as_a_script_does(run_snippet, tmp_path, code):
+    """Threads are waited for, `atexit` runs, buffers are written, and nothing of the launcher's runs twice."""
+    snippet = (
+        "import atexit, threading\n"
+        f"path = r'{tmp_path}/' + os.environ['RANK']\n"
+        "def note(word):\n"
+        "    open(path, 'a').write(word)\n"
+        "atexit.register(note, 'exit ')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), note('thread '))).start()\n"
+        "assert os.getsid(0) == os.getpid() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        f"sys.exit({code} if os.environ['RANK'] == '1' else 0)"
+    )
+    assert run_snippet(snippet, 2) == code
+    assert (tmp_path / "1").read_text() == "thread exit "
+
+
+def test_training_is_refused_before_anything_slow_is_imported(tmp_path):
+    """One sentence from the launcher itself, as rank 0 says it."""
+    code = (
+        "import sys\n"
+        "from launch.local import main\n"
+        "code = main(['--nproc-per-node', '4', 'launch/pretrain.py', *sys.argv[1:]])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    for words, message in (
+        (["configs/demo/pretrain.yaml", "parallel.tp=3"], "parallel.tp"),
+        (["configs/demo/pretrain.yaml", "model.nonsense=3"], "nonsense"),
+        (["configs/demo/none.yaml"], "none.yaml"),
+        (["configs/demo/pretrain.yaml", "--nonsense"], "--nonsense"),
+    ):
+        environment = os.environ | {"SHARDWRIGHT_PLATFORM": "cpu"}
+        command = [sys.executable, "-c", code, *words, f"run.dir={tmp_path}/run"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == ExitCode.BAD_INPUT and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_bad_command_lines_are_refused(capsys):
@@ -89,3 +162,20 @@ def test_the_cause_wins_over_the_lost_peer_that_follows_from_it():
     for rank in ranks:
         rank.wait()
     assert _wait_for_failure(ranks) == 4
+
+
+def test_a_signal_during_the_imports_ends_the_launcher():
+    code = (
+        "import os, signal, sys, time, types\n"
+        "from launch.fork import import_trainer\n"
+        "from launch.local import _FORWARDED\n"
+        "slow = types.ModuleType('trainer.run.preload')\n"
+        "slow.preload = lambda: (print('importing', flush=True), time.sleep(30))\n"
+        "sys.modules['trainer.run.preload'] = slow\n"
+        "import_trainer(_FORWARDED)\n"
+    )
+    for number, code_seen in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)):
+        launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+        assert launcher.stdout is not None and launcher.stdout.readline() == b"importing\n"
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=10) == code_seen

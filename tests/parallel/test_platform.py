@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pool import Place
+from tests.pool import Place, RankPool
 from tests.small_runs import build_stage, open_engine, small_config, train_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,3 +89,62 @@ def test_patches_cost_nothing_in_a_step(ranks):
         assert profile["modes"] == 0, "a torch mode taxes every call"
         assert 0 < profile["calls"] < 300 * num_steps, profile
         assert profile["own_seconds"] < 0.01 * profile["seconds"], profile
+
+
+def train_and_look_at_imports(place: Place) -> tuple[list[str], list[str], bool]:
+    """Return what a forked rank imports while it trains, what only a compiler needs of that, and a late function."""
+    import sys
+
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    from trainer.engine.state import TrainState
+
+    before = set(sys.modules)
+    with open_engine(place, small_config(world=place.world_size)) as engine:
+        train_steps(engine, build_stage(engine), TrainState(), 1)
+    new = sorted(name for name in set(sys.modules) - before if name.startswith(("torch", "megatron", "trainer")))
+    compiler = [name for name in ("sympy", "torch._dynamo", "torch._inductor") if name in sys.modules]
+    return new, compiler, statically_known_true(True) and "sympy" in sys.modules
+
+
+def test_a_forked_rank_imports_no_more_and_never_the_compiler():
+    pool = RankPool()  # its workers have done nothing yet
+    try:
+        new, compiler, is_true_late = pool.run(train_and_look_at_imports)[0]
+    finally:
+        pool.close()
+    assert not compiler and len(new) < 30, new  # Megatron-Core names a few small ones where it needs them
+    assert not [name for name in new if name.startswith("trainer")], new
+    assert is_true_late, "what stands for the module must import it when it is called"
+
+
+def name_late_things(place: Place) -> None:
+    """Use a stand-in in every way a module is used; the real one takes its place."""
+    import sys
+
+    from parallel.platform.late_imports import LateModule, import_late
+
+    name = "xml.dom.pulldom"
+    sys.modules.pop(name, None)
+    import_late(name)
+    import_late(name)
+    import xml.dom
+
+    assert isinstance(sys.modules[name], LateModule) and xml.dom.pulldom is sys.modules[name]
+    from xml.dom.pulldom import parseString
+
+    assert isinstance(sys.modules[name], LateModule)
+    assert not hasattr(sys.modules[name], "__path__")
+    assert list(parseString("<a/>"))
+    assert not isinstance(sys.modules[name], LateModule) and xml.dom.pulldom is sys.modules[name]
+    del sys.modules[name]
+    import_late(name)
+    from xml.dom.pulldom import PullDOM
+
+    assert isinstance(PullDOM, type) and not isinstance(sys.modules[name], LateModule)
+    import_late(name)
+    assert not isinstance(sys.modules[name], LateModule), "what is there already stays"
+
+
+def test_what_stands_for_a_module_gives_way_to_it(ranks):
+    ranks.run(name_late_things)

@@ -11,15 +11,10 @@ import pkgutil
 
 import trainer
 from parallel.platform import load_platform
-from trainer.report.log import start_console
 
 
 def preload() -> None:
-    """Import torch, Megatron-Core and every module of `trainer`, and keep them out of later garbage collections.
-
-    The remarks of those imports go to the log files of the ranks that are forked from here.
-    """
-    start_console(rank=0)
+    """Import torch, Megatron-Core and every module of `trainer`, and keep them out of later garbage collections."""
     load_platform("cpu").activate(0)
     for module in pkgutil.walk_packages(trainer.__path__, "trainer."):
         importlib.import_module(module.name)
