@@ -102,9 +102,9 @@ def looking_before_locking(rank: int) -> Iterator[None]:
 
     find = run.find_start
 
-    def find_locked(config):
+    def find_locked(config, stage_name):
         assert (Path(config.run.dir) / ".lock").is_file(), "not locked"
-        return find(config)
+        return find(config, stage_name)
 
     with patch.object(run, "find_start", find_locked):
         yield

@@ -22,6 +22,7 @@ from trainer.checkpoint.manifest import (
     Manifest,
     advise_another,
     check_architecture,
+    check_continues,
     find_damage,
     read_manifest,
 )
@@ -41,12 +42,8 @@ def resume(config: Config, mesh: Mesh, stage: Stage, checkpoint: Path) -> TrainS
     Raises BadInput for a damaged checkpoint, another architecture or another stage.
     """
     manifest = read_manifest(checkpoint)
-    _check(config, mesh, checkpoint, manifest, is_warm_start=False)
-    if manifest.stage["name"] != stage.name:
-        raise BadInput(
-            f"{checkpoint}: was saved by the {manifest.stage['name']} stage, this is {stage.name}; to begin a new "
-            "stage from its weights set checkpoint.init_from to it and run.dir to a new directory."
-        )
+    check_continues(manifest, config, stage.name, checkpoint)
+    _check_files(mesh, checkpoint, manifest)
     tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     saved = SavedState(
         shapes={key: tuple(tensor.global_shape) for key, tensor in tensors.items()},
@@ -62,7 +59,8 @@ def resume(config: Config, mesh: Mesh, stage: Stage, checkpoint: Path) -> TrainS
 def warm_start(model: ShardedModel, checkpoint: Path) -> None:
     """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does."""
     manifest = read_manifest(checkpoint)
-    _check(model.config, model.mesh, checkpoint, manifest, is_warm_start=True)
+    check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
+    _check_files(model.mesh, checkpoint, manifest)
     state = build_model_state(model.chunks, model.mesh)
     if manifest.stage["name"] == IMPORT_STAGE:  # Hugging Face models have no state of Transformer Engine
         state = {
@@ -73,9 +71,8 @@ def warm_start(model: ShardedModel, checkpoint: Path) -> None:
     model.weights_loaded()
 
 
-def _check(config: Config, mesh: Mesh, checkpoint: Path, manifest: Manifest, *, is_warm_start: bool) -> None:
-    """Compare the architecture, and hash the files, each rank its share."""
-    check_architecture(manifest, resolved_dict(config)["model"], checkpoint, is_warm_start=is_warm_start)
+def _check_files(mesh: Mesh, checkpoint: Path, manifest: Manifest) -> None:
+    """Hash the files, each rank its share. Raises BadInput on all ranks for a damaged one."""
     mine = sorted(manifest.files)[mesh.rank :: mesh.world_size]
     problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
     if problems:

@@ -61,7 +61,7 @@ def _patience(config: Config, environment: Environment) -> int:
 
 
 def _run_locked(config: Config, stage_name: str, environment: Environment, mesh: Mesh) -> ExitCode:
-    start = on_rank_zero(lambda: find_start(config))
+    start = on_rank_zero(lambda: find_start(config, stage_name))
     on_all_ranks(partial(start.wait_until_visible, config.parallel.timeout_seconds))
     corpus = on_all_ranks(lambda: open_corpus(config))
     # From here on a signal saves and ends the run; before, there is nothing to save and it just ends.

@@ -15,7 +15,13 @@ from configs.fields import value_text
 from configs.load import resolved_dict
 from configs.stages import Config
 from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
-from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, MANIFEST, check_architecture, read_manifest
+from trainer.checkpoint.manifest import (
+    FREE_WARM_START_FIELDS,
+    MANIFEST,
+    check_architecture,
+    check_continues,
+    read_manifest,
+)
 from trainer.hf.companions import carried_config, carried_folder
 from trainer.hf.config_json import check_same_architecture, write_model
 from trainer.hf.source import HfModel
@@ -66,21 +72,20 @@ class Start:
             time.sleep(0.2)
 
 
-def find_start(config: Config) -> Start:
+def find_start(config: Config, stage_name: str) -> Start:
     """Return where the run begins, after checking that it can, and that it can be exported. Raises BadInput.
 
     Rank 0 alone calls this, with the run directory locked: another run may have been about to finish a checkpoint.
     """
-    start = _find(config)
+    start = _find(config, stage_name)
     if config.checkpoint.export_hf:
         write_model(config.model, carried_config(start.carried))
     return start
 
 
-def _find(config: Config) -> Start:
+def _find(config: Config, stage_name: str) -> Start:
     settings, run_dir = config.checkpoint, config.run.dir
     assert run_dir is not None
-    model = resolved_dict(config)["model"]
     resume_from = latest_checkpoint(run_dir)
     if settings.resume == "never":
         if resume_from is not None:
@@ -95,13 +100,7 @@ def _find(config: Config) -> Start:
             resume_from = named
     if resume_from is not None:
         manifest = read_manifest(resume_from)
-        check_architecture(manifest, model, resume_from, is_warm_start=False)
-        saved_seed = manifest.config["run"]["seed"]
-        if saved_seed != config.run.seed:
-            raise BadInput(
-                f"run.seed: {config.run.seed} differs from the {saved_seed} of {resume_from}, on which the order of "
-                f"the data depends; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
-            )
+        check_continues(manifest, config, stage_name, resume_from)
         for change in describe_changes(manifest.config, resolved_dict(config)):
             log.warning("continuing %s with another config: %s", resume_from.name, change)
         return Start(resume_from=resume_from)
@@ -112,7 +111,7 @@ def _find(config: Config) -> Start:
     if settings.init_from is None:
         return Start()
     init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
-    check_architecture(read_manifest(init_from), model, init_from, is_warm_start=True)
+    check_architecture(read_manifest(init_from), resolved_dict(config)["model"], init_from, is_warm_start=True)
     return Start(init_from=init_from)
 
 
