@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import forked
 from tests.pool import Place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,16 +301,15 @@ def test_a_distance_that_is_none_is_refused(capsys):
 
 @pytest.mark.slow
 def test_ranks_share_the_work_and_a_kill_leaves_nothing_half(llama, tmp_path):
-    tool = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2", "tools/convert_hf.py"]
     run_dir = tmp_path / "run"
-    subprocess.run([*tool, "import", str(llama), str(run_dir)], cwd=ROOT, check=True)
+    forked.run_on_ranks(2, "tools/convert_hf.py", "import", str(llama), str(run_dir), cwd=ROOT)
     checkpoint = run_dir / "checkpoints" / "latest"
     assert {path.name for path in checkpoint.glob("__*_0.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
-    subprocess.run([*tool, "export", str(run_dir), str(tmp_path / "out")], cwd=ROOT, check=True)
+    forked.run_on_ranks(2, "tools/convert_hf.py", "export", str(run_dir), str(tmp_path / "out"), cwd=ROOT)
     before, after = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     command = [sys.executable, "tools/convert_hf.py", "export", str(run_dir), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = forked.Popen(command, ROOT)
     deadline = time.monotonic() + 60
     while not (tmp_path / "killed.growing").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -318,7 +318,7 @@ def test_ranks_share_the_work_and_a_kill_leaves_nothing_half(llama, tmp_path):
     killed = tmp_path / "killed"
     assert not killed.exists() or (killed / "config.json").exists(), "half-written"
     if not killed.exists():
-        subprocess.run(command, cwd=ROOT, check=True)
+        forked.run(command, ROOT, check=True)
     assert (killed / "config.json").exists() and not (tmp_path / "killed.growing").exists()
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests import forked
 from tools import gpu_check
 from tools.device_checks.outcome import Outcome, judge, run_check
 
@@ -66,7 +67,7 @@ def test_the_loops_cost_is_measured(monkeypatch):
 
     model = json.dumps({"model": TINY | {"max_position_embeddings": 4096, "vocab_size": 128}})
     monkeypatch.setattr(speed, "MODELS", type("Folder", (), {"__truediv__": lambda *_: Text(model)})())
-    outcome = speed.check_loop_cost("cpu")
+    outcome = speed.check_loop_cost("cpu", seq_len=256)
     assert outcome.status == "passed" and 0.3 < outcome.figures["ratio"] < 3
 
 
@@ -160,6 +161,7 @@ def test_broken_code_fails_its_check(ranks):
 def test_a_checkpoint_travels_and_a_wrong_continuation_is_seen(tmp_path, monkeypatch):
     from tools.device_checks import checkpoint
 
+    monkeypatch.setattr(checkpoint, "subprocess", forked)
     outcome = checkpoint.check_checkpoint("cpu", "cpu", tmp_path)
     assert outcome.status == "passed", outcome
     assert list(outcome.figures.values()) == [0.0, 0.0]

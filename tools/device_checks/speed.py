@@ -93,8 +93,8 @@ def check_speed(mesh: Mesh, title: str, config: Config, *, num_steps: int = 10) 
     return Outcome(name, "passed", found, figures)
 
 
-def check_loop_cost(platform: PlatformName) -> Outcome:
-    """Compare our loop with a bare megatron-core loop, Llama 3.2 1B in bf16 at 4096 tokens, steps in turns.
+def check_loop_cost(platform: PlatformName, *, seq_len: int = 4096) -> Outcome:
+    """Compare our loop with a bare megatron-core loop, Llama 3.2 1B in bf16 at `seq_len` tokens, steps in turns.
 
     Both are processes of their own on this same device.
     """
@@ -104,7 +104,12 @@ def check_loop_cost(platform: PlatformName) -> Outcome:
 
     with tempfile.TemporaryDirectory(prefix="loop-cost-") as scratch:
         model = yaml.safe_load((MODELS / "llama3_2_1b.yaml").read_text(encoding="utf-8"))["model"]
-        overrides = (f"model={json.dumps(model)}", "precision.compute=bf16", "train.seq_len=4096", "parallel.tp=1")
+        overrides = (
+            f"model={json.dumps(model)}",
+            "precision.compute=bf16",
+            f"train.seq_len={seq_len}",
+            "parallel.tp=1",
+        )
         case = Case("1 rank", 1, (*overrides, "train.micro_batch_size=1"), ("fit", "bare"))
         write_made_up_dataset(Path(scratch) / "tokens", num_tokens=1_000_000, vocab_size=model["vocab_size"])
         (found,) = compare(measure_case(case, 20, Path(scratch) / "tokens", platform=platform))
