@@ -152,6 +152,19 @@ def test_a_path_that_may_not_be_looked_into_is_one_sentence(monkeypatch, capsys)
     assert said == "runs/a/checkpoints: permission denied; give this user the permission, or name another path\n"
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_closed_paths_are_refused_before_anything_starts(monkeypatch, capsys, options):
+    monkeypatch.setenv("SHARDWRIGHT_PLATFORM", "cpu")
+    monkeypatch.setattr("configs.rules.paths.find_access_problem", lambda path, suffixes: f"{path} may not be read")
+    assert main("pretrain", [*WORDS, "data.tokenizer=t", *options]) == ExitCode.BAD_INPUT
+    advice = "give it the permissions, or name another path"
+    assert capsys.readouterr().err.splitlines() == [
+        f"run.dir: runs/run may not be read; {advice}",
+        f"data.tokenizer: t may not be read; {advice}",
+        f"data.train[0].path: a may not be read; {advice}",
+    ]
+
+
 def test_a_model_beyond_the_hosts_memory_is_refused_before_it_is_built(config, monkeypatch):
     one, four = (Environment(world_size=size, local_world_size=size) for size in (1, 4))
     dp4 = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 4})})

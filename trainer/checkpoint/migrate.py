@@ -48,7 +48,7 @@ def refuse_unknown(names: Collection[str], where: Path) -> None:
     """Raise BadInput if there are fields that only another version can have written."""
     if names:
         raise BadInput(
-            f"{where}: was written by another version, this one does not know {', '.join(names)}; use the version that "
+            f"{where}: is unreadable to this version, which does not know {', '.join(names)}; use the version that "
             "wrote it, or export its weights with that one (tools/convert_hf.py export)."
         )
 

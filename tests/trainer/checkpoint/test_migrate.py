@@ -104,7 +104,7 @@ def test_fields_of_another_version_are_named_in_one_sentence(edited, change, nam
     with pytest.raises(BadInput) as refused:
         read_manifest(path)
     sentence = str(refused.value)
-    assert f"was written by another version, this one does not know {name}; use the version" in sentence
+    assert f"is unreadable to this version, which does not know {name}; use the version" in sentence
     assert "\n" not in sentence and sentence.startswith(str(path))
 
 
