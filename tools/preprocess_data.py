@@ -61,10 +61,12 @@ def preprocess(
     num_blocks = -(-sum(file.num_bytes for file in files) // block_bytes)
     with DocumentWorkers(recipe, tokenizer, min(num_workers, max(1, num_blocks))) as workers:
         sources = _describe_sources(files, workers)
-        fingerprint = _fingerprint(sources, tokenizer, recipe, block_bytes)
+        fingerprint = _fingerprint(sources, tokenizer, recipe, block_bytes, _hash_tokenizer(tokenizer))
         meta = read_meta(prefix)
         if meta:
-            if meta.fingerprint != fingerprint:
+            # what earlier versions hashed of the tokenizer: whole, but half a second's work for a large one
+            whole = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
+            if meta.fingerprint not in (fingerprint, _fingerprint(sources, tokenizer, recipe, block_bytes, whole)):
                 raise BadInput(
                     f"--out {prefix}: other inputs or settings made the one there; choose another or delete it"
                 )
@@ -97,11 +99,21 @@ def _describe_sources(files: Sequence[InputFile], workers: DocumentWorkers) -> l
     ]
 
 
-def _fingerprint(sources: list[dict[str, str | int]], tokenizer: Tokenizer, recipe: Recipe, block_bytes: int) -> str:
+def _hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """Compute the SHA-256 of all that makes its tokens: `tokenizer.json`, or what was converted to one."""
+    from trainer.data.making.parts import hash_file
+
+    file = Path(tokenizer.directory) / "tokenizer.json"
+    return hash_file(file) if file.is_file() else hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
+
+
+def _fingerprint(
+    sources: list[dict[str, str | int]], tokenizer: Tokenizer, recipe: Recipe, block_bytes: int, tokenizer_hash: str
+) -> str:
     """Hash everything the bytes of the dataset, and the cutting into blocks, follow from."""
     settings: dict[str, object] = {
         "sources": [[source["kind"], source["num_bytes"], source["sha256"]] for source in sources],
-        "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
+        "tokenizer": tokenizer_hash,
         "eod_id": tokenizer.eod_id,
         "text_key": recipe.text_key,
         "block_bytes": block_bytes,

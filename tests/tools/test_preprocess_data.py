@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tools import preprocess_data
 from tools.preprocess_data import main, preprocess
 from trainer.data.making.documents import list_inputs
 from trainer.data.making.workers import Recipe
@@ -212,3 +214,23 @@ def test_a_small_input_starts_no_processes_and_no_slow_imports(jsonl, tokenizer_
     words = [str(jsonl), "--tokenizer", tokenizer_directory, "--out", str(tmp_path / "data"), "--workers", "8"]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "360 documents" in done.stdout, done.stderr
+
+
+def test_what_an_earlier_version_made_is_known_as_the_same(jsonl, tokenizer_directory, tmp_path, capsys, monkeypatch):
+    command = [str(jsonl), "--tokenizer", tokenizer_directory, "--out", str(tmp_path / "data"), "--workers", "1"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            preprocess_data,
+            "_hash_tokenizer",
+            lambda tokenizer: hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
+        )
+        assert main(command) == 0
+    meta = tmp_path / "data.meta.json"
+    content = json.loads(meta.read_text())
+    for name in ("eod_token", "bos_id", "num_missing_documents"):  # which it did not write
+        del content[name]
+    meta.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert main([*command, "--skip-missing"]) == 2

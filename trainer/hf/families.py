@@ -114,8 +114,10 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_window(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
-    """Families without a switch for it: a window as long as the context is none. Where their attention knows no window,
-    the cache of transformers cuts to it all the same."""
+    """Refuse a window shorter than the context, in families that have no switch for it.
+
+    Where their attention knows no window, the cache of transformers cuts to it all the same.
+    """
     window = config.get("sliding_window", 4096 if "Mistral" in str(config.get("architectures")) else None)
     if window is not None and window < fields["max_position_embeddings"]:
         return [f"sliding_window: attention within {window} tokens is not supported, only null"]
