@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from configs.sections.base import Section
-from configs.stages import Config
+from configs.sections.base import PathKind, Section
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,21 @@ class SchemaField:
         return value_text(default)
 
     @property
+    def path_kind(self) -> PathKind | None:
+        """What kind of path the field holds; None for anything else."""
+        bounds = [
+            bound for member in _members(self.info.annotation) for bound in _unwrap(member, self.info.metadata)[1]
+        ]
+        return next((bound for bound in reversed(bounds) if isinstance(bound, PathKind)), None)
+
+    @property
     def item_example(self) -> str:
         """One item of a list field, as one would type it."""
         return _example(self.info.annotation, self.info.metadata).removeprefix("[").removesuffix("]")
 
 
-def schema_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[SchemaField]:
-    """Yield every section and field of the schema, depth first, in the order they are written."""
+def schema_fields(section: type[Section], prefix: str = "") -> Iterator[SchemaField]:
+    """Yield every section and field of a schema, depth first, in the order they are written."""
     for name, info in section.model_fields.items():
         field = SchemaField(prefix + name, info)
         yield field
@@ -69,9 +76,24 @@ def schema_fields(section: type[Section] = Config, prefix: str = "") -> Iterator
             yield from schema_fields(field.section, field.path + ".")
 
 
-def field_at(location: Sequence[str | int]) -> SchemaField | None:
+def path_values(section: Section, prefix: str = "") -> Iterator[tuple[str, str, PathKind]]:
+    """Yield every path that a config holds: its field, its text, and what kind of path it is."""
+    for name, info in type(section).model_fields.items():
+        field, value = SchemaField(prefix + name, info), getattr(section, name)
+        kind = field.path_kind
+        if isinstance(value, Section):
+            yield from path_values(value, f"{field.path}.")
+        elif isinstance(value, tuple):
+            for number, item in enumerate(value):
+                if isinstance(item, Section):
+                    yield from path_values(item, f"{field.path}[{number}].")
+        elif kind is not None and value is not None and value not in kind.words:
+            yield field.path, value, kind
+
+
+def field_at(location: Sequence[str | int], schema: type[Section]) -> SchemaField | None:
     """Return the field at a location such as ("data", "train", 0, "path"), or None when the schema has none there."""
-    section: type[Section] | None = Config
+    section: type[Section] | None = schema
     field: SchemaField | None = None
     for depth, part in enumerate(location, start=1):
         if isinstance(part, int):
@@ -148,7 +170,8 @@ def _type_text(annotation: Any, metadata: Sequence[Any]) -> str:
         return f"list of {_type_text(get_args(bare)[0], ())}"
     if isinstance(bare, type) and issubclass(bare, Section):
         return "{" + ", ".join(bare.model_fields) + "}"
-    name = {int: "int", float: "float", bool: "true | false", str: "text"}.get(bare, str(bare))
+    text = "path" if any(isinstance(bound, PathKind) for bound in bounds) else "text"
+    name = {int: "int", float: "float", bool: "true | false", str: text}.get(bare, str(bare))
     for bound in bounds:
         if isinstance(bound, annotated_types.Ge):
             name += f" >= {bound.ge}"
@@ -171,6 +194,6 @@ def _example(annotation: Any, metadata: Sequence[Any]) -> str:
     if bare is bool:
         return "true"
     if bare is str:
-        return "text"
+        return "some/path" if any(isinstance(bound, PathKind) for bound in bounds) else "text"
     least = [bound.ge for bound in bounds if isinstance(bound, annotated_types.Ge)]
     return str(least[0] if least else 1)

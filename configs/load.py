@@ -16,17 +16,25 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput
 from configs.fields import SchemaField, field_at, location_text, schema_fields, value_text
-from configs.stages import Config
+from configs.paths import clean_path, shortened
+from configs.stages import STAGE_CONFIGS, Config
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _IMPLICIT_TAGS = ("tag:yaml.org,2002:null", _MERGE_TAG)
 _NULL_WORDS = ("", "null", "Null", "NULL", "~")
 _BOUNDS = {"greater_than_equal": "at least", "greater_than": "above", "less_than_equal": "at most"}
+_HALF_CHARACTER = (
+    "half a character (a surrogate without its other half), or bytes that are not UTF-8 text; write it whole"
+)
 _NOT_A_SECTION = ("model_type", "model_attributes_type", "dict_type")
 
 
+class _HalfCharacter(yaml.MarkedYAMLError):
+    """Text that no file and no terminal could be given."""
+
+
 class _TextLoader(yaml.SafeLoader):
-    """SafeLoader that resolves only null and merge keys, and refuses duplicate keys."""
+    """SafeLoader that resolves only null and merge keys, and refuses duplicate keys and halves of characters."""
 
     yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag in _IMPLICIT_TAGS]
@@ -47,31 +55,43 @@ class _TextLoader(yaml.SafeLoader):
             first_line[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            return _join_halves(value) if isinstance(value, str) else value
+        except UnicodeDecodeError:
+            raise _HalfCharacter(problem=_HALF_CHARACTER, problem_mark=node.start_mark) from None
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's YAML file and its bases, apply `section.field=value` overrides, validate, fill `run.dir`.
+
+def load_config(path: str, overrides: Sequence[str] = (), stage: str = "pretrain") -> Config:
+    """Read a stage's YAML file and its bases, apply `section.field=value` overrides, validate, fill `run.dir`.
 
     Raises BadInput with one line per problem: all of them at once, unless a file cannot be read.
     """
     try:
-        values = _read_chain(path, ())
+        values = _read_chain(_config_path(path), ())
     except RecursionError:
         raise BadInput(f"{path}: nested too deep, or an anchor that holds itself; write it flat") from None
     problems: list[str] = []
     for override in overrides:
-        problem = _apply_override(values, override)
+        problem = _apply_override(values, override, stage)
         if problem:
             problems.append(problem)
     try:
-        config = Config.model_validate(values)
+        config = STAGE_CONFIGS[stage].model_validate(values)
     except ValidationError as error:
-        problems += [_sentence(detail["type"], detail["loc"], detail) for detail in error.errors()]
+        problems += validation_sentences(error, stage)
     if problems:
         raise BadInput("\n".join(problems))
     if config.run.dir is None:
-        run = config.run.model_copy(update={"dir": os.path.join("runs", config.run.name)})
+        run = config.run.model_copy(update={"dir": _default_run_dir(config.run.name)})
         config = config.model_copy(update={"run": run})
     return config
+
+
+def validation_sentences(error: ValidationError, stage: str) -> list[str]:
+    """Return one sentence for each thing that makes values no config of a stage, naming the field."""
+    return [_sentence(detail["type"], detail["loc"], detail, stage) for detail in error.errors()]
 
 
 def resolved_dict(config: Config) -> dict[str, Any]:
@@ -91,9 +111,30 @@ def _read_chain(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
         raise BadInput(f"{path}: base: must be a path or a list of paths, such as ../models/tiny.yaml")
     merged: dict[str, Any] = {}
     for base in bases:
-        base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        base_path = os.path.normpath(os.path.join(os.path.dirname(path), _config_path(base)))
         merged = _merge(merged, _read_chain(base_path, (*chain, path)))
     return _merge(merged, values)
+
+
+def _config_path(text: str) -> str:
+    try:
+        return clean_path(text)
+    except ValueError as error:
+        raise BadInput(f"the path of the config {error}; give one such as configs/demo/pretrain.yaml") from None
+
+
+def _default_run_dir(name: str) -> str:
+    """Return `runs/<name>`. Raises BadInput where that would lie elsewhere, or can be no directory."""
+    path = os.path.join("runs", name)
+    advice = "a value that would work: run, or set run.dir"
+    if not os.path.normpath(path).startswith(os.path.join("runs", "")):
+        raise BadInput(
+            f"run.name: {shortened(name)} makes {shortened(path)} the run directory, outside runs/; {advice}"
+        )
+    try:
+        return clean_path(path)
+    except ValueError as error:
+        raise BadInput(f"run.name: as a directory, {error}; {advice}") from None
 
 
 def _read_file(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
@@ -130,7 +171,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> str | None:
+def _apply_override(values: dict[str, Any], override: str, stage: str) -> str | None:
     """Set one `a.b.c=value` in place; return the problem if it cannot be set."""
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
@@ -140,6 +181,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
         return "base: cannot be overridden on the command line; name the base in the YAML file"
     try:
         value = _parse_value(text.strip())
+    except (_HalfCharacter, UnicodeDecodeError):
+        return f"{path}: {shortened(text.strip())} holds {_HALF_CHARACTER}"
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or "not a YAML value"
         return f"{path}: {text.strip()!r} cannot be read ({problem}); quote the text or close the bracket"
@@ -150,7 +193,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
         section = section[part]
         if not isinstance(section, dict):
             whole = ".".join(parts[:depth])
-            field = field_at(parts[:depth])
+            field = field_at(parts[:depth], STAGE_CONFIGS[stage])
             example = field.example if field else "value"
             return f"{path}: {whole} has no fields of its own; give it whole, such as {whole}={example}"
     section[parts[-1]] = value
@@ -161,15 +204,23 @@ def _parse_value(text: str) -> Any:
     """Read lists, maps and quoted text as YAML; everything else is null or the text as it stands."""
     if text[:1] in ("[", "{", '"', "'"):
         return yaml.load(text, Loader=_TextLoader)
-    return None if text in _NULL_WORDS else text
+    return None if text in _NULL_WORDS else _join_halves(text)
 
 
-def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, Any]) -> str:
+def _join_halves(text: str) -> str:
+    """Return text with its surrogate pairs, in which JSON escapes an emoji, as the characters they mean.
+
+    Raises UnicodeDecodeError for half a pair, and for the bytes of a command line that are not UTF-8.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, Any], stage: str) -> str:
     """Turn one pydantic error into a sentence that names the field and a value that would work."""
     path = location_text(location)
     if kind == "extra_forbidden":
-        return f"{path}: unknown field; {_suggestion(location)}"
-    field = field_at(location)
+        return f"{path}: {_why_unknown(location, stage)}"
+    field = field_at(location, STAGE_CONFIGS[stage])
     example = field.example if field else "see --help"
     if isinstance(location[-1], int) and field is not None:
         example = field.item_example
@@ -187,6 +238,8 @@ def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None
     is_bound = kind in _BOUNDS
     shown = repr(given) if isinstance(given, str) and not is_bound else value_text(given)
     shown = shown if len(shown) <= 60 else f"{shown[:40]}... ({len(shown)} characters)"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
     if kind.startswith("int_"):
         return f"{shown} is not a whole number"
     if kind.startswith("float_"):
@@ -197,8 +250,6 @@ def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None
         return f"{shown} is not true or false"
     if kind == "string_type":
         return f"{shown} is not text"
-    if kind == "string_too_short":
-        return "is empty"
     if kind == "literal_error" and field is not None:
         return f"{shown} is not one of {field.type_text.removeprefix('list of ').replace(' | ', ', ')}"
     if kind == "tuple_type":
@@ -210,14 +261,22 @@ def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None
     return f"{shown} is refused ({detail['msg']})"
 
 
-def _suggestion(location: tuple[str | int, ...]) -> str:
+def _why_unknown(location: tuple[str | int, ...], stage: str) -> str:
+    """Say whose field it is where another stage has it; else what is nearest to it."""
+    for other, schema in STAGE_CONFIGS.items():
+        if other != stage and field_at(location, schema) is not None:
+            return f"belongs to the stage {other} (launch/{other}.py), this is {stage}; remove it, or start that one"
+    return f"unknown field; {_suggestion(location, stage)}"
+
+
+def _suggestion(location: tuple[str | int, ...], stage: str) -> str:
     """Name the nearest valid field: a sibling spelt alike, the same name elsewhere, or the nearest dotted path."""
     if any(isinstance(part, int) for part in location):
-        parent = field_at(location[:-1])
+        parent = field_at(location[:-1], STAGE_CONFIGS[stage])
         return f"its fields are {parent.type_text.removeprefix('list of ')}" if parent else "see --help"
     path = ".".join(str(part) for part in location)
     parent_path, _, name = path.rpartition(".")
-    known = [field.path for field in schema_fields()]
+    known = [field.path for field in schema_fields(STAGE_CONFIGS[stage])]
     siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent_path}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:

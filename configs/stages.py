@@ -5,6 +5,8 @@ Reading YAML is `configs.load`, what follows from the values is `configs.plan`, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
@@ -17,7 +19,7 @@ from configs.sections.train import TrainConfig
 
 
 class Config(Section):
-    """A whole run. One YAML file with a `base:` chain, and dotted overrides on the command line."""
+    """What every stage of training has: a YAML file with a `base:` chain, and dotted overrides on the command line."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -30,3 +32,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
+
+
+class PretrainConfig(Config):
+    """Pretraining: the shared sections are all it has."""
+
+
+STAGE_CONFIGS: Mapping[str, type[Config]] = {"pretrain": PretrainConfig}
+"""The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""

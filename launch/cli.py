@@ -30,7 +30,7 @@ usage: {stage}.py CONFIG [key=value ...] [--dry-run [--world-size N]]
   CONFIG          YAML file of the run, for example configs/demo/{stage}.yaml; its `base:` (a path relative to it, or
                   a list of them) is read first, and the file's own fields go over it
   key=value       override of a field by its dotted name, for example train.num_steps=100 parallel.tp=2
-  --dry-run       print the resolved config and what follows from it, check everything, start nothing
+  --dry-run       print the resolved config and what follows from it; check it and what it names; start nothing
   --world-size N  with --dry-run: number of ranks to plan for (default: the launcher's, else the fewest the layout has)
   --help          print this and every field of the config
 
@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str], stage: str) -> Arguments:
             world_size = _world_size(value)
         elif word.startswith("-"):
             raise BadInput(f"{word}: unknown option; {_nearest_option(word)}")
-        elif "=" in word and not word.endswith((".yaml", ".yml")):
+        elif "=" in word and "/" not in word.partition("=")[0]:  # a config with "=" in its name is written ./a=b.yaml
             overrides.append(word)
         elif config_path is None:
             config_path = word

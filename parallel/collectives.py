@@ -1,13 +1,20 @@
-"""The few reductions the trainer needs, named by meaning."""
+"""The few reductions the trainer needs, named by meaning.
+
+Tensors of the step travel in the layout's groups, which give up after `parallel.timeout_seconds`. Python values, and
+waiting for files, go through the control group: how long a disk takes says nothing about a peer, and one that dies
+closes its connections, which the others see at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from configs.errors import ShardwrightError
+from parallel.control import control_group
 from parallel.mesh import Mesh
 
 
@@ -44,8 +51,41 @@ def gather_over_tp(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 def gather_objects(value: Any) -> list[Any]:
     """Return every rank's picklable value, by rank. Collective: all ranks of the world must call this."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
+
+
+def on_rank_zero(compute: Callable[[], Any]) -> Any:
+    """Return on every rank what `compute` returns on rank 0, or raise everywhere the ShardwrightError it raises there.
+
+    What is looked up on a disk that ranks share is decided so: another rank may not see it yet. Collective: all ranks.
+    """
+    outcome: tuple[Any, ShardwrightError | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (compute(), None)
+        except ShardwrightError as error:
+            outcome = (None, error)
+    value, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise problem
+    return value
+
+
+def on_all_ranks(compute: Callable[[], Any]) -> Any:
+    """Return what `compute` returns here, or raise on every rank the ShardwrightError of the first one it failed on.
+
+    Without this a rank that alone lacks a file would leave the others waiting. Collective: all ranks of the world.
+    """
+    value, problem = None, None
+    try:
+        value = compute()
+    except ShardwrightError as error:
+        problem = error
+    problems = [one for one in gather_objects(problem) if one is not None]
+    if problems:
+        raise problems[0]
+    return value
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -65,10 +105,10 @@ def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's picklable value on every rank. Collective: all ranks of the world must call this."""
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=control_group())
     return values[0]
 
 
 def barrier() -> None:
-    """Wait for all ranks. Collective: all ranks of the world must call this."""
-    dist.barrier()
+    """Wait for all ranks, however long their files take. Collective: all ranks of the world must call this."""
+    dist.barrier(group=control_group())

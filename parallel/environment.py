@@ -23,6 +23,8 @@ class Environment:
     """Port on that host where the ranks meet."""
     launcher: str = "single"
     """Who started the ranks: torchrun, slurm, local or single."""
+    is_restart: bool = False
+    """Whether the launcher or the scheduler starts this job again after it was stopped or failed."""
 
     def as_variables(self) -> dict[str, str]:
         """Return the environment variables that `init_process_group(init_method="env://")` reads."""

@@ -23,7 +23,17 @@ _PATIENCE_SECONDS = 10.0
 
 def is_peer_loss(error: BaseException, is_peer_failure: Callable[[BaseException], bool]) -> bool:
     """Return whether `error`, or what it was raised from, says that another rank died or did not answer."""
-    return any(_is_one_peer_loss(link, is_peer_failure) for link in _chain(error))
+    return any(_is_one_peer_loss(link, is_peer_failure) for link in error_chain(error))
+
+
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, one after another."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def report(sentence: str, exit_code: int, *, rank: int = 0) -> None:
@@ -63,15 +73,6 @@ def leave(exit_code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.terminate()
     os._exit(exit_code)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _is_one_peer_loss(error: BaseException, is_peer_failure: Callable[[BaseException], bool]) -> bool:

@@ -31,6 +31,11 @@ def find_environment(variables: Mapping[str, str]) -> Environment:
     return environment
 
 
+def is_batch_script(variables: Mapping[str, str]) -> bool:
+    """Return whether this is a SLURM job's batch script: it carries SLURM_PROCID=0 too, but is none of the tasks."""
+    return "SLURM_JOB_ID" in variables and not variables.keys() & {"SLURM_STEP_ID", "SLURM_STEPID"}
+
+
 def find_free_port() -> int:
     """Return a TCP port of this machine that is free now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -73,8 +78,7 @@ def _from_slurm(variables: Mapping[str, str]) -> Environment:
     world_size = _whole_number(variables, name, default=1)
     if world_size == 1:
         return Environment(master_port=find_free_port(), launcher="slurm")
-    if "SLURM_JOB_ID" in variables and not variables.keys() & {"SLURM_STEP_ID", "SLURM_STEPID"}:
-        # The batch script itself carries SLURM_PROCID=0 too: without this it would wait for ranks nobody started.
+    if is_batch_script(variables):  # it would wait for ranks nobody started
         raise BadInput(
             f"environment: this is the batch script of a job with {world_size} tasks, not one of its tasks; "
             "put srun (or torchrun) in front of the command"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from configs.errors import BadInput
 from configs.stages import Config
+from parallel.control import open_control_group
 from parallel.platform.base import Platform
 
 
@@ -90,6 +91,7 @@ def init_world(platform: Platform, config: Config, *, rank: int, world_size: int
         raise BadInput(
             f"MASTER_ADDR:MASTER_PORT {place}: the ranks cannot meet there ({reason}); choose a free port."
         ) from error
+    open_control_group(platform.control_backend)
 
 
 def build_mesh(platform: Platform, device: torch.device, config: Config) -> Mesh:

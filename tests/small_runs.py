@@ -114,7 +114,7 @@ def open_engine(place: Place, config: Config) -> Iterator[Engine]:
     """Join the ranks and yield the engine of the config on them; the pool forgets the ranks afterwards."""
     from parallel.mesh import build_mesh, init_world
     from parallel.platform import load_platform
-    from trainer.run.run import build_engine
+    from trainer.engine.build import build_engine
 
     platform = load_platform("cpu")
     device = platform.activate(0)
@@ -128,16 +128,19 @@ def open_engine(place: Place, config: Config) -> Iterator[Engine]:
 
 def build_stage(engine: Engine, masks: str = "all") -> Any:
     """Return the pretraining stage on made-up data."""
-    from trainer.stages.pretrain import PretrainStage
+    from trainer.evaluate.validation import Evaluator
+    from trainer.stages.next_token import NextTokenObjective
+    from trainer.stages.training import TrainingStage
 
-    return PretrainStage(MadeUpReader(engine.config, engine.mesh.dp_rank, engine.mesh.dp_size, masks))
+    reader: Any = MadeUpReader(engine.config, engine.mesh.dp_rank, engine.mesh.dp_size, masks)
+    return TrainingStage("pretrain", engine, reader, NextTokenObjective(), Evaluator({}))
 
 
 def save_checkpoint(engine: Engine, state: Any, stage: Any, run_dir: Path) -> None:
     """Write a checkpoint as `trainer.run` does, at once."""
     from trainer.checkpoint.save import CheckpointWriter
 
-    writer = CheckpointWriter(run_dir, engine.config.checkpoint, engine)
+    writer = CheckpointWriter(run_dir, engine.config, engine.mesh)
     writer.save(state, stage)
     writer.finish()
 
@@ -180,11 +183,11 @@ def record_run(engine: Engine, results: list[StepResult]) -> RunRecord:
     )
 
 
-def train_steps(engine: Engine, stage: Any, state: Any, num_steps: int) -> tuple[Any, list[StepResult]]:
+def train_steps(stage: Any, state: Any, num_steps: int) -> tuple[Any, list[StepResult]]:
     """Take steps as `fit` does and return the state and the results."""
     results = []
     for _ in range(num_steps):
-        result = engine.train_step(stage.batches_for(state), stage, state)
+        result = stage.step(state)
         state = state.after(result)
         results.append(result)
     return state, results
@@ -208,5 +211,5 @@ def run_from_seed(place: Place, config: Config, run_dir: str, masks: str = "all"
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))
         stage = build_stage(engine, masks)
-        _, results = train_steps(engine, stage, TrainState(), config.train.num_steps)
+        _, results = train_steps(stage, TrainState(), config.train.num_steps)
         return record_run(engine, results)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import BadInput, ExitCode
+from tools.console import run_command
+from tools.paths import path_argument
 
 _PLOT_WIDTH = 60
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -45,11 +47,11 @@ def read_metrics(run: Path) -> dict[int, Row]:
     if not path.is_file():
         raise BadInput(f"{path}: no such file; give a run directory such as runs/demo that holds metrics.jsonl")
     rows: dict[int, Row] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
             step = row["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             raise BadInput(f"{path}:{number}: not a JSON object with a step; was the run stopped mid-write?") from None
         if step in rows:
             raise BadInput(f"{path}:{number}: step {step} occurs twice; a file is expected to hold each step once")
@@ -102,24 +104,25 @@ def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = _parse(argv)
-    try:
+    verdicts: list[int] = []
+
+    def command() -> None:
         a, b = read_metrics(arguments.run_a), read_metrics(arguments.run_b)
         if not a.keys() & b.keys():
             raise BadInput(f"{arguments.run_a} and {arguments.run_b} have no step in common; compare runs that overlap")
         compared = [compare_key(a, b, key, arguments.rtol) for key in arguments.keys]
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    _print_table(compared, a, b, arguments.rtol)
-    for key in arguments.keys:
-        _print_curves(a, b, key)
-    return _print_verdict(compared, a, b, arguments.rtol)
+        _print_table(compared, a, b, arguments.rtol)
+        for key in arguments.keys:
+            _print_curves(a, b, key)
+        verdicts.append(_print_verdict(compared, a, b, arguments.rtol))
+
+    return run_command(command, "stopped") or verdicts[0]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="compare_runs.py", description="Compare two runs' metrics step by step.")
-    parser.add_argument("run_a", type=Path, help="run directory or metrics.jsonl")
-    parser.add_argument("run_b", type=Path, help="run directory or metrics.jsonl")
+    parser.add_argument("run_a", type=path_argument, help="run directory or metrics.jsonl")
+    parser.add_argument("run_b", type=path_argument, help="run directory or metrics.jsonl")
     parser.add_argument(
         "--rtol", type=float, default=0.0, help="relative difference to accept (default 0: bit for bit)"
     )

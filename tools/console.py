@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -11,9 +10,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from configs.errors import ExitCode, ShardwrightError
+from configs.errors import BadInput, ExitCode, ShardwrightError
 from parallel.failures import is_peer_loss, let_rank_zero_speak
 from parallel.platform import load_platform
+from tools.ranks import read_environment, refuse_ranks
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -65,14 +65,22 @@ class Progress:
 
 
 def run_command(
-    command: Callable[[], None], when_stopped: str = "stopped; the same command goes on where this one was"
+    command: Callable[[], None],
+    when_stopped: str = "stopped; the same command goes on where this one was",
+    *,
+    takes_ranks: bool = False,
 ) -> int:
-    """Run a command and return its exit code; what the user can mend is one sentence on stderr, from rank 0."""
+    """Run a command and return its exit code; what the user can mend is one sentence on stderr, from rank 0.
+
+    Several ranks of a launcher are refused unless the command `takes_ranks`, that is, shares its work among them.
+    """
     # importing megatron-core tells that optional GPU packages are missing, which no data command would use
     warnings.filterwarnings("ignore", module=r"(megatron|torch)(\.|$)")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
+        if not takes_ranks:
+            refuse_ranks()
         command()
     except ShardwrightError as error:
         let_rank_zero_speak(_rank())
@@ -95,5 +103,7 @@ def run_command(
 
 
 def _rank() -> int:
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdigit() else 0
+    try:
+        return read_environment().rank
+    except BadInput:
+        return 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from configs.errors import BadInput, ExitCode
 from parallel.environment import Environment
 from tools.console import Progress, run_command
+from tools.paths import path_argument
 from tools.ranks import host_ranks, read_environment
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     codes: list[int] = []
     code = run_command(
-        lambda: codes.append(commands[arguments.command](arguments)), "stopped; nothing was written, start it again"
+        lambda: codes.append(commands[arguments.command](arguments)),
+        "stopped; nothing was written, start it again",
+        takes_ranks=True,
     )
     return code or codes[0]
 
@@ -45,19 +48,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="convert_hf.py", description="Hugging Face checkpoints in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("import", help="Hugging Face model -> run directory")
-    command.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors files")
-    command.add_argument("run_dir", type=Path, help="run directory to make")
+    command.add_argument("hf_dir", type=path_argument, help="directory with config.json and safetensors files")
+    command.add_argument("run_dir", type=path_argument, help="run directory to make")
     command = commands.add_parser("export", help="checkpoint -> Hugging Face model")
-    command.add_argument("checkpoint", type=Path, help="checkpoint, latest link, run directory, or Megatron-LM's")
-    command.add_argument("hf_dir", type=Path, help="directory to make")
+    command.add_argument(
+        "checkpoint", type=path_argument, help="checkpoint, latest link, run directory, or Megatron-LM's"
+    )
+    command.add_argument("hf_dir", type=path_argument, help="directory to make")
     command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format (default: the checkpoint's)")
     command = commands.add_parser("verify", help="compare logits of transformers and the engine, in fp32")
-    command.add_argument("hf_dir", type=Path, help="Hugging Face model")
-    command.add_argument("checkpoint", type=Path, help="checkpoint, latest link or run directory")
+    command.add_argument("hf_dir", type=path_argument, help="Hugging Face model")
+    command.add_argument("checkpoint", type=path_argument, help="checkpoint, latest link or run directory")
     command.add_argument("--text", help="text to compare on (default: random tokens)")
     command.add_argument("--tolerance", type=float, default=_TOLERANCE, help=f"of a logit (default {_TOLERANCE:g})")
     command = commands.add_parser("model", help="print the model section of a Hugging Face model")
-    command.add_argument("hf_dir", type=Path, help="directory with config.json")
+    command.add_argument("hf_dir", type=path_argument, help="directory with config.json")
     arguments = parser.parse_args(argv)
     if arguments.command == "verify" and not arguments.tolerance >= 0:
         parser.error(f"--tolerance: {arguments.tolerance} is no distance; give one such as {_TOLERANCE:g}")
@@ -126,15 +131,15 @@ def _verify(arguments: argparse.Namespace) -> int:
         if arguments.text is not None:
             from trainer.data.tokenizer import load_tokenizer
 
-            tokens = torch.tensor([load_tokenizer(str(arguments.hf_dir)).encode(arguments.text)])
+            tokens = torch.tensor([load_tokenizer(str(source.directory)).encode(arguments.text)])
             if tokens.numel() == 0:
                 raise BadInput("--text: holds no token; give a few words.")
         else:
             length = min(64, source.model.max_position_embeddings)
             generator = torch.Generator().manual_seed(0)
             tokens = torch.randint(source.model.vocab_size, (2, length), generator=generator)
-        result = compare_with_transformers(engine, arguments.hf_dir, tokens)
-    _warn_of_tokenizer(arguments.hf_dir)
+        result = compare_with_transformers(engine, source.directory, tokens)
+    _warn_of_tokenizer(source.directory)
     print(f"tokens            {result.num_tokens}")
     print(f"max difference    {result.max_difference:.3e}")
     print(f"mean difference   {result.mean_difference:.3e}")
@@ -148,9 +153,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _model(arguments: argparse.Namespace) -> int:
     from trainer.hf.config_json import load_config_json, read_model
+    from trainer.hf.directories import find_model_directory
     from trainer.hf.importing import model_yaml
 
-    print(model_yaml(read_model(load_config_json(arguments.hf_dir), arguments.hf_dir / "config.json")), end="")
+    directory = find_model_directory(arguments.hf_dir)
+    print(model_yaml(read_model(load_config_json(directory), directory / "config.json")), end="")
     return ExitCode.DONE
 
 
@@ -165,7 +172,7 @@ def _progress(title: str, total: int, ranks: Environment) -> Iterator[Callable[[
 
 
 def _warn_of_tokenizer(directory: Path) -> None:
-    from trainer.hf.verify import tokenizer_difference
+    from trainer.hf.tokenizer_check import tokenizer_difference
 
     text = tokenizer_difference(directory)
     if text is not None:
@@ -183,6 +190,8 @@ def _tell(what: str, report: ConversionReport) -> None:
     if report.ignored:
         shown = f"{len(report.ignored)} tensors, such as {report.ignored[0]}"
         print(f"warning: left aside, as transformers does: {shown}", file=sys.stderr)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     for name, count in list(report.non_finite.items())[:10]:
         print(f"warning: {name} holds {count} NaN or infinite values", file=sys.stderr)
     if len(report.non_finite) > 10:

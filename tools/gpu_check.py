@@ -23,6 +23,8 @@ from configs.fp8 import RECIPES
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine
 from tools.console import Progress, run_command
 from tools.device_checks.outcome import Outcome, run_check
+from tools.outputs import check_file
+from tools.paths import path_argument
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
@@ -169,13 +171,15 @@ def check_platform(platform: PlatformName, *, quick: bool, out: Path | None) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="gpu_check.py", description="Check one GPU from end to end.")
-    parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
+    parser.add_argument("--out", type=path_argument, help="write the results as JSON to this file")
     parser.add_argument("--quick", action="store_true", help="fewer steps and no large models")
     arguments = parser.parse_args(argv)
     all_passed = True
 
     def command() -> None:
         nonlocal all_passed
+        if arguments.out is not None:
+            check_file(arguments.out)
         platform = detect_platform_name()
         if platform == HOST:
             raise BadInput("no GPU here (or it is hidden by SHARDWRIGHT_PLATFORM or the driver's variables).")

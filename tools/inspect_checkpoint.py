@@ -20,6 +20,7 @@ from configs.errors import BadInput
 from configs.plan.estimate import count_parameters
 from configs.sections.model import ModelConfig
 from tools.console import Progress, run_command
+from tools.paths import path_argument
 
 if TYPE_CHECKING:
     from trainer.checkpoint.manifest import Manifest
@@ -141,7 +142,7 @@ def list_tensors(checkpoint: Path) -> list[TensorEntry]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="inspect_checkpoint.py", description="Show what a checkpoint holds.")
-    parser.add_argument("path", type=Path, help="checkpoint, latest link or run directory")
+    parser.add_argument("path", type=path_argument, help="checkpoint, latest link or run directory")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its shape and type")
     parser.add_argument("--verify", action="store_true", help="hash every file; exit code 1 if one has changed")
     arguments = parser.parse_args(argv)
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.checkpoint.manifest import read_manifest
 
         checkpoint = find_checkpoint(arguments.path)
-        manifest = read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint, is_only_shown=True)
         _print_facts(checkpoint, manifest)
         if arguments.verify:
             problems.extend(find_all_damage(checkpoint, manifest))

@@ -48,7 +48,7 @@ def open_world(platform_name: PlatformName) -> Iterator[Mesh]:
 @contextlib.contextmanager
 def open_engine(config: Config, mesh: Mesh) -> Iterator[Engine]:
     """Yield an engine with new weights, built as `trainer.run` builds it; its memory is free after the context."""
-    from trainer.run.run import build_engine
+    from trainer.engine.build import build_engine
 
     engine = build_engine(config, mesh)
     try:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
 from tools.console import run_command
+from tools.outputs import check_directory
+from tools.paths import path_text
 from tools.preprocess_data import preprocess
 from tools.train_tokenizer import train_tokenizer
 
@@ -35,6 +37,8 @@ def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bo
 
     `library` is the directory of `.py` files to read, the running Python's standard library by default.
     """
+    from trainer.data.making.workers import Recipe
+
     directory = Path(out)
     settings = {"format": _FORMAT, "vocab_size": vocab_size}
     marker = directory / "corpus.json"
@@ -54,7 +58,7 @@ def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bo
         print(f"{tokenizer}: {train_tokenizer(train, str(tokenizer), vocab_size)} tokens")
     num_workers = len(os.sched_getaffinity(0))
     for name, files in (("train", train), ("validation", validation)):
-        preprocess(files, str(tokenizer), str(directory / name), num_workers=num_workers)
+        preprocess(files, Recipe(str(tokenizer)), str(directory / name), num_workers=num_workers)
     temporary = marker.with_suffix(".tmp")
     temporary.write_text(
         json.dumps({"settings": settings, "python": platform.python_version()}) + "\n", encoding="utf-8"
@@ -83,7 +87,7 @@ def split_library(library: Path) -> tuple[list[InputFile], list[InputFile], int]
             num_skipped += 1
             continue
         held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] * VALIDATION_SHARE < 256
-        (validation if held_out else train).append(InputFile(str(file), "text"))
+        (validation if held_out else train).append(InputFile(str(file), "text", keeps_bom=True))
     if not train or not validation:
         raise BadInput(f"{library}: too few .py files for a corpus; install Python with its standard library's sources")
     return train, validation, num_skipped
@@ -92,13 +96,14 @@ def split_library(library: Path) -> tuple[list[InputFile], list[InputFile], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(description="Make the default corpus from the running Python's standard library.")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory of the corpus")
+    parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory of the corpus")
     parser.add_argument(
         "--vocab-size", type=int, default=4096, metavar="N", help="tokens of its tokenizer (default: 4096)"
     )
     arguments = parser.parse_args(argv)
 
     def command() -> None:
+        check_directory(arguments.out, "data/stdlib")
         made = prepare_corpus(arguments.out, arguments.vocab_size)
         print(f"{arguments.out}: {'complete' if made else 'already complete'}")
 

@@ -1,6 +1,6 @@
 """Tokenize documents into a Megatron dataset: PREFIX.bin, PREFIX.idx and PREFIX.meta.json.
 
-    python tools/preprocess_data.py FILE_OR_DIRECTORY... --tokenizer DIR --out PREFIX [--workers N] [--verify]
+    python tools/preprocess_data.py FILE_OR_DIRECTORY... --tokenizer DIR --out PREFIX [--bos] [--eod TOKEN] [--verify]
 
 An interrupted run goes on where it stopped when the same command is given again.
 """
@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
 from tools.console import Progress, run_command
+from tools.outputs import check_prefix
+from tools.paths import path_text
 
 if TYPE_CHECKING:
-    from trainer.data.indexed import DatasetMeta
+    from trainer.data.dataset_files import DatasetMeta
     from trainer.data.making.documents import InputFile
     from trainer.data.making.parts import Part, PartStore
-    from trainer.data.making.workers import DocumentWorkers
+    from trainer.data.making.workers import DocumentWorkers, Recipe
     from trainer.data.tokenizer import Tokenizer
 
 BLOCK_BYTES = 1 << 20
@@ -35,27 +37,31 @@ SAMPLE_EVERY = 50  # documents; --verify tokenizes the first and every 50th of e
 
 def preprocess(
     files: Sequence[InputFile],
-    tokenizer_directory: str,
+    recipe: Recipe,
     prefix: str,
     *,
-    text_key: str = "text",
     num_workers: int = 1,
     block_bytes: int = BLOCK_BYTES,
     part_seconds: float = PART_SECONDS,
 ) -> DatasetMeta:
-    """Tokenize `files` into `<prefix>.bin/.idx/.meta.json`; the same bytes for any number of workers or interruptions.
+    """Make `files` into `<prefix>.bin/.idx/.meta.json`; the same bytes for any number of workers or interruptions.
 
     Returns at once when exactly that dataset is there already. Raises BadInput, also when another one is.
     """
-    from trainer.data.indexed import check_files, read_meta
+    from trainer.data.dataset_files import read_meta
+    from trainer.data.indexed import check_files
+    from trainer.data.making.around_documents import find_notes
     from trainer.data.making.parts import PartStore
     from trainer.data.making.workers import DocumentWorkers, token_dtype
-    from trainer.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(tokenizer_directory)
-    with DocumentWorkers(tokenizer_directory, text_key, num_workers) as workers:
+    tokenizer = recipe.load_tokenizer()
+    for note in find_notes(recipe, tokenizer):
+        print(f"note: {note}", file=sys.stderr)
+    # a worker more than there are blocks would load its tokenizer for nothing
+    num_blocks = -(-sum(file.num_bytes for file in files) // block_bytes)
+    with DocumentWorkers(recipe, tokenizer, min(num_workers, max(1, num_blocks))) as workers:
         sources = _describe_sources(files, workers)
-        fingerprint = _fingerprint(sources, tokenizer, text_key, block_bytes)
+        fingerprint = _fingerprint(sources, tokenizer, recipe, block_bytes)
         meta = read_meta(prefix)
         if meta:
             if meta.fingerprint != fingerprint:
@@ -69,7 +75,7 @@ def preprocess(
         _refuse_strangers(prefix, directory)
         store = PartStore(directory, fingerprint, token_dtype(tokenizer.vocab_size))
         try:
-            _tokenize(files, store, workers, text_key, block_bytes, part_seconds)
+            _tokenize(files, store, workers, recipe.text_key, block_bytes, part_seconds)
         except KeyboardInterrupt:
             store.finish_part()
             store.give_up()
@@ -91,15 +97,20 @@ def _describe_sources(files: Sequence[InputFile], workers: DocumentWorkers) -> l
     ]
 
 
-def _fingerprint(sources: list[dict[str, str | int]], tokenizer: Tokenizer, text_key: str, block_bytes: int) -> str:
+def _fingerprint(sources: list[dict[str, str | int]], tokenizer: Tokenizer, recipe: Recipe, block_bytes: int) -> str:
     """Hash everything the bytes of the dataset, and the cutting into blocks, follow from."""
-    settings = {
+    settings: dict[str, object] = {
         "sources": [[source["kind"], source["num_bytes"], source["sha256"]] for source in sources],
         "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
         "eod_id": tokenizer.eod_id,
-        "text_key": text_key,
+        "text_key": recipe.text_key,
         "block_bytes": block_bytes,
     }
+    # Only where they are used, so that what was made before they existed is still known as the same.
+    if tokenizer.bos_id is not None:
+        settings["bos_id"] = tokenizer.bos_id
+    if recipe.skip_missing:
+        settings["skip_missing"] = True
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -154,7 +165,7 @@ def _publish(
     store: PartStore, prefix: str, tokenizer: Tokenizer, fingerprint: str, sources: list[dict[str, str | int]]
 ) -> DatasetMeta:
     """Merge the parts and rename the result into place: `.meta.json` comes last and says that all is there."""
-    from trainer.data.indexed import DatasetMeta
+    from trainer.data.dataset_files import DatasetMeta
     from trainer.data.making.parts import hash_file
 
     total = store.total
@@ -176,6 +187,9 @@ def _publish(
         bin_sha256=hash_file(data),
         idx_sha256=hash_file(index),
         sources=sources,
+        eod_token=tokenizer.eod_token,
+        bos_id=tokenizer.bos_id,
+        num_missing_documents=total.num_missing,
     )
     os.replace(data, prefix + ".bin")
     os.replace(index, prefix + ".idx")
@@ -185,33 +199,35 @@ def _publish(
 
 
 def _summary(meta: DatasetMeta) -> str:
-    empty = f" ({meta.num_empty_documents} empty ones left out)" if meta.num_empty_documents else ""
-    return f"{meta.num_documents:,} documents{empty}, {meta.num_tokens:,} tokens, {meta.dtype}"
+    left_out = [f"{meta.num_empty_documents} empty ones left out"] if meta.num_empty_documents else []
+    if meta.num_missing_documents:
+        left_out.append(f"{meta.num_missing_documents} records without text left out")
+    return f"{meta.num_documents:,} documents{f' ({", ".join(left_out)})' if left_out else ''}, " + (
+        f"{meta.num_tokens:,} tokens, {meta.dtype}"
+    )
 
 
-def verify(
-    files: Sequence[InputFile], tokenizer_directory: str, prefix: str, *, text_key: str = "text", num_workers: int = 1
-) -> None:
+def verify(files: Sequence[InputFile], recipe: Recipe, prefix: str, *, num_workers: int = 1) -> None:
     """Check a finished dataset against its inputs: hashes, counts, and a sample of documents tokenized again."""
     from trainer.data.indexed import TokenDataset, check_tokenizer
     from trainer.data.making.documents import iter_blocks
     from trainer.data.making.parts import hash_file
     from trainer.data.making.workers import DocumentWorkers
-    from trainer.data.tokenizer import load_tokenizer
 
+    tokenizer = recipe.load_tokenizer()
     dataset = TokenDataset(prefix)
     if dataset.meta is None:
         raise BadInput(f"{prefix}.meta.json: no such file; make the dataset again without --verify")
-    check_tokenizer(dataset, load_tokenizer(tokenizer_directory))
+    check_tokenizer(dataset, tokenizer)
     for suffix, expected in ((".bin", dataset.meta.bin_sha256), (".idx", dataset.meta.idx_sha256)):
         if hash_file(prefix + suffix) != expected:
             raise BadInput(f"{prefix + suffix}: not the SHA-256 of {prefix}.meta.json; delete both and make them again")
     num_documents = num_sampled = num_same_text = 0
     with (
-        DocumentWorkers(tokenizer_directory, text_key, num_workers) as workers,
+        DocumentWorkers(recipe, tokenizer, num_workers) as workers,
         Progress("verifying", dataset.num_documents) as progress,
     ):
-        for _, sample in workers.sample(iter_blocks(files, text_key), SAMPLE_EVERY):
+        for _, sample in workers.sample(iter_blocks(files, recipe.text_key), SAMPLE_EVERY):
             for place, tokens, same_text in sample.tokens:
                 document = num_documents + place
                 length = int(dataset.lengths[document]) if document < dataset.num_documents else 0
@@ -231,17 +247,52 @@ def verify(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    arguments = _parse(argv)
+
+    def command() -> None:
+        from trainer.data.making.documents import describe_left_out, list_inputs
+        from trainer.data.making.workers import Recipe
+
+        if arguments.workers < 1:
+            raise BadInput(f"--workers: {arguments.workers} is not a number of processes; a value that would work: 1")
+        check_prefix(arguments.out)
+        files, left_out = list_inputs(arguments.inputs)
+        if left_out:
+            print(f"left out, not known as text or about the data: {describe_left_out(left_out)}")
+        recipe = Recipe(arguments.tokenizer, arguments.text_key, arguments.skip_missing, arguments.eod, arguments.bos)
+        preprocess(files, recipe, arguments.out, num_workers=arguments.workers)
+        if arguments.verify:
+            verify(files, recipe, arguments.out, num_workers=arguments.workers)
+
+    return run_command(command)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokenize documents into a Megatron dataset.")
     parser.add_argument(
         "inputs",
+        type=path_text,
         nargs="+",
         metavar="INPUT",
         help="JSONL, Parquet, text (one document a file), .zst or .gz of them, directories",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer directory")
-    parser.add_argument("--out", required=True, metavar="PREFIX", help="path of the dataset without suffix")
+    parser.add_argument(
+        "--tokenizer", type=path_text, required=True, metavar="DIR", help="Hugging Face tokenizer directory"
+    )
+    parser.add_argument(
+        "--out", type=path_text, required=True, metavar="PREFIX", help="path of the dataset without suffix"
+    )
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text in JSONL and Parquet (default: text)"
+    )
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave out, and count, records without text: null, no such key, bytes that are not UTF-8",
+    )
+    parser.add_argument("--bos", action="store_true", help="begin every document with the tokenizer's BOS token")
+    parser.add_argument(
+        "--eod", metavar="TOKEN", help="special token that ends every document (default: the tokenizer's eos token)"
     )
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)"
@@ -249,22 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="afterwards check hashes, counts and a sample of documents"
     )
-    arguments = parser.parse_args(argv)
-
-    def command() -> None:
-        from trainer.data.making.documents import list_inputs
-
-        if arguments.workers < 1:
-            raise BadInput(f"--workers: {arguments.workers} is not a number of processes; a value that would work: 1")
-        files, left_out = list_inputs(arguments.inputs)
-        if left_out:
-            print(f"left out, not known as text: {', '.join(f'{n} {s}' for s, n in left_out.most_common())}")
-        options = {"text_key": arguments.text_key, "num_workers": arguments.workers}
-        preprocess(files, arguments.tokenizer, arguments.out, **options)
-        if arguments.verify:
-            verify(files, arguments.tokenizer, arguments.out, **options)
-
-    return run_command(command)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which rank of a launcher a command is: the variables that torchrun and `launch.local` set. Torch-free."""
+"""Which rank of a launcher a tool is: torchrun's and `launch.local`'s variables, else SLURM's. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ from contextlib import contextmanager
 
 from configs.errors import BadInput
 from parallel.environment import Environment
+from parallel.launcher_variables import find_environment, is_batch_script
 
 
 def read_environment() -> Environment:
-    """Return this process's place among the ranks, a world of one (on any free port) where no launcher started it."""
-    return Environment(
-        rank=_number("RANK", 0),
-        world_size=_number("WORLD_SIZE", 1),
-        local_rank=_number("LOCAL_RANK", 0),
-        master_addr=os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number("MASTER_PORT", 0),
-    )
+    """Return this process's place among the ranks, a world of one (on any free port) where no launcher started it.
+
+    A tool may stand in a SLURM job's batch script without `srun`: unlike training it needs no other tasks.
+    """
+    variables = dict(os.environ)
+    if is_batch_script(variables):
+        variables.pop("SLURM_PROCID", None)
+    return find_environment(variables)
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise BadInput(f"environment: {name}={text!r} is no number; start the ranks with torchrun, or unset it.")
-    return int(text)
+def refuse_ranks() -> None:
+    """Raise BadInput where a launcher started several of a tool that works in one process: they would all do it."""
+    environment = read_environment()
+    if environment.world_size > 1:
+        how = {
+            "slurm": "start it without srun, or with srun --ntasks=1",
+            "torchrun": "start it without torchrun, or unset RANK and WORLD_SIZE",
+        }.get(environment.launcher, "start it without a launcher")
+        raise BadInput(f"environment: this tool works in one process and {environment.world_size} were started; {how}")
 
 
 @contextmanager

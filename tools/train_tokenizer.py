@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
 from tools.console import Progress, run_command
+from tools.outputs import check_directory
+from tools.paths import path_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-document token
 
 
-def train_tokenizer(files: Sequence[InputFile], out: str, vocab_size: int, text_key: str = "text") -> int:
+def train_tokenizer(
+    files: Sequence[InputFile], out: str, vocab_size: int, text_key: str = "text", *, skip_missing: bool = False
+) -> int:
     """Train on the documents of `files` and write the directory `out`; return the size of the vocabulary.
 
     Byte-level BPE with GPT-2's pre-tokenization (Radford et al. 2019): any text survives encode and decode unchanged.
-    Raises BadInput when `out` exists or `vocab_size` is too small. `out` appears whole or not at all.
+    With `skip_missing` records without text are left out. Raises BadInput when `out` exists or `vocab_size` is too
+    small. `out` appears whole or not at all.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -50,19 +55,25 @@ def train_tokenizer(files: Sequence[InputFile], out: str, vocab_size: int, text_
         show_progress=False,
     )
     with Progress("reading text", sum(file.num_bytes for file in files)) as progress:
-        tokenizer.train_from_iterator(_texts(files, text_key, progress), trainer)
+        tokenizer.train_from_iterator(_texts(files, text_key, skip_missing, progress), trainer)
     _write(tokenizer, Path(out), END_OF_DOCUMENT)
     return tokenizer.get_vocab_size()
 
 
-def _texts(files: Sequence[InputFile], text_key: str, progress: Progress) -> Iterator[str]:
+def _texts(files: Sequence[InputFile], text_key: str, skip_missing: bool, progress: Progress) -> Iterator[str]:
     from trainer.data.making.documents import iter_blocks, texts_of
 
-    num_read = 0
+    num_read = num_missing = 0
     for block in iter_blocks(files, text_key):
-        yield from texts_of(block, text_key)
+        for text in texts_of(block, text_key, skip_missing=skip_missing):
+            if text is None:
+                num_missing += 1
+            else:
+                yield text
         num_read += block.num_disk_bytes
         progress.show(num_read, f"{num_read / 1e6:.0f} MB")
+    if num_missing:
+        print(f"left out {num_missing} records without text")
 
 
 def _write(tokenizer: Tokenizer, out: Path, end_of_document: str) -> None:
@@ -92,20 +103,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train a byte-level BPE tokenizer and write it as a Hugging Face directory."
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="FILE", help="JSONL, Parquet or text, also .zst or .gz; or directories"
+        "inputs",
+        type=path_text,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL, Parquet, text, also .zst or .gz; directories",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special one included")
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text in JSONL and Parquet (default: text)"
     )
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave out, and count, records without text: null, no such key, bytes that are not UTF-8",
+    )
     arguments = parser.parse_args(argv)
 
     def command() -> None:
-        from trainer.data.making.documents import list_inputs
+        from trainer.data.making.documents import describe_left_out, list_inputs
 
-        files, _ = list_inputs(arguments.inputs)
-        size = train_tokenizer(files, arguments.out, arguments.vocab_size, arguments.text_key)
+        check_directory(arguments.out, "data/tokenizer")
+        files, left_out = list_inputs(arguments.inputs)
+        if left_out:
+            print(f"left out, not known as text or about the data: {describe_left_out(left_out)}")
+        size = train_tokenizer(
+            files, arguments.out, arguments.vocab_size, arguments.text_key, skip_missing=arguments.skip_missing
+        )
         short = "" if size == arguments.vocab_size else f" (all the text gives; {arguments.vocab_size} asked for)"
         print(f"{arguments.out}: {size} tokens{short}")
 

@@ -1,6 +1,6 @@
 """What follows from a config by arithmetic alone: layout, padded vocabulary, layers per stage, batches, tokens.
 
-Torch-free. Whether the values fit each other is `configs.rules`; memory and FLOPs are `configs.plan.estimate`.
+Torch-free. Whether the values fit each other is `configs.rules`; what it takes, `estimate` and `flops`.
 """
 
 from __future__ import annotations

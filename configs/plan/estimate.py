@@ -1,7 +1,7 @@
-"""Pure arithmetic on a config: parameters, bytes per rank by kind, model FLOPs. Torch-free, nothing is measured.
+"""Pure arithmetic on a config: parameters, and bytes per rank by kind. Torch-free, nothing is measured.
 
 Sources: Korthikanti et al. 2022 (arXiv:2205.05198) for activations, Rajbhandari et al. 2020 (arXiv:1910.02054) for
-ZeRO-1, Chowdhery et al. 2022 (arXiv:2204.02311, appendix B) for model FLOPs.
+ZeRO-1. Model FLOPs are `configs.plan.flops`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.plan.activations import activation_bytes
-from configs.plan.derive import (
-    Layout,
-    chunk_layers,
-    head_dim,
-    is_gated,
-    num_microbatches,
-    num_query_groups,
-    padded_vocab_size,
-)
+from configs.plan.derive import Layout, chunk_layers, head_dim, num_microbatches, padded_vocab_size
+from configs.plan.flops import active_part
+from configs.plan.tensors import Linear, layer_linears
 from configs.sections.model import ModelConfig
 from configs.stages import Config
 
@@ -50,14 +44,17 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+_Kind = Literal["none", "tp", "expert"]
+
+
 @dataclass(frozen=True)
 class _Weight:
-    """Parameters of one kind in a layer: how many, how they are split, whether tokens are multiplied by them."""
+    """Parameters of one kind in a layer: how many, how many a token passes through, over which ranks they are split."""
 
     count: int
-    split: Literal["none", "tp", "expert"] = "none"
-    multiplies: bool = True
-    trained: bool = True
+    active: int
+    split: _Kind = "none"
+    is_trained: bool = True
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
@@ -67,7 +64,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     for layer in range(model.num_layers):
         for weight in _layer_weights(model, layer):
             total += weight.count
-            active += _active_count(model, weight)
+            active += weight.active
     return ParameterCount(total, active, embedding)
 
 
@@ -108,33 +105,6 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     return estimates
 
 
-def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return the FLOPs of forward and backward per token: 3 x the forward matrix multiplications.
-
-    Two FLOPs per parameter that multiplies a token (active experts, router and the output layer over the true
-    vocabulary; embedding look-up, norms and biases are free), and the attention core 2 seq_len heads (d_qk + d_v).
-    Of the core half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so
-    do we. Recomputation is not counted: this is model, not hardware, FLOPs.
-    """
-    multiplied = model.vocab_size * model.hidden_size
-    for layer in range(model.num_layers):
-        multiplied += sum(_active_count(model, weight) for weight in _layer_weights(model, layer) if weight.multiplies)
-    value_dim = model.mla.v_head_dim if model.mla is not None else head_dim(model)
-    core = seq_len * model.num_attention_heads * (head_dim(model) + value_dim) * model.num_layers
-    return 3.0 * (2 * multiplied + core)
-
-
-def flops_per_step(config: Config, global_batch: int) -> float:
-    """Return the model FLOPs of a step of `global_batch` samples, over all ranks."""
-    return model_flops_per_token(config.model, config.train.seq_len) * global_batch * config.train.seq_len
-
-
-def _active_count(model: ModelConfig, weight: _Weight) -> int:
-    if weight.split != "expert" or model.moe is None:
-        return weight.count
-    return weight.count * model.moe.top_k // model.moe.num_experts
-
-
 def _stage_parameters(config: Config, layout: Layout, pp_rank: int) -> tuple[int, int]:
     """Return one rank's trained parameters outside and inside the experts."""
     model = config.model
@@ -142,7 +112,7 @@ def _stage_parameters(config: Config, layout: Layout, pp_rank: int) -> tuple[int
     for chunk in chunk_layers(model, config.parallel)[pp_rank]:
         for layer in chunk:
             for weight in _layer_weights(model, layer):
-                if not weight.trained:
+                if not weight.is_trained:
                     continue
                 if weight.split == "expert":
                     expert += -(-weight.count // (layout.ep * layout.etp))
@@ -172,67 +142,32 @@ def _in_fp8(config: Config) -> bool:
 
 def _layer_weights(model: ModelConfig, layer: int) -> Iterator[_Weight]:
     """Yield the weights of one transformer layer (0-based)."""
-    yield _norm(model, model.hidden_size)
-    yield from _mla_weights(model) if model.mla is not None else _attention_weights(model)
-    yield _norm(model, model.hidden_size)
-    if model.moe is not None and layer >= model.moe.num_dense_layers:
-        yield from _moe_weights(model)
-    else:
-        yield from _mlp_weights(model, model.ffn_hidden_size, "tp")
+    for linear in layer_linears(model, layer):
+        yield from _linear_weights(model, linear)
+    yield from (_norm(model, size) for size in _norm_sizes(model))
+    if model.moe is not None and layer >= model.moe.num_dense_layers and model.moe.balancing == "bias":
+        yield _Weight(model.moe.num_experts, model.moe.num_experts, is_trained=False)
+
+
+def _linear_weights(model: ModelConfig, linear: Linear) -> Iterator[_Weight]:
+    """Yield weight and bias; what is split and gathered counts as whole, as it is in Transformer Engine's layers."""
+    for count, splits in ((linear.num_weights, ("column", "row")), (linear.num_biases, ("column",))):
+        dense: _Kind = "tp" if linear.split in splits else "none"
+        kind = dense if linear.num_experts is None else "expert"
+        yield _Weight(count, active_part(model, linear, count), kind)
 
 
 def _norm(model: ModelConfig, size: int) -> _Weight:
-    return _Weight(size if model.norm == "rmsnorm" else 2 * size, multiplies=False)
+    count = size if model.norm == "rmsnorm" else 2 * size
+    return _Weight(count, count)
 
 
-def _attention_weights(model: ModelConfig) -> Iterator[_Weight]:
-    hidden, heads, size = model.hidden_size, model.num_attention_heads, head_dim(model)
-    qkv_size = (heads + 2 * num_query_groups(model)) * size
-    yield _Weight(hidden * qkv_size, "tp")
-    if model.qkv_bias or model.linear_bias:
-        yield _Weight(qkv_size, "tp", multiplies=False)
-    if model.qk_norm:
-        yield _norm(model, size)
-        yield _norm(model, size)
-    yield _Weight(heads * size * hidden, "tp")
-    if model.linear_bias:
-        yield _Weight(hidden, multiplies=False)
-
-
-def _mla_weights(model: ModelConfig) -> Iterator[_Weight]:
-    """Yield the projections of arXiv:2405.04434, section 2.1; the down-projections are on every tp rank."""
-    mla, hidden, heads = model.mla, model.hidden_size, model.num_attention_heads
-    assert mla is not None
-    query_size = heads * head_dim(model)
-    if mla.q_lora_rank is None:
-        yield _Weight(hidden * query_size, "tp")
-    else:
-        yield _Weight(hidden * mla.q_lora_rank)
-        yield _norm(model, mla.q_lora_rank)
-        yield _Weight(mla.q_lora_rank * query_size, "tp")
-    yield _Weight(hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim))
-    yield _norm(model, mla.kv_lora_rank)
-    yield _Weight(mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim), "tp")
-    yield _Weight(heads * mla.v_head_dim * hidden, "tp")
-
-
-def _mlp_weights(
-    model: ModelConfig, ffn_size: int, split: Literal["tp", "expert"], copies: int = 1
-) -> Iterator[_Weight]:
-    first_size = ffn_size * (2 if is_gated(model) else 1)
-    yield _Weight(copies * model.hidden_size * first_size, split)
-    yield _Weight(copies * ffn_size * model.hidden_size, split)
-    if model.linear_bias:
-        yield _Weight(copies * first_size, split, multiplies=False)
-        yield _Weight(copies * model.hidden_size, "expert" if split == "expert" else "none", multiplies=False)
-
-
-def _moe_weights(model: ModelConfig) -> Iterator[_Weight]:
-    moe = model.moe
-    assert moe is not None
-    yield _Weight(model.hidden_size * moe.num_experts)
-    if moe.balancing == "bias":
-        yield _Weight(moe.num_experts, multiplies=False, trained=False)
-    yield from _mlp_weights(model, moe.ffn_hidden_size, "expert", moe.num_experts)
-    if moe.shared_expert_ffn_hidden_size is not None:
-        yield from _mlp_weights(model, moe.shared_expert_ffn_hidden_size, "tp")
+def _norm_sizes(model: ModelConfig) -> Iterator[int]:
+    """Yield the sizes of a layer's norms: before attention and MLP, and of queries and keys or of the latents."""
+    yield from (model.hidden_size, model.hidden_size)
+    if model.mla is not None:
+        yield model.mla.kv_lora_rank
+        if model.mla.q_lora_rank is not None:
+            yield model.mla.q_lora_rank
+    elif model.qk_norm:
+        yield from (head_dim(model), head_dim(model))

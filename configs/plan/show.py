@@ -18,16 +18,17 @@ from configs.plan.derive import (
     tokens_after,
     tokens_per_step,
 )
-from configs.plan.estimate import count_parameters, estimate_memory, flops_per_step, parameters_per_rank
-from configs.stages import Config
+from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.flops import flops_per_step
+from configs.stages import STAGE_CONFIGS, Config
 
 _MIB, _GIB = 2**20, 2**30
 
 
-def field_help() -> str:
-    """Return every field of the schema: dotted path, type, default, and what it means with its unit."""
+def field_help(stage: str) -> str:
+    """Return every field of a stage's config: dotted path, type, default, and what it means with its unit."""
     lines: list[str] = []
-    for field in schema_fields():
+    for field in schema_fields(STAGE_CONFIGS[stage]):
         if field.section is not None:
             default = "" if field.required or field.default_text != "null" else " (default null)"
             summary = field.doc or " ".join((field.section.__doc__ or "").split())
@@ -106,6 +107,8 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
         places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
     if config.checkpoint.init_from is not None:
         places.append(("checkpoint.init_from", config.checkpoint.init_from, config.checkpoint.init_from))
+    if config.checkpoint.resume not in ("auto", "never"):
+        places.append(("checkpoint.resume", config.checkpoint.resume, config.checkpoint.resume))
     for name, path, file in places:
         found = "found" if os.path.exists(file) else "not on this machine"
         size = f", {_size_text(os.path.getsize(file))}" if file.endswith(".bin") and os.path.isfile(file) else ""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from configs.fp8 import RECIPES, Recipe, resolve_backend
-from configs.plan.derive import head_dim, num_query_groups
+from configs.plan.tensors import distinct_linears
 from configs.sections.precision import Fp8Config
 from configs.stages import Config
 
@@ -88,28 +88,17 @@ def _check_sizes(config: Config, fp8: Fp8Config, recipe: Recipe) -> Iterator[str
 
 def _split_sizes(config: Config) -> Iterator[tuple[str, int, int, str]]:
     """Yield the sizes of the layers' linears and over what each is split: field, size, ranks, the axis's field."""
-    model, parallel = config.model, config.parallel
-    tp, tensor = parallel.tp, "parallel.tp"
-    heads = model.num_attention_heads
-    yield "model.hidden_size", model.hidden_size, 1, tensor
-    if model.mla is None:
-        channels = (heads + 2 * num_query_groups(model)) * head_dim(model)
-        yield "model.head_dim * (num_attention_heads + 2 * num_query_groups)", channels, tp, tensor
-        yield "model.head_dim * num_attention_heads", heads * head_dim(model), tp, tensor
-    else:
-        mla = model.mla
-        nope, rope, value = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
-        yield "model.mla.kv_lora_rank + qk_rope_head_dim", mla.kv_lora_rank + rope, tp, tensor
-        yield "model.mla.kv_lora_rank", mla.kv_lora_rank, 1, tensor
-        if mla.q_lora_rank is not None:
-            yield "model.mla.q_lora_rank", mla.q_lora_rank, tp, tensor
-        yield "model.mla.qk_nope_head_dim + qk_rope_head_dim, times heads", heads * (nope + rope), tp, tensor
-        yield "model.mla.qk_nope_head_dim + v_head_dim, times heads", heads * (nope + value), tp, tensor
-        yield "model.mla.v_head_dim, times heads", heads * value, tp, tensor
-    if model.moe is None or model.moe.num_dense_layers:
-        yield "model.ffn_hidden_size", model.ffn_hidden_size, tp, tensor
-    if model.moe is not None:
-        yield "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size, parallel.etp or tp, "parallel.etp"
-        if model.moe.shared_expert_ffn_hidden_size is not None:
-            shared = model.moe.shared_expert_ffn_hidden_size
-            yield "model.moe.shared_expert_ffn_hidden_size", shared, tp, tensor
+    parallel = config.parallel
+    most_ways: dict[tuple[str, int], tuple[int, str]] = {}
+    for linear in distinct_linears(config.model):
+        if linear.is_router:
+            continue
+        ways, axis = parallel.tp, "parallel.tp"
+        if linear.num_experts is not None:
+            ways, axis = parallel.etp or parallel.tp, "parallel.etp"
+        for width in (linear.input, linear.output):
+            split = (ways, axis) if width is linear.split_width else (1, "parallel.tp")
+            key = (width.field, width.size)
+            most_ways[key] = max(most_ways.get(key, split), split)
+    for (field, size), (ways, axis) in most_ways.items():
+        yield field, size, ways, axis

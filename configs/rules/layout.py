@@ -19,6 +19,8 @@ from configs.plan.derive import (
     padded_vocab_size,
     ramp_batch_sizes,
 )
+from configs.plan.tensors import distinct_linears
+from configs.sections.model import ModelConfig
 from configs.stages import Config
 
 
@@ -30,7 +32,7 @@ def check_layout(config: Config, world_size: int, *, platform: Literal["cpu", "c
     problems = [
         *_check_world(config, world_size),
         *_check_tensor_axis(config, has_te),
-        *_check_sequence(config, has_te),
+        *_check_sequence(config),
         *_check_pipeline(config),
         *_check_experts(config, has_te),
         *_check_recompute(config, has_te),
@@ -41,6 +43,15 @@ def check_layout(config: Config, world_size: int, *, platform: Literal["cpu", "c
     except BadInput:
         return problems  # the world is already reported, and without dp no batch can be judged
     return problems + list(_check_batches(config, layout))
+
+
+def check_runnable(config: Config) -> Iterator[str]:
+    """Yield what can be planned, but not run by this version on any machine."""
+    if config.parallel.cp > 1:
+        yield (
+            f"parallel.cp: {config.parallel.cp} can be planned but not run yet: nothing splits the samples; a value "
+            "that would work: 1"
+        )
 
 
 def _check_world(config: Config, world_size: int) -> Iterator[str]:
@@ -88,16 +99,8 @@ def _check_tensor_axis(config: Config, has_te: bool) -> Iterator[str]:
             f"parallel.tp: {tp} does not divide the {2 * groups * head_dim(model)} key and value channels; values "
             f"that would work: {_listed(size for size in works if 2 * groups * head_dim(model) % size == 0)}"
         )
-    has_dense = model.moe is None or model.moe.num_dense_layers > 0
-    sizes = {"model.ffn_hidden_size": model.ffn_hidden_size if has_dense else None}
-    if model.moe is not None:
-        sizes["model.moe.shared_expert_ffn_hidden_size"] = model.moe.shared_expert_ffn_hidden_size
-    if model.mla is not None and not has_te:
-        # Without Transformer Engine the down projections are split over tp.
-        latent = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
-        sizes |= {"model.mla.q_lora_rank": model.mla.q_lora_rank, "model.mla.kv_lora_rank + qk_rope_head_dim": latent}
-    for name, size in sizes.items():
-        if size is not None and size % tp:
+    for name, size in _widths_split_alone(model, has_te):
+        if size % tp:
             yield f"{name}: {size} is not divisible by parallel.tp={tp}; a value that would work: {_round_up(size, tp)}"
     if padded_vocab_size(model) % tp:
         multiple = math.lcm(model.vocab_pad_multiple, tp)
@@ -107,7 +110,17 @@ def _check_tensor_axis(config: Config, has_te: bool) -> Iterator[str]:
         )
 
 
-def _check_sequence(config: Config, has_te: bool) -> Iterator[str]:
+def _widths_split_alone(model: ModelConfig, has_te: bool) -> list[tuple[str, int]]:
+    """Return the widths that tp splits and that no rule of heads or experts covers: of MLPs and of what is gathered."""
+    widths = {}
+    for linear in distinct_linears(model):
+        is_split = linear.name.startswith("mlp.") if linear.split != "gathered" else not has_te
+        if linear.num_experts is None and is_split and linear.split_width is not None:
+            widths[linear.split_width.field] = linear.split_width.size
+    return list(widths.items())
+
+
+def _check_sequence(config: Config) -> Iterator[str]:
     parallel, train, model = config.parallel, config.train, config.model
     if parallel.sp and parallel.tp == 1:
         yield "parallel.sp: there is nothing to split the sequence over with parallel.tp=1; set parallel.sp=false"
@@ -115,11 +128,6 @@ def _check_sequence(config: Config, has_te: bool) -> Iterator[str]:
         yield (
             f"parallel.sp: mixture of experts with parallel.tp={parallel.tp} needs the sequence split; "
             "set parallel.sp=true"
-        )
-    if parallel.cp > 1 and not has_te:
-        yield (
-            f"parallel.cp: {parallel.cp} needs Transformer Engine, which is not installed here (context-parallel "
-            "attention of our own comes with long context); a value that would work: 1"
         )
     # Context parallelism gives each rank two pieces of the sequence, one from either end, to balance the causal mask.
     pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)

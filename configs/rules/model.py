@@ -91,9 +91,9 @@ def _check_rope(model: ModelConfig) -> Iterator[str]:
             f"model.rope.high_freq_factor: {rope.high_freq_factor:g} must be above model.rope.low_freq_factor="
             f"{rope.low_freq_factor:g}; a value that would work: {4 * rope.low_freq_factor:g}"
         )
-    if rope.scaling == "yarn" and rope.beta_slow >= rope.beta_fast:
+    if rope.scaling == "yarn" and rope.beta_slow > rope.beta_fast:
         yield (
-            f"model.rope.beta_fast: {rope.beta_fast:g} must be above model.rope.beta_slow={rope.beta_slow:g}; "
+            f"model.rope.beta_fast: {rope.beta_fast:g} must be at least model.rope.beta_slow={rope.beta_slow:g}; "
             f"a value that would work: {32 * rope.beta_slow:g}"
         )
 

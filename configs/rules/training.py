@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
 from configs.rules.model import check_unused
 from configs.stages import Config
+
+_LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the longest run a config can name
 
 
 def check_training(config: Config) -> list[str]:
@@ -36,6 +39,12 @@ def _check_data(config: Config) -> Iterator[str]:
         twice = sorted({path for path in paths if paths.count(path) > 1})
         for path in twice:
             yield f"data.{name}: {path} is listed more than once; list it once and raise its weight"
+    weights = [source.weight for source in data.train]
+    if weights and not (math.isfinite(sum(weights)) and min(weights) / sum(weights) > _LEAST_SHARE):
+        yield (
+            "data.train: the weights are too large to be added, or too far apart for each source to be drawn from; "
+            "values that would work: weights such as 0.7 and 0.3"
+        )
     names = [os.path.basename(source.path) for source in {source.path: source for source in data.validation}.values()]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.validation: several sources are logged under the file name {name}; give them different file names"
@@ -146,8 +155,6 @@ def _check_schedule(config: Config) -> Iterator[str]:
 
 def _check_checkpoint(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
-    if not checkpoint.resume.strip():
-        yield "checkpoint.resume: is empty; a value that would work: auto"
     for name in ("init_from", "init_from_hf"):
         if checkpoint.resume not in ("auto", "never") and getattr(checkpoint, name) is not None:
             yield (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from configs.sections.base import PositiveInt, Section
+from typing import Annotated
+
+from configs.sections.base import PathKind, PathText, PositiveInt, Section
 
 
 class CheckpointConfig(Section):
@@ -16,12 +18,12 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this many steps are kept for good; null for none."""
     async_save: bool = True
     """Write in the background while training goes on."""
-    resume: str = "auto"
+    resume: Annotated[PathText, PathKind(words=("auto", "never"))] = "auto"
     """auto: continue from `<run.dir>/checkpoints/latest` if there is one; never: refuse to continue;
     or a checkpoint's path."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Warm start: weights alone from this checkpoint (or run directory); step, optimizer and data start anew."""
-    init_from_hf: str | None = None
+    init_from_hf: PathText | None = None
     """Warm start from the directory of a Hugging Face model, onto any layout; `model` must say the same as its
     config.json (`python tools/convert_hf.py model DIR` prints it)."""
     export_hf: bool = False

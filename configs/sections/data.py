@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from configs.sections.base import PositiveFloat, PositiveInt, Section
+from configs.sections.base import DataPrefix, PathText, PositiveFloat, PositiveInt, Section
 
 
 class SourceConfig(Section):
     """One tokenized source of a blend."""
 
-    path: Annotated[str, Field(min_length=1, examples=["data/corpus_train"])]
+    path: Annotated[DataPrefix, Field(examples=["data/corpus_train"])]
     """Prefix of a Megatron dataset: `<path>.bin` and `<path>.idx` must exist."""
     weight: PositiveFloat = 1.0
     """Share of samples drawn from this source, relative to the other weights."""
@@ -21,7 +21,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What the model reads."""
 
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Directory of the Hugging Face tokenizer the data was made with; its vocabulary hash is checked."""
     train: tuple[SourceConfig, ...] = ()
     """Blend of training sources."""

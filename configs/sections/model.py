@@ -51,6 +51,8 @@ class MlaConfig(Section):
     """Per-head dimensions of query and key with rotation (the key's are shared by all heads)."""
     v_head_dim: PositiveInt
     """Per-head dimensions of the value."""
+    norm_eps: PositiveFloat | None = None
+    """Epsilon of the latents' norms; default `model.norm_eps`."""
 
 
 class MoeConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from configs.sections.base import Count, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from configs.sections.base import Count, NonNegativeFloat, PathText, PositiveFloat, PositiveInt, Section
 
 
 class RunConfig(Section):
@@ -14,7 +14,7 @@ class RunConfig(Section):
 
     name: str = "run"
     """Name of the run; the default of `run.dir` is `runs/<name>`."""
-    dir: str | None = None
+    dir: PathText | None = None
     """Run directory: everything the run writes. Default `runs/<run.name>`."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
     """Seed of the weights, of dropout and of the data order."""

@@ -17,6 +17,8 @@ class Platform(Protocol):
     """Name in configs, reports and `environment.json`."""
     backend: str
     """`torch.distributed` backend of the collectives."""
+    control_backend: str
+    """Backend of what the hosts tell each other beside the training step."""
     lone_backend: str
     """The same for a world of one rank."""
     fuses_kernels: bool

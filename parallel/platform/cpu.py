@@ -19,6 +19,7 @@ class CpuPlatform:
 
     name = "cpu"
     backend = "gloo"
+    control_backend = "gloo"
     lone_backend = "lone"
     fuses_kernels = False
     overlaps_communication = False

@@ -1,15 +1,14 @@
-"""The only monkey patches: what Megatron-Core 0.19 needs to run on CPU, as tables of target, replacement and reason.
+"""What is replaced so that Megatron-Core 0.19 runs on CPU, as tables of target, replacement and reason.
 
 Two kinds, both free in the training step: names of `torch` replaced once by functions for the CPU, and string
 constants ("cuda") replaced once in the compiled code of Megatron-Core functions. Applied by `CpuPlatform.activate`
-alone; nothing here is touched on CUDA. Written for megatron-core 0.19.2 and torch 2.11.0.
+alone; what is replaced on every platform is in `trainer.engine.kernels`. For megatron-core 0.19.2 and torch 2.11.0.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import types
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 
 from parallel.platform import gloo_collectives, gloo_groups
 from parallel.platform.late_imports import SYMBOLIC_SHAPES, import_late
+from parallel.replaced_names import NamePatch, replace_names, resolve
 
 CPU = torch.device("cpu")
 
@@ -72,15 +72,6 @@ def _set_rng_state(new_state: torch.Tensor, device: object = None, graph_safe: b
 def _leave_eager(model: Any = None, **kwargs: Any) -> Any:
     """Stand for `torch.compile`, as a function and as a decorator with arguments."""
     return model if model is not None else lambda decorated: decorated
-
-
-@dataclass(frozen=True)
-class NamePatch:
-    """One attribute replaced: `target` is `module:dotted.name`."""
-
-    target: str
-    replacement: Any
-    why: str
 
 
 @dataclass(frozen=True)
@@ -157,16 +148,6 @@ CONSTANT_PATCHES: tuple[ConstantPatch, ...] = (
 )
 
 
-def resolve(target: str) -> tuple[Any, str, Any]:
-    """Return (owner, attribute name, current value) of `module:dotted.name`; raises AttributeError if it is gone."""
-    module_name, _, dotted = target.partition(":")
-    owner: Any = importlib.import_module(module_name)
-    *parents, name = dotted.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return owner, name, getattr(owner, name)
-
-
 def replace_constants(value: Any) -> Any:
     """Return a code constant with device strings of CUDA turned into those of the CPU, in nested tuples too."""
     if value == "cuda" and isinstance(value, str):
@@ -195,9 +176,7 @@ def _underlying_function(value: Any) -> types.FunctionType:
 def apply_cpu_patches() -> None:
     """Apply both tables once in this process; imports Megatron-Core, after torch's names are replaced."""
     import_late(SYMBOLIC_SHAPES)
-    for patch in NAME_PATCHES:
-        owner, name, _ = resolve(patch.target)
-        setattr(owner, name, patch.replacement)
+    replace_names(NAME_PATCHES)
     for constant_patch in CONSTANT_PATCHES:
         function = _underlying_function(resolve(constant_patch.target)[2])
         function.__code__ = replace_constants(function.__code__)

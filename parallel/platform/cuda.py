@@ -10,20 +10,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from configs.errors import BadInput
+from parallel.platform.gpu_peaks import find_peaks
 
-# Dense peaks in TFLOP/s, from the vendor's datasheets, by a part of the device's name; first match wins.
-PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    ("B200", {"bf16": 2250.0, "fp8": 4500.0}),
-    ("H200", {"bf16": 989.0, "fp8": 1979.0}),
-    ("H100 PCIe", {"bf16": 756.0, "fp8": 1513.0}),
-    ("H100", {"bf16": 989.0, "fp8": 1979.0}),
-    ("H800", {"bf16": 989.0, "fp8": 1979.0}),
-    ("A100", {"bf16": 312.0}),
-    ("A800", {"bf16": 312.0}),
-    ("L40S", {"bf16": 362.0, "fp8": 733.0}),
-    ("4090", {"bf16": 165.2, "fp8": 660.6}),
-    ("A10", {"bf16": 125.0}),
-)
 FP8_CAPABILITIES = {"blockwise": (9, 0), "mxfp8": (10, 0)}
 """From which compute capability Transformer Engine runs a recipe that needs more than Ada."""
 
@@ -33,6 +21,7 @@ class CudaPlatform:
 
     name = "cuda"
     backend = "nccl"
+    control_backend = "gloo"
     lone_backend = "nccl"
     fuses_kernels = True
     overlaps_communication = True
@@ -82,8 +71,7 @@ class CudaPlatform:
 
     def peak_tflops(self) -> Mapping[str, float]:
         """Return the datasheet's dense peaks of this GPU, empty for an unknown one."""
-        name = torch.cuda.get_device_name()
-        return next((peaks for part, peaks in PEAK_TFLOPS if part in name), {})
+        return find_peaks(torch.cuda.get_device_name())
 
     def check_precision(self, compute: str) -> str | None:
         """Refuse bf16 before Ampere, which computes it very slowly."""

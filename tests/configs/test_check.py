@@ -12,6 +12,8 @@ from configs.load import load_config
 from configs.plan.derive import derive_layout
 from configs.plan.show import describe
 from configs.rules.check import check_config
+from configs.rules.layout import check_runnable
+from configs.stages import Config
 
 ROOT = Path(__file__).parents[2] / "configs"
 
@@ -25,8 +27,12 @@ MLA = [
 ]
 
 
+def config_of(overrides: list[str]) -> Config:
+    return load_config(str(ROOT / "models" / "tiny.yaml"), overrides)
+
+
 def problems_of(overrides: list[str], world_size: int = 1, platform: str = "cuda", has_te: bool = False) -> list[str]:
-    config = load_config(str(ROOT / "models" / "tiny.yaml"), overrides)
+    config = config_of(overrides)
     return check_config(config, world_size, platform=platform, has_te=has_te)
 
 
@@ -168,7 +174,6 @@ TRAINING_RULES = [
     (["sample={prompts: [a], num_tokens: 2048}", "data.tokenizer=t"], "sample.num_tokens: 2048 leaves no room"),
     (["sample={prompts: [a], top_k: 5000}", "data.tokenizer=t"], "sample.top_k: 5000 exceeds model.vocab_size=4096"),
     (["run.name='  '"], "run.name: is empty"),
-    (["checkpoint.resume=''"], "checkpoint.resume: is empty"),
 ]
 
 MODEL_RULES = [
@@ -195,7 +200,7 @@ MODEL_RULES = [
     ),
     (
         ["model.rope={scaling: yarn, factor: 2, original_max_position_embeddings: 1024, beta_slow: 40}"],
-        "model.rope.beta_fast: 32 must be above model.rope.beta_slow=40",
+        "model.rope.beta_fast: 32 must be at least model.rope.beta_slow=40",
     ),
 ]
 
@@ -271,11 +276,12 @@ def test_each_rule_gives_its_sentence(base: list[str], overrides: list[str], wor
     assert all("\n" not in problem and ";" in problem for problem in problems), problems
 
 
-def test_context_parallelism_needs_transformer_engine() -> None:
+def test_context_parallelism_is_planned_but_not_run() -> None:
     overrides = [*DENSE, "parallel.cp=2"]
-    (problem,) = problems_of(overrides, 2)
-    assert problem.startswith("parallel.cp: 2 needs Transformer Engine") and "comes with long context" in problem
-    assert problems_of(overrides, 2, has_te=True) == []
+    assert problems_of(overrides, 2) == problems_of(overrides, 2, has_te=True) == []
+    (problem,) = check_runnable(config_of(overrides))
+    assert problem.startswith("parallel.cp: 2 can be planned but not run yet") and problem.endswith("would work: 1")
+    assert not list(check_runnable(config_of(DENSE)))
     (problem,) = problems_of([*overrides, "train.seq_len=66"], 2, has_te=True)
     assert problem.startswith("train.seq_len: 66 is not divisible by 4") and problem.endswith("work: 68")
 
@@ -346,3 +352,15 @@ def test_whatever_passes_the_check_can_be_described() -> None:
         accepted += 1
         assert "model TFLOPs per step" in describe(config, derive_layout(config, world_size))
     assert accepted > 20
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (1e308, 1e-300), (1.0, 1e-300)])
+def test_weights_that_cannot_be_shares_are_refused(weights: tuple[float, float]) -> None:
+    sources = ", ".join(f"{{path: source{number}, weight: {weight}}}" for number, weight in enumerate(weights))
+    found = problems_of([*DENSE[1:], f"data.train=[{sources}]"])
+    assert len(found) == 1 and found[0].startswith("data.train: the weights are too large to be added, or too far")
+    assert "values that would work" in found[0]
+
+
+def test_weights_far_apart_but_drawn_from_are_kept() -> None:
+    assert problems_of([*DENSE[1:], "data.train=[{path: a, weight: 1e300}, {path: b, weight: 1e292}]"]) == []

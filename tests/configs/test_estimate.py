@@ -8,7 +8,8 @@ import pytest
 
 from configs.load import load_config
 from configs.plan.derive import derive_layout
-from configs.plan.estimate import count_parameters, estimate_memory, model_flops_per_token, parameters_per_rank
+from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.flops import model_flops_per_token
 from configs.sections.model import ModelConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.train import RecomputeConfig, TrainConfig
@@ -31,6 +32,9 @@ PUBLISHED = {
     "qwen3_30b_a3b": 30_532_122_624,
     "mixtral_8x7b": 46_702_792_704,
     "deepseek_v3": 671_026_419_200,
+    # These two: what transformers' own model has (below), router biases included.
+    "kimi_k2": 1_026_408_232_448,
+    "moonlight_16b_a3b": 15_960_110_208,
 }
 
 
@@ -77,6 +81,15 @@ def hf_config(name: str, model: ModelConfig) -> object:
         return transformers.MixtralConfig(**shared, num_local_experts=model.moe.num_experts)
     if name == "deepseek_v3":
         return transformers.DeepseekV3Config(**shared)  # its defaults are the 671B model
+    if model.mla is not None:
+        return transformers.DeepseekV3Config(
+            **shared,
+            **model.mla.model_dump(),
+            n_routed_experts=model.moe.num_experts,
+            moe_intermediate_size=model.moe.ffn_hidden_size,
+            first_k_dense_replace=model.moe.num_dense_layers,
+            n_shared_experts=model.moe.shared_expert_ffn_hidden_size // model.moe.ffn_hidden_size,
+        )
     if model.moe is not None:
         moe = {"num_experts": model.moe.num_experts, "moe_intermediate_size": model.moe.ffn_hidden_size}
         return transformers.Qwen3MoeConfig(**shared, head_dim=model.head_dim, **moe)
@@ -84,7 +97,10 @@ def hf_config(name: str, model: ModelConfig) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3_2_1b", "qwen3_0_6b", "qwen3_30b_a3b", "mixtral_8x7b", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama3_2_1b", "qwen3_0_6b", "qwen3_30b_a3b", "mixtral_8x7b", "deepseek_v3", "kimi_k2", "moonlight_16b_a3b"],
+)
 def test_parameters_equal_transformers_own_model(name: str) -> None:
     import torch
     import transformers
@@ -93,7 +109,7 @@ def test_parameters_equal_transformers_own_model(name: str) -> None:
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(hf_config(name, model))
     count = theirs.num_parameters()
-    if name == "deepseek_v3":  # the router bias is a buffer there, and a tensor of the published checkpoint
+    if model.mla is not None:  # the router bias is a buffer there, and a tensor of the published checkpoint
         count += (model.num_layers - model.moe.num_dense_layers) * model.moe.num_experts
     assert count == count_parameters(model).total
 

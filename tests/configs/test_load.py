@@ -9,6 +9,9 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import load_config, resolved_dict
+from configs.plan.show import field_help
+from configs.sections.base import Section
+from configs.stages import STAGE_CONFIGS, Config
 
 TINY = """
 model: {num_layers: 4, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, vocab_size: 512}
@@ -207,3 +210,34 @@ def test_resolved_config_loads_back_equal(tmp_path: Path, tiny: str) -> None:
     config = load_config(tiny, ["optimizer.lr=1e-5", "run.name=77", "data.train=[{path: x}]"])
     again = load_config(write(tmp_path / "config.json", json.dumps(resolved_dict(config))))
     assert again == config
+
+
+class ChatConfig(Section):
+    """A section of one stage."""
+
+    template: str = "plain"
+    """What turns look like."""
+
+
+class ChatStageConfig(Config):
+    """A stage with a section of its own."""
+
+    chat: ChatConfig = ChatConfig()
+
+
+def test_a_stage_is_validated_by_its_own_class_and_its_keys_are_refused_in_another(
+    monkeypatch: pytest.MonkeyPatch, tiny: str
+) -> None:
+    monkeypatch.setattr("configs.load.STAGE_CONFIGS", {**STAGE_CONFIGS, "chat": ChatStageConfig})
+    monkeypatch.setattr("configs.plan.show.STAGE_CONFIGS", {**STAGE_CONFIGS, "chat": ChatStageConfig})
+    config = load_config(tiny, ["chat.template=short"], "chat")
+    assert isinstance(config, ChatStageConfig) and config.chat.template == "short"
+    assert type(load_config(tiny)) is STAGE_CONFIGS["pretrain"]
+    belongs = "belongs to the stage chat (launch/chat.py), this is pretrain; remove it, or start that one"
+    assert problems_of(tiny, ["chat.template=short"]) == [f"chat: {belongs}"]
+    assert problems_of(tiny, ["chta.template=short"]) == [
+        "chta: unknown field; the sections are " + ", ".join(Config.model_fields)
+    ]
+    with pytest.raises(BadInput, match="did you mean chat.template"):
+        load_config(tiny, ["chat.tempalte=short"], "chat")
+    assert "chat.template = plain" in field_help("chat") and "chat.template" not in field_help("pretrain")

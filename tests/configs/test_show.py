@@ -6,17 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from configs.fields import schema_fields
 from configs.load import load_config
 from configs.plan.derive import derive_layout
 from configs.plan.show import describe, field_help
+from configs.stages import STAGE_CONFIGS
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_help_names_every_field_with_a_default_and_a_doc() -> None:
-    lines = field_help().splitlines()
-    fields = [field for field in schema_fields() if field.section is None]
+@pytest.mark.parametrize("stage", STAGE_CONFIGS)
+def test_help_names_every_field_with_a_default_and_a_doc(stage: str) -> None:
+    lines = field_help(stage).splitlines()
+    fields = [field for field in schema_fields(STAGE_CONFIGS[stage]) if field.section is None]
     assert len(fields) > 100
     for field in fields:
         position = next(number for number, line in enumerate(lines) if line.startswith(f"  {field.path} = "))
@@ -24,18 +28,19 @@ def test_help_names_every_field_with_a_default_and_a_doc() -> None:
         assert lines[position + 1].strip() == field.doc != ""
 
 
-def test_every_example_value_in_help_is_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", STAGE_CONFIGS)
+def test_every_example_value_in_help_is_accepted(stage: str) -> None:
     """The value offered in "a value that would work" must itself pass the field's rules."""
     tiny = str(ROOT / "configs" / "models" / "tiny.yaml")
     whole = {"model.moe": "{num_experts: 8, ffn_hidden_size: 64}"}
     whole["model.mla"] = "{kv_lora_rank: 8, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"
     whole["precision.fp8"] = "{recipe: delayed}"
     whole["train.batch_ramp"] = "{start: 1, increment: 1, num_samples: 1}"
-    fields = [field for field in schema_fields() if field.section is None]
+    fields = [field for field in schema_fields(STAGE_CONFIGS[stage]) if field.section is None]
     for field in fields:
         parent = field.path.rpartition(".")[0]
         overrides = ["train.num_steps=1", *([f"{parent}={whole[parent]}"] if parent in whole else [])]
-        load_config(tiny, [*overrides, f"{field.path}={field.example}"])
+        load_config(tiny, [*overrides, f"{field.path}={field.example}"], stage)
 
 
 def test_dry_run_text_holds_config_and_consequences(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.pool import Place
 from tools.preprocess_data import preprocess
 from tools.train_tokenizer import train_tokenizer
 from trainer.data.making.documents import InputFile
+from trainer.data.making.workers import Recipe
 
 SENTENCES = [
     "def add(a, b):\n    return a + b\n",
@@ -39,8 +40,8 @@ def corpus(tmp_path_factory) -> Path:
     validation = write_text(folder / "validation.jsonl", 600, 40)
     tokenizer = str(folder / "tokenizer")
     train_tokenizer([train], tokenizer, 300)
-    preprocess([train], tokenizer, str(folder / "train"))
-    preprocess([validation], tokenizer, str(folder / "validation"))
+    preprocess([train], Recipe(tokenizer), str(folder / "train"))
+    preprocess([validation], Recipe(tokenizer), str(folder / "validation"))
     return folder
 
 

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -38,16 +40,15 @@ def signal_while_reading(number: int, *, call: int, is_hit: bool) -> Iterator[No
 @contextlib.contextmanager
 def nan_loss(rank: int) -> Iterator[None]:
     """Make the loss of the sample with number 11 and of all after number 24 on rank 1 NaN."""
-    import trainer.stages.pretrain as stage_module
+    from trainer.stages.next_token import NextTokenObjective
 
-    stage_class = stage_module.PretrainStage
-    loss = stage_class.loss
+    loss = NextTokenObjective.loss
 
     def poisoned(self, output, batch):
         is_bad = rank == 1 and any(sample == 11 or sample >= 24 for sample in batch.sample_ids)
         return loss(self, output * float("nan") if is_bad else output, batch)
 
-    with patch.object(stage_class, "loss", poisoned):
+    with patch.object(NextTokenObjective, "loss", poisoned):
         yield
 
 
@@ -87,7 +88,47 @@ def too_small_disk_at_step_4(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def blind_rank(rank: int) -> Iterator[None]:
+    """Let rank 1 see no checkpoint yet, as on a file system of a network."""
+    with patch("trainer.run.start.latest_checkpoint", return_value=None) if rank == 1 else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def looking_before_locking(rank: int) -> Iterator[None]:
+    """Fail where the start is looked for in a directory that is not locked."""
+    from trainer.run import run
+
+    find = run.find_start
+
+    def find_locked(config):
+        assert (Path(config.run.dir) / ".lock").is_file(), "not locked"
+        return find(config)
+
+    with patch.object(run, "find_start", find_locked):
+        yield
+
+
+@contextlib.contextmanager
+def slow_disk(rank: int) -> Iterator[None]:
+    """Let deleting an old checkpoint take longer than a collective may wait."""
+    from trainer.checkpoint import layout
+
+    remove = layout.remove
+
+    def remove_slowly(checkpoint):
+        time.sleep(6)
+        remove(checkpoint)
+
+    with patch.object(layout, "remove", remove_slowly):
+        yield
+
+
 FAULTS = {
+    "blind_rank": blind_rank,
+    "looking_before_locking": looking_before_locking,
+    "slow_disk": slow_disk,
     "sigterm": lambda rank: signal_while_reading(signal.SIGTERM, call=3, is_hit=rank == 1),
     "sigusr1": lambda rank: signal_while_reading(signal.SIGUSR1, call=3, is_hit=rank == 1),
     "sigterm_rank_0_second_step": lambda rank: signal_while_reading(signal.SIGTERM, call=2, is_hit=rank == 0),

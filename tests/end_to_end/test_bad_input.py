@@ -45,6 +45,30 @@ def test_vocabulary_larger_than_the_model(refused):
     refused("model.vocab_size=280", words=("model.vocab_size", "a value that would work"))
 
 
+def write_document(prefix, ids):
+    """Write a dataset of one document without a `.meta.json`, as Megatron-LM's own tools do."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin")
+    builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return f"[{{path: {prefix}}}]"
+
+
+@pytest.mark.parametrize("ids", [range(12), range(270, 340)], ids=["too_short", "unknown_ids"])
+def test_data_that_shows_its_fault_late_leaves_everything_as_it_was(train, tmp_path, ids):
+    """Neither is a directory made, nor are later checkpoints set aside, nor metrics cut."""
+    bad = ("data.tokenizer=null", f"data.validation={write_document(tmp_path / 'bad', list(ids))}")
+    code, sentence = train(1, f"run.dir={tmp_path}/refused", *bad)
+    assert code == ExitCode.BAD_INPUT and sentence.startswith("data.validation: "), sentence
+    assert not (tmp_path / "refused").exists()
+    assert train(1, "train.num_steps=4")[0] == ExitCode.DONE
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    back = f"checkpoint.resume={tmp_path}/run/checkpoints/step_00000002"
+    assert train(1, back, *bad)[0] == ExitCode.BAD_INPUT
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 def test_checkpoint_of_another_architecture(train, refused, tmp_path):
     assert train(1, "train.num_steps=2")[0] == ExitCode.DONE
     options = ("model.num_layers=4", "model.qk_norm=true")

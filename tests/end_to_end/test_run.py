@@ -91,6 +91,32 @@ def test_going_back_sets_later_checkpoints_aside(train, tmp_path):
     assert [step for step, *_ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_going_on_from_elsewhere_keeps_what_it_saves(train, tmp_path):
+    """The directory holds later steps of another course: they are set aside, not taken for the newest."""
+    assert train(1, "train.num_steps=12", "checkpoint.save_every=6")[0] == ExitCode.DONE
+    assert train(1, f"run.dir={tmp_path}/elsewhere", "train.num_steps=2")[0] == ExitCode.DONE
+    back = (f"checkpoint.resume={tmp_path}/elsewhere", "checkpoint.keep_last=1", "train.num_steps=4")
+    assert train(1, *back)[0] == ExitCode.DONE
+    names = ["abandoned_step_00000006", "abandoned_step_00000012", "latest", "step_00000004"]
+    assert checkpoint_names(tmp_path / "run") == names
+    assert (tmp_path / "run" / "checkpoints" / "latest" / "checkpoint.json").is_file()
+
+
+@pytest.mark.parametrize("fault", ["blind_rank", "looking_before_locking", "slow_disk"])
+def test_rank_zero_decides_with_the_directory_locked_and_files_may_take_long(train, tmp_path, fault):
+    assert train(2, "train.num_steps=4")[0] == ExitCode.DONE
+    assert train(2, "parallel.timeout_seconds=4", "checkpoint.keep_last=1", fault=fault)[0] == ExitCode.DONE
+    assert [step for step, *_ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert checkpoint_names(tmp_path / "run") == ["latest", "step_00000006"]
+
+
+def test_a_changed_config_is_told(train, tmp_path):
+    assert train(1, "train.num_steps=2")[0] == ExitCode.DONE
+    assert train(1, "train.num_steps=4", "optimizer.lr=5.0e-3")[0] == ExitCode.DONE
+    log = (tmp_path / "run" / "logs" / "attempt_2" / "rank_0.log").read_text()
+    assert "another config: train.num_steps is 4, it was 2" in log and "optimizer.lr is 0.005, it was 0.01" in log
+
+
 def test_a_command_queued_again_continues_instead_of_going_back_twice(train, tmp_path):
     """The same command goes on from its own newest checkpoint; a changed one goes back once more."""
     folder = tmp_path / "run" / "checkpoints"

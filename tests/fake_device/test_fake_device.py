@@ -102,7 +102,7 @@ MEMORY_CASES = {
     "pp2_first": large(ranks=(2, 0), parallel={"pp": 2}),
     "pp2_last": large(ranks=(2, 1), parallel={"pp": 2}),
 }
-ONCE_A_STEP = {"engine._sum_losses", "cuda.synchronize", "clip_grads.get_grad_norm_fp32"}
+ONCE_A_STEP = {"sums.from_vector", "cuda.synchronize", "clip_grads.get_grad_norm_fp32"}
 """The loss, to time the phases, and the norm of the gradients: after all work of both passes has been queued."""
 FURTHER_READS = {
     # the loss scale, the smallest that there is, and whether it was too large

@@ -246,23 +246,25 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
     try:
         mesh = build_mesh(platform, device, config)
         replace_kernels()
-        from tools.device_checks.engine import build_repeating_stage
-        from trainer.engine.state import TrainState
-        from trainer.run.run import build_engine
+        from tools.device_checks.engine import made_up_batches
+        from trainer.data.batch import Documents
+        from trainer.engine.build import build_engine
+        from trainer.stages.next_token import NextTokenObjective
 
-        stage, state = build_repeating_stage(config), TrainState()
+        objective = NextTokenObjective()
         with FakeTensorMode(allow_non_fake_inputs=True), Watch(), Memory() as memory:
             engine = build_engine(config, mesh)
-            batches = stage.batches_for(state)[:: mesh.dp_size]
+            batches = made_up_batches(config)[:: mesh.dp_size]
             if config.data.document_mask:
                 bounds = torch.tensor(DOCUMENTS, dtype=torch.int32)
-                batches = [dataclasses.replace(one, cu_seqlens=bounds, max_seqlen=59) for one in batches]
+                documents = Documents(bounds, 59, int(bounds.diff().square().sum()))
+                batches = [dataclasses.replace(one, documents=documents) for one in batches]
             for _ in range(NUM_STEPS):
                 READS.clear()
                 memory.peak = memory.bytes
-                state = state.after(engine.train_step(batches, stage, state))
+                engine.train_step(batches, objective, 1e-3)
             found = {"reads": dict(READS), "peak_bytes": memory.peak}
-            engine.eval_step(batches, stage)
+            engine.sum_losses(batches, objective)
             engine.compute_logits(batches[0].tokens)
             engine.close()
         return found

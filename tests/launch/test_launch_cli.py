@@ -14,6 +14,11 @@ def test_config_overrides_and_options_in_any_order():
     assert parse_arguments(["c.yaml", "--dry-run", "--world-size=2"], "pretrain").world_size == 2
 
 
+def test_a_value_that_ends_like_a_config_is_no_second_config():
+    words = ["configs/a=b.yaml", "run.dir=/somewhere/a.yaml", "checkpoint.init_from=x.yml"]
+    assert parse_arguments(words, "pretrain") == Arguments(words[0], tuple(words[1:]))
+
+
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["c.yaml", "--help", "--nonsense"]])
 def test_help_wins_over_everything(words):
     assert parse_arguments(words, "pretrain").help

@@ -66,10 +66,10 @@ def profile_steps(place: Place, num_steps: int) -> dict[str, float]:
 
     with open_engine(place, small_config(world=place.world_size, parallel={"tp": 2, "sp": True})) as engine:
         stage = build_stage(engine)
-        state, _ = train_steps(engine, stage, TrainState(), 1)
+        state, _ = train_steps(stage, TrainState(), 1)
         profile = cProfile.Profile()
         profile.enable()
-        train_steps(engine, stage, state, num_steps)
+        train_steps(stage, state, num_steps)
         profile.disable()
     stats = pstats.Stats(profile)
     ours = [

@@ -22,7 +22,7 @@ def run_with_a_fault(place: Place, config: Config, run_dir: str, masks: str, fau
         warm_start(engine, resolve_checkpoint(run_dir))
         stage = build_stage(engine, masks)
         fault(engine, stage)
-        _, results = train_steps(engine, stage, TrainState(), config.train.num_steps)
+        _, results = train_steps(stage, TrainState(), config.train.num_steps)
         return record_run(engine, results)
 
 
@@ -42,13 +42,13 @@ def average_averages(place: Place, config: Config, run_dir: str, masks: str) -> 
     from trainer.losses.loss import Loss
 
     def fault(engine: Any, stage: Any) -> None:
-        plain = stage.loss
+        plain = stage.objective.loss
 
         def loss(output: Any, batch: Any) -> Loss:
             summed = plain(output, batch)
-            return Loss(summed.total / summed.num_tokens.clamp(min=1) * 37, summed.num_tokens)
+            return Loss(summed.total / stage.objective.count(batch).clamp(min=1) * 37)
 
-        stage.loss = loss
+        stage.objective.loss = loss
 
     return run_with_a_fault(place, config, run_dir, masks, fault)
 
@@ -57,7 +57,7 @@ def read_the_same_data(place: Place, config: Config, run_dir: str, masks: str) -
     """Let every data-parallel rank read rank 0's samples."""
 
     def fault(engine: Any, stage: Any) -> None:
-        stage._reader._dp_rank = 0
+        stage.reader._dp_rank = 0
 
     return run_with_a_fault(place, config, run_dir, masks, fault)
 
@@ -81,8 +81,8 @@ def forget_documents(place: Place, config: Config, run_dir: str, masks: str) -> 
     from dataclasses import replace
 
     def fault(engine: Any, stage: Any) -> None:
-        plain = stage.batches_for
-        stage.batches_for = lambda state: [replace(batch, cu_seqlens=None, max_seqlen=None) for batch in plain(state)]
+        plain = stage.reader.read_step
+        stage.reader.read_step = lambda: [replace(batch, documents=None) for batch in plain()]
 
     return run_with_a_fault(place, config, run_dir, masks, fault)
 

@@ -67,6 +67,11 @@ def test_experts_with_uneven_token_counts(judge, layout):
     judge.check(*layout, masks="uneven", model=NO_BALANCING)
 
 
+@pytest.mark.parametrize("layout", [EP2, (2, {"tp": 2, "sp": True}), (2, {"pp": 2})], ids=["ep2", "tp2_sp", "pp2"])
+def test_router_losses_with_uneven_token_counts(judge, layout):
+    judge.check(*layout, masks="uneven", model=Z_LOSS)
+
+
 @pytest.mark.parametrize("layout", [EP2, EP2_TP2], ids=["ep2", "ep2_tp2"])
 def test_experts_with_documents(judge, layout):
     judge.check(*layout, masks="documents", model=SOFTMAX, data={"document_mask": True})
@@ -99,7 +104,7 @@ def gradients_from_seed(place: Place, config: Config, run_dir: str) -> dict[str,
 
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))
-        train_steps(engine, build_stage(engine), TrainState(), 1)
+        train_steps(build_stage(engine), TrainState(), 1)
         return {name: one.main_grad.numpy().copy() for name, one in engine.chunks[0].named_parameters()}
 
 

@@ -75,10 +75,10 @@ def train_and_save(place: Place, config: Config, run_dir: str) -> tuple[list[flo
 
     with open_engine(place, config) as engine:
         stage = build_stage(engine)
-        state, _ = train_steps(engine, stage, TrainState(), 2)
+        state, _ = train_steps(stage, TrainState(), 2)
         save_checkpoint(engine, state, stage, Path(run_dir))
         history = engine.fp8.history.values.numpy().copy()
-        _, results = train_steps(engine, stage, state, 2)
+        _, results = train_steps(stage, state, 2)
         return [one.loss for one in results], [one.grad_norm for one in results], history
 
 
@@ -89,9 +89,9 @@ def resume_and_train(place: Place, config: Config, run_dir: str) -> tuple[list[f
 
     with open_engine(place, config) as engine:
         stage = build_stage(engine)
-        state = resume(engine, stage, resolve_checkpoint(run_dir))
+        state = resume(engine.config, engine.mesh, stage, resolve_checkpoint(run_dir))
         history = engine.fp8.history.values.numpy().copy()
-        _, results = train_steps(engine, stage, state, 2)
+        _, results = train_steps(stage, state, 2)
         return [one.loss for one in results], [one.grad_norm for one in results], history
 
 

@@ -60,6 +60,16 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, dict[str, Any]]]] = {
         LATENT | {"n_group": 1, "topk_group": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
         EP2,
     ),
+    # The norms of the latents keep 1e-6, which a large epsilon of the others shows.
+    "moonlight": (
+        "DeepseekV3", LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "rms_norm_eps": 0.1}, EP2,
+    ),
+    "kimi_k2": (
+        "DeepseekV3",
+        LATENT | {"n_group": 1, "topk_group": 1, "rms_norm_eps": 0.1, "num_mtp_layers": 0,
+                  "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0}},
+        EP2_TP2,
+    ),
 }  # fmt: skip
 
 
@@ -107,7 +117,7 @@ def start_and_export(
         else:
             warm_start(engine, Path(imported) / "checkpoints" / "latest")
         logits = engine.compute_logits(torch.from_numpy(tokens)).numpy()
-        writer = CheckpointWriter(run_dir, config.checkpoint, engine)
+        writer = CheckpointWriter(run_dir, config, engine.mesh)
         writer.save(TrainState(), build_stage(engine))
         checkpoint = Path(run_dir) / "checkpoints" / "latest"
         export_checkpoint(

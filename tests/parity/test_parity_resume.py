@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.plan.derive import padded_vocab_size
 from configs.stages import Config
 from tests.parity.conftest import assert_equal_runs
 from tests.pool import Place
@@ -46,9 +47,9 @@ def run_and_save(place: Place, config: Config, run_dir: str) -> RunRecord:
         if place.world_size == 1 and not config.model.hidden_dropout:
             roughen(engine)
         stage = build_stage(engine, "uneven")
-        state, _ = train_steps(engine, stage, TrainState(), STOP)
+        state, _ = train_steps(stage, TrainState(), STOP)
         save_checkpoint(engine, state, stage, Path(run_dir))
-        _, results = train_steps(engine, stage, state, config.train.num_steps - STOP)
+        _, results = train_steps(stage, state, config.train.num_steps - STOP)
         return record_run(engine, results)
 
 
@@ -59,9 +60,9 @@ def resume_run(place: Place, config: Config, run_dir: str) -> RunRecord:
 
     with open_engine(place, config) as engine:
         stage = build_stage(engine, "uneven")
-        state = resume(engine, stage, resolve_checkpoint(run_dir))
+        state = resume(engine.config, engine.mesh, stage, resolve_checkpoint(run_dir))
         assert state.step == STOP and state.consumed_samples == STOP * config.train.global_batch_size
-        _, results = train_steps(engine, stage, state, config.train.num_steps - STOP)
+        _, results = train_steps(stage, state, config.train.num_steps - STOP)
         return record_run(engine, results)
 
 
@@ -119,6 +120,31 @@ def test_experts_on_another_layout(ranks, stopped_run, before, after):
     assert_equal_runs(resumed, uninterrupted)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "before, rows_before, after, rows_after",
+    [("one", 250, "tp2_sp", 256), ("one", 250, "tp2_pp2", 384), ("tp2_pp2", 384, "one", 250), ("dp2", 256, "pp2", 250)],
+)
+def test_another_padding_of_the_vocabulary(ranks, stopped_run, before, rows_before, after, rows_after, tied):
+    """Padding is layout: embedding, output layer and the moments of both move between vocabularies of other sizes."""
+    multiples = {250: 1, 256: 16, 384: 192}
+    model = {"vocab_pad_multiple": multiples[rows_before], "tie_embeddings": tied}
+    run_dir, uninterrupted = stopped_run(before, model)
+    world, config = make_config(after, model | {"vocab_pad_multiple": multiples[rows_after]})
+    assert padded_vocab_size(config.model) == rows_after
+    resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
+    assert_equal_runs(resumed, uninterrupted)
+
+
+def test_a_warm_start_takes_another_padding_of_the_vocabulary(ranks, stopped_run):
+    run_dir, _ = stopped_run("one", {"vocab_pad_multiple": 1, "tie_embeddings": False})
+    runs = [
+        ranks.run(warm_start_run, make_config(name, {"vocab_pad_multiple": multiple})[1], str(run_dir), world=world)[0]
+        for name, world, multiple in (("one", 1, 1), ("tp2_sp", 2, 128))
+    ]
+    assert_equal_runs(runs[1], runs[0])
+
+
 def test_changed_optimizer_settings_apply_on_resume(ranks, stopped_run):
     """The learning rate and weight decay of the new config hold, not those that were saved."""
     run_dir, uninterrupted = stopped_run("one")
@@ -148,5 +174,5 @@ def warm_start_run(place: Place, config: Config, run_dir: str) -> RunRecord:
         warm_start(engine, resolve_checkpoint(run_dir))
         stage = build_stage(engine, "uneven")
         stage.load_state_dict({"data": {"step": STOP}})
-        _, results = train_steps(engine, stage, TrainState(step=STOP), config.train.num_steps - STOP)
+        _, results = train_steps(stage, TrainState(step=STOP), config.train.num_steps - STOP)
         return record_run(engine, results)

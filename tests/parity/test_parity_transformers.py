@@ -83,10 +83,10 @@ def compare_with_llama(place: Place, config: Any) -> tuple[float, float, dict[st
     with open_engine(place, config) as engine:
         roughen(engine)
         named = {name: parameter.data.clone() for name, parameter in engine.chunks[0].named_parameters()}
-        batches = build_stage(engine, "uneven").batches_for(TrainState())
+        batches = build_stage(engine, "uneven").reader.read_step()
         expected_loss, expected = llama_loss(config, as_llama(named, config), batches)
         stage = build_stage(engine, "uneven")
-        result = engine.train_step(stage.batches_for(TrainState()), stage, TrainState())
+        result = stage.step(TrainState())
         gradients = {name: parameter.main_grad for name, parameter in engine.chunks[0].named_parameters()}
         found = as_llama(gradients, config)
         assert found.keys() == expected.keys()

@@ -123,7 +123,7 @@ def spoil(copy: Path, how: str) -> None:
     elif how == "unknown":
         tensors["model.layers.0.adapter.weight"] = torch.zeros(2)
     elif how == "option":
-        config.write_text(json.dumps(content | {"logit_softcapping": 30.0}))
+        config.write_text(json.dumps(content | {"is_causal": False}))
     elif how == "family":
         config.write_text(json.dumps(content | {"architectures": ["Gemma2ForCausalLM"]}))
     elif how == "no_config":
@@ -144,7 +144,7 @@ def spoil(copy: Path, how: str) -> None:
         ("shape", "has shape [48, 32], config.json says [64, 32]"),
         ("missing", "lacks model.norm.weight"),
         ("unknown", "has no place for: model.layers.0.adapter.weight"),
-        ("option", "logit_softcapping: not understood"),
+        ("option", "is_causal: False is not supported"),
         ("family", "architectures ['Gemma2ForCausalLM'] cannot be converted"),
         ("no_config", "config.json: cannot be read"),
         ("mixed", "differ in their number format"),
@@ -326,7 +326,7 @@ def test_tokens_that_transformers_makes_otherwise_are_noticed(tmp_path):
     """transformers 5 builds Qwen2's splitting of words itself, whatever tokenizer.json says."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from trainer.hf.verify import tokenizer_difference
+    from trainer.hf.tokenizer_check import tokenizer_difference
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -340,3 +340,34 @@ def test_tokens_that_transformers_makes_otherwise_are_noticed(tmp_path):
         (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
         (directory / "tokenizer_config.json").write_text("{}")
         assert (tokenizer_difference(directory) is None) == is_same, model_type
+
+
+EXPORT_AND_CHECK = """
+import sys
+import trainer.hf.export_source, trainer.hf.exporting
+from trainer.hf.tokenizer_check import tokenizer_difference
+assert tokenizer_difference(__import__("pathlib").Path(sys.argv[1])) is None
+heavy = {name for name in sys.modules if name.split(".")[0] == "megatron" or name.startswith("trainer.engine.engine")}
+assert not heavy, sorted(heavy)[:3]
+"""
+
+
+def test_neither_an_export_nor_the_check_of_its_tokenizer_imports_the_engine(tokenizer_directory):
+    command = [sys.executable, "-W", "ignore", "-c", EXPORT_AND_CHECK, tokenizer_directory]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_of_the_cache_is_imported_and_told_of_what_is_left_out(convert, copy, tmp_path):
+    """Its code is missing, a key says nothing to transformers; the export is whole all the same."""
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_some.Some"}, "is_llama_config": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    shutil.copytree(copy, snapshot)
+    code, said, err = convert("import", snapshot.parents[1], tmp_path / "run")
+    assert code == 0 and "note: config.json: is_llama_config left aside, as transformers' LlamaForCausalLM does" in err
+    code, said, err = convert("export", tmp_path / "run", tmp_path / "out")
+    assert code == 0 and "note: config.json: auto_map named modeling_some.py, which is not there; left out" in err
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert convert("model", snapshot.parents[1])[0] == 0

@@ -9,6 +9,7 @@ import pytest
 from configs.errors import BadInput
 from tools.prepare_corpus import prepare_corpus, split_library
 from trainer.data.indexed import TokenDataset, check_tokenizer
+from trainer.data.making.documents import Block, texts_of
 from trainer.data.tokenizer import load_tokenizer
 
 
@@ -54,3 +55,12 @@ def test_an_interrupted_corpus_is_completed(library, tmp_path):
     assert prepare_corpus(str(out), 300, library)
     assert {file: file.read_bytes() for file in out.glob("*.*")} == before
     assert json.loads((out / "corpus.json").read_text())["settings"]["vocab_size"] == 300
+
+
+def test_the_corpus_keeps_byte_order_marks_as_it_always_has(library):
+    """Runs of the demo are continued on it, and its bytes decide the order of its samples."""
+    marked = sorted(library.rglob("module*.py"))[0]
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    train, validation, _ = split_library(library)
+    file = next(file for file in train + validation if file.path == str(marked))
+    assert next(texts_of(Block((file,), 1, b"", 0), "text")).startswith("\ufeff")

@@ -99,13 +99,13 @@ def run_broken(place):
     from tools.device_checks import steps
     from tools.device_checks.attention import check_attention
     from tools.one_rank import open_world
-    from trainer.engine import engine
     from trainer.model.attention.core import SdpaCoreAttention
+    from trainer.stages import training
 
-    attend, schedule, gather = SdpaCoreAttention._attend, engine.compute_learning_rate, dist.all_gather_into_tensor
+    attend, schedule, gather = SdpaCoreAttention._attend, training.compute_learning_rate, dist.all_gather_into_tensor
     try:
         SdpaCoreAttention._attend = lambda self, query, *rest: attend(self, query * 1.01, *rest)
-        engine.compute_learning_rate = lambda *unused: -1e-4
+        training.compute_learning_rate = lambda *unused: -1e-4
         dist.all_gather_into_tensor = lambda *unused: None
         with open_world("cpu") as mesh:
             return [
@@ -114,7 +114,7 @@ def run_broken(place):
                 steps.check_collectives(mesh),
             ]
     finally:
-        SdpaCoreAttention._attend, engine.compute_learning_rate = attend, schedule
+        SdpaCoreAttention._attend, training.compute_learning_rate = attend, schedule
         dist.all_gather_into_tensor = gather
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from tools.preprocess_data import main, preprocess
 from trainer.data.making.documents import list_inputs
+from trainer.data.making.workers import Recipe
 from trainer.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def test_two_workers_and_small_parts_give_the_same_bytes(finished, jsonl, tokeni
     files, _ = list_inputs([str(jsonl)])
     for name, workers, seconds in (("one", 1, 100.0), ("two", 2, 0.0)):
         options = {"num_workers": workers, "part_seconds": seconds, "block_bytes": 4096}
-        preprocess(files, tokenizer_directory, str(tmp_path / name), **options)
+        preprocess(files, Recipe(tokenizer_directory), str(tmp_path / name), **options)
     one, two = content(str(tmp_path / "one")), content(str(tmp_path / "two"))
     assert one == two and one[:2] == content(finished)[:2]
 
@@ -74,6 +75,7 @@ import sys, time
 from tools import preprocess_data
 from trainer.data.making.documents import list_inputs
 from trainer.data.making.parts import PartStore
+from trainer.data.making.workers import Recipe
 
 if __name__ == "__main__":
     finish = PartStore.finish_part
@@ -82,7 +84,8 @@ if __name__ == "__main__":
         print(len(store.parts), flush=True)
         time.sleep(0.2)
     PartStore.finish_part = slowly
-    preprocess_data.preprocess(list_inputs([sys.argv[1]])[0], *sys.argv[2:], block_bytes=4096, part_seconds=0.0)
+    files, recipe = list_inputs([sys.argv[1]])[0], Recipe(sys.argv[2])
+    preprocess_data.preprocess(files, recipe, sys.argv[3], block_bytes=4096, part_seconds=0.0)
 """
 
 
@@ -101,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(finished, jsonl, tokenizer_direc
     process.wait()
     assert not any(os.path.exists(prefix + suffix) for suffix in SUFFIXES)
     files, _ = list_inputs([str(jsonl)])
-    preprocess(files, tokenizer_directory, prefix, num_workers=2, block_bytes=4096, part_seconds=0.0)
+    preprocess(files, Recipe(tokenizer_directory), prefix, num_workers=2, block_bytes=4096, part_seconds=0.0)
     assert "going on after" in capsys.readouterr().out
     assert content(prefix)[:2] == content(finished)[:2]
     assert not os.path.exists(prefix + ".parts")
@@ -186,3 +189,26 @@ def test_help_needs_neither_torch_nor_tokenizers():
     code = hidden + "from tools.preprocess_data import main; main(['-h'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--verify" in done.stdout and time.monotonic() - started < 5
+
+
+def test_records_without_text_are_counted_in_the_summary_and_the_meta_file(tokenizer_directory, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{}\n{"text": ""}\n')
+    command = [str(tmp_path / "a.jsonl"), "--tokenizer", tokenizer_directory, "--out", str(tmp_path / "data")]
+    assert main(command) == 2
+    assert "a.jsonl:2: the value of 'text' is not a string but null" in capsys.readouterr().err
+    assert main([*command, "--skip-missing", "--verify"]) == 0
+    assert "1 documents (1 empty ones left out, 2 records without text left out)" in capsys.readouterr().out
+    meta = json.loads((tmp_path / "data.meta.json").read_text())
+    assert (meta["num_documents"], meta["num_empty_documents"], meta["num_missing_documents"]) == (1, 1, 2)
+
+
+def test_a_small_input_starts_no_processes_and_no_slow_imports(jsonl, tokenizer_directory, tmp_path):
+    hidden = "import sys; sys.modules |= dict(torch=None, megatron=None, transformers=None)\n"
+    code = hidden + (
+        "import concurrent.futures\n"
+        "concurrent.futures.ProcessPoolExecutor.submit = None\n"
+        "from tools.preprocess_data import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [str(jsonl), "--tokenizer", tokenizer_directory, "--out", str(tmp_path / "data"), "--workers", "8"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "360 documents" in done.stdout, done.stderr

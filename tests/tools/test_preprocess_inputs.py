@@ -77,6 +77,8 @@ def test_blocks_know_their_lines_and_add_up(tmp_path):
         (b'{"body": "x"}', r"no key 'text'; .*\['body'\]"),
         (b'{"text": null}', "'text' is not a string"),
         (b'{"text": "\\ud800"}', "surrogate"),
+        (b'{"text": 7}', "'text' is not a string"),
+        (b"[" * 100_000, "nested too deep"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, sentence):
@@ -126,3 +128,103 @@ def test_pieces_have_the_size_asked_for(tmp_path):
     file = tmp_path / "a.txt.zst"
     file.write_bytes(zstandard.compress(b"x" * 1050))
     assert [len(piece) for piece in read_pieces(InputFile(str(file), "text", ".zst"), 100)] == [100] * 10 + [50]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.yaml", "a.jsonl", "a.txt.gz", "a.jsonl.zst"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    content = b'{"text": "one"}\n' if "jsonl" in name else b"one"
+    joined = BOM + content + (BOM + content if "jsonl" in name else b"")  # as `cat a.jsonl b.jsonl` makes
+    compress = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.split(".")[-1], bytes)
+    (tmp_path / name).write_bytes(compress(joined))
+    assert read([tmp_path / name]) == ["one"] * joined.count(BOM)
+
+
+def test_a_mark_alone_is_a_blank_line_and_utf_16_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(BOM + b'\n{"text": "one"}')
+    assert read([tmp_path / "a.jsonl"]) == ["one"]
+    (tmp_path / "a.txt").write_bytes("one".encode("utf-16"))
+    with pytest.raises(BadInput, match="a.txt: UTF-16; convert it to UTF-8"):
+        read([tmp_path / "a.txt"])
+
+
+def test_whole_numbers_of_any_length_are_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one", "n": {"9" * 5000}, "m": [-{"1" * 9000}]}}\n')
+    assert read([tmp_path / "a.jsonl"]) == ["one"]
+
+
+def write_parquet(file, **columns) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def test_a_downloaded_dataset_gives_its_records_alone(tmp_path):
+    for name in ("README.md", "LICENSE.txt", "data/README.md", ".gitattributes", ".cache/huggingface/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("tells of the data")
+    for name in ("dataset_infos.json", "data/dataset_info.json", "data/state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text('{\n "default": {}\n}')
+    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", text=["one", "two"])
+    (tmp_path / "data" / "picture.png").write_bytes(b"x")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("a document: no records beside it")
+    assert read([tmp_path]) == ["one", "two", "a document: no records beside it"]
+    left_out = list_inputs([str(tmp_path)])[1]
+    assert left_out == {
+        "README.md": 2, "LICENSE.txt": 1, "dataset_infos.json": 1, "dataset_info.json": 1, "state.json": 1,
+        "dataset_dict.json": 1, ".png": 1,
+    }  # fmt: skip
+    assert read([tmp_path / "README.md"]) == ["tells of the data"]  # named outright
+
+
+def test_a_tree_of_texts_keeps_its_read_me_and_what_was_there_instead_is_told(tmp_path):
+    for name in ("README.md", "code/a.py", "code/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read([tmp_path]) == ["README.md", "code/README.md", "code/a.py"]
+    (tmp_path / "saved").mkdir()
+    for name in ("data-00000.arrow", "dataset_info.json"):
+        (tmp_path / "saved" / name).write_text("{}")
+    with pytest.raises(BadInput, match=r"no file to read \(there: .*1 .arrow"):
+        read([tmp_path / "saved"])
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "string_view", "large_string", "dictionary"])
+def test_text_in_columns_of_other_types_is_text(tmp_path, kind):
+    import pyarrow
+
+    made = {"dictionary": lambda: pyarrow.dictionary(pyarrow.int32(), pyarrow.string())}
+    column = pyarrow.array(["one", "zwölf"]).cast(made.get(kind, getattr(pyarrow, kind, None))())
+    write_parquet(tmp_path / "a.parquet", text=column)
+    assert read([tmp_path / "a.parquet"]) == ["one", "zwölf"]
+
+
+def test_rows_without_text_are_skipped_and_counted_if_asked(tmp_path):
+    import pyarrow
+
+    write_parquet(tmp_path / "a.parquet", text=pyarrow.array(["one", None, ""]))
+    write_parquet(tmp_path / "b.parquet", text=pyarrow.array([b"two", b"\xff\xfe", None], pyarrow.binary()))
+    write_parquet(tmp_path / "c.parquet", text=pyarrow.nulls(2))
+    (tmp_path / "d.jsonl").write_text('{"text": null}\n{"body": "x"}\n{"text": "three"}\n')
+    files, _ = list_inputs([str(tmp_path)])
+    found = [text for block in iter_blocks(files, "text") for text in texts_of(block, "text", skip_missing=True)]
+    assert found == ["one", None, "", "two", None, None, None, None, None, None, "three"]
+    for name, sentence in (("a", "row 2 has no text"), ("b", "row 2 has bytes .* not UTF-8"), ("c", "row 1 has no")):
+        with pytest.raises(BadInput, match=f"{name}.parquet: {sentence}.*--skip-missing"):
+            read([tmp_path / f"{name}.parquet"])
+
+
+def test_columns_that_hold_no_text_are_named_by_type(tmp_path):
+    write_parquet(tmp_path / "a.parquet", text=[[1], [2]], body=["x", "y"], n=[1, 2])
+    with pytest.raises(BadInput, match=r"column 'text' holds list<.*not text; .*would work: \['body'\]"):
+        read([tmp_path / "a.parquet"])
+
+
+def test_a_json_array_says_how_to_make_lines_of_it(tmp_path):
+    (tmp_path / "a.json").write_text('[\n {"text": "one"}\n]')
+    with pytest.raises(BadInput, match="a.json:1: not valid JSON .*jq -c"):
+        read([tmp_path / "a.json"])

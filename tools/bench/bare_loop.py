@@ -29,8 +29,10 @@ def run_bare(config: Config, environment: Environment, platform_name: PlatformNa
 
     platform = load_platform(platform_name)
     device = platform.activate(environment.local_rank)
+    from trainer.engine.kernels import replace_kernels
     from trainer.model.build import build_model_chunks  # imports megatron-core, which the platform prepares first
 
+    replace_kernels(platform)
     init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
     mesh = build_mesh(platform, device, config)
     seed_everything(config.run.seed, mesh.pp_rank)
@@ -53,12 +55,7 @@ def _wrap(chunk: Any, config: Config, platform: Platform) -> tuple[Any, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from parallel.precision import optimizer_precision
-    from trainer.optim.adam import has_fused_adam, install_as_fused_adam
-    from trainer.optim.grad_norm import install_as_fused_norm
 
-    if has_fused_adam() is None:
-        install_as_fused_adam()
-        install_as_fused_norm(is_fusing=platform.fuses_kernels)
     is_overlapping = platform.overlaps_communication
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

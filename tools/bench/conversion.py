@@ -22,6 +22,8 @@ from typing import Any
 
 from tools.bench.report import describe_machine
 from tools.console import Progress, run_command
+from tools.outputs import check_file
+from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
@@ -128,12 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="conversion.py", description="Memory and MB/s of converting a model.")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model (default 4)")
     default_out = ROOT / "tools" / "bench" / "results" / "conversion_cpu.json"
-    parser.add_argument("--out", type=Path, default=default_out, help="result file")
+    parser.add_argument("--out", type=path_argument, default=default_out, help="result file")
     arguments = parser.parse_args(words)
     if not arguments.gigabytes > 0:
         parser.error("--gigabytes must be above 0, for example 4")
 
     def command() -> None:
+        check_file(arguments.out)
         with tempfile.TemporaryDirectory(prefix="convert-") as scratch:
             figures = measure_all(int(arguments.gigabytes * 1e9), Path(scratch))
         print_table(figures)

@@ -12,6 +12,7 @@ from parallel.platform import PlatformName
 
 if TYPE_CHECKING:
     from tools.bench.clock import StepClock
+    from trainer.engine.state import StepResult, TrainState
 
 
 def run_fit(config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
@@ -19,24 +20,25 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
 
     Collective: all ranks of the world must call this.
     """
-    from parallel.mesh import Mesh
-    from trainer.data.corpus import Corpus
     from trainer.run.run import run
-    from trainer.stages.base import Stage
+    from trainer.stages.base import StageContext, StageKind
     from trainer.stages.build import STAGES
-    from trainer.stages.pretrain import PretrainStage
+    from trainer.stages.pretrain import build_pretrain
+    from trainer.stages.training import TrainingStage
 
-    class ClockedStage(PretrainStage):
-        """Pretraining that ticks at the start of each step: `batches_for` is the first thing the loop calls."""
+    def build(context: StageContext) -> TrainingStage:
+        """Build pretraining that ticks at the start of each step, which is the first thing the loop calls."""
+        stage = build_pretrain(context)
+        step = stage.step
 
-        def batches_for(self, state):  # type: ignore[no-untyped-def]
+        def clocked_step(state: TrainState) -> StepResult:
             clock.tick()
-            return super().batches_for(state)
+            return step(state)
 
-    def build(corpus: Corpus, mesh: Mesh) -> Stage:
-        return ClockedStage(corpus.build_reader(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size))
+        stage.step = clocked_step  # type: ignore[method-assign]
+        return stage
 
-    STAGES["clocked"] = build
+    STAGES["clocked"] = StageKind(build)
     run(config, "clocked", environment, platform)
     if environment.rank != 0:
         return None

@@ -22,6 +22,7 @@ from configs.fp8 import RECIPES
 from parallel.platform import PLATFORM_VARIABLE
 from tools.bench.report import describe_machine
 from tools.console import Progress, run_command
+from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
@@ -100,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fp8_curves.py", description="Training curves of the FP8 recipes.")
     parser.add_argument("--steps", type=int, default=140, help="steps of each run (default 140)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
-    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "bench" / "results", help="folder of the results")
+    parser.add_argument(
+        "--out", type=path_argument, default=ROOT / "tools" / "bench" / "results", help="folder of the results"
+    )
     arguments = parser.parse_args(argv)
     if arguments.steps < 4 or arguments.jobs < 1:
         parser.error("--steps must be at least 4 and --jobs at least 1, for example --steps 140 --jobs 2")

@@ -25,6 +25,8 @@ from tools.bench.report import describe_machine, print_report, write_report
 from tools.bench.turns import Conductor
 from tools.console import Progress, run_command
 from tools.made_up_data import write_made_up_dataset
+from tools.outputs import check_file
+from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
@@ -150,12 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps", type=int, default=120, help=f"measured steps of each loop, after {NUM_WARMUP} (default 120)"
     )
     default_out = ROOT / "tools" / "bench" / "results" / "throughput_cpu.json"
-    parser.add_argument("--out", type=Path, default=default_out, help="result file")
+    parser.add_argument("--out", type=path_argument, default=default_out, help="result file")
     arguments = parser.parse_args(argv)
     if arguments.steps < 2:
         parser.error("--steps must be at least 2, for example --steps 20")
 
     def command() -> None:
+        check_file(arguments.out)
         load_before = os.getloadavg()[0]
         measures = measure_all(arguments.steps)
         machine = describe_machine(measures[0].report.device, load_before)

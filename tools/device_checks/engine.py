@@ -37,34 +37,54 @@ def build_config(compute: str, model: Mapping[str, Any] = SMALL_MODEL, **section
     return Config.model_validate(fields)
 
 
-def build_repeating_stage(config: Config) -> Stage:
-    """Return a pretraining stage that reads one made-up global batch again and again, so that the loss must fall."""
-    from trainer.stages.pretrain import PretrainStage
+def build_repeating_stage(engine: Engine) -> Stage:
+    """Return pretraining that reads one made-up global batch again and again, so that the loss must fall."""
+    from trainer.evaluate.validation import Evaluator
+    from trainer.stages.next_token import NextTokenObjective
+    from trainer.stages.training import TrainingStage
 
-    batches = _made_up_batches(config)
-
-    class RepeatingStage(PretrainStage):
-        """Pretraining on one global batch."""
-
-        def batches_for(self, state: Any) -> Sequence[Any]:
-            return batches
-
-    return RepeatingStage(None)
+    reader = RepeatingReader(made_up_batches(engine.config))
+    return TrainingStage("pretrain", engine, reader, NextTokenObjective(), Evaluator({}))
 
 
-def train(engine: Engine, stage: Stage, num_steps: int) -> list[StepResult]:
+class RepeatingReader:
+    """Hands out the same batches at every step."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def check(self) -> None:
+        """Have nothing that could be wrong."""
+
+    def read_step(self) -> Sequence[Any]:
+        """Return the batches."""
+        return self._batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: every step reads the same."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Need nothing."""
+
+    def close(self) -> None:
+        """Have nothing to end."""
+
+
+def train(stage: Stage, num_steps: int) -> list[StepResult]:
     """Take `num_steps` steps and return what each did."""
     from trainer.engine.state import TrainState
 
     state, results = TrainState(), []
     for _ in range(num_steps):
-        result = engine.train_step(stage.batches_for(state), stage, state)
+        result = stage.step(state)
         state = state.after(result)
         results.append(result)
     return results
 
 
-def _made_up_batches(config: Config) -> list[Any]:
+def made_up_batches(config: Config) -> list[Any]:
+    """Return one global batch of random tokens, as one rank's microbatches."""
     import numpy as np
 
     from trainer.data.batch import build_batch

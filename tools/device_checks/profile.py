@@ -45,14 +45,14 @@ def check_profile(mesh: Mesh, title: str, config: Config) -> Outcome:
     torch.compiler.reset()
     try:
         with open_engine(config, mesh) as engine:
-            stage = build_repeating_stage(config)
-            train(engine, stage, NUM_WARMUP)
+            stage = build_repeating_stage(engine)
+            train(stage, NUM_WARMUP)
             with mesh.platform.record_waits() as waits:
-                train(engine, stage, 1)
+                train(stage, 1)
             mesh.platform.synchronize()
             started = time.perf_counter()
             with profile(activities=supported_activities()) as profiled:
-                train(engine, stage, 1)
+                train(stage, 1)
                 mesh.platform.synchronize()
             seconds = time.perf_counter() - started
     except torch.OutOfMemoryError:

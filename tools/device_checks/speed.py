@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from configs.plan.estimate import count_parameters, flops_per_step
+from configs.plan.estimate import count_parameters
+from configs.plan.flops import flops_per_step
 from configs.stages import Config
 from parallel.platform import PlatformName
 from tools.device_checks.engine import build_config, build_repeating_stage, train
@@ -62,11 +63,11 @@ def check_speed(mesh: Mesh, title: str, config: Config, *, num_steps: int = 10) 
     torch.compiler.reset()  # after eight shapes of a function it would compile no more
     try:
         with open_engine(config, mesh) as engine:
-            stage = build_repeating_stage(config)
-            train(engine, stage, NUM_WARMUP)
+            stage = build_repeating_stage(engine)
+            train(stage, NUM_WARMUP)
             mesh.platform.synchronize()
             started = time.perf_counter()
-            train(engine, stage, num_steps)
+            train(stage, num_steps)
             mesh.platform.synchronize()
             seconds = time.perf_counter() - started
     except torch.OutOfMemoryError:

@@ -50,7 +50,7 @@ def check_steps(mesh: Mesh, compute: str, fp8: Mapping[str, Any] | None = None) 
         return Outcome(name, "skipped", refusal)
     config = build_config(compute, precision={} if fp8 is None else {"fp8": fp8})
     with open_engine(config, mesh) as engine:
-        results = train(engine, build_repeating_stage(config), NUM_STEPS)
+        results = train(build_repeating_stage(engine), NUM_STEPS)
     first, last = results[0].loss, results[-1].loss
     problems = []
     faults = [number for number, one in enumerate(results, 1) if not (one.is_applied or one.is_overflow_expected)]
@@ -73,7 +73,7 @@ def check_loss_scaler(mesh: Mesh) -> Outcome:
     initial = 2.0**20
     config = build_config("fp16", precision={"initial_loss_scale": initial, "loss_scale_hysteresis": 1})
     with open_engine(config, mesh) as engine:
-        results = train(engine, build_repeating_stage(config), NUM_STEPS)
+        results = train(build_repeating_stage(engine), NUM_STEPS)
     skipped = [one for one in results if not one.is_applied]
     first, last, scale = results[0].loss, results[-1].loss, results[-1].loss_scale
     problems = []

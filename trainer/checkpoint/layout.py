@@ -99,24 +99,34 @@ def remove_leftovers(run_dir: str | Path) -> None:
 
 
 def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
-    """Rename checkpoints beyond `step` to `abandoned_*` when a run is taken back to it, and return their new paths.
+    """Rename checkpoints beyond `step` to `abandoned_*` when a run goes on from it, and return their new paths.
 
     They belong to a course of training that is given up; under their own names, retention would count them as newest.
+    One that was set aside earlier keeps its place.
     """
     moved = []
     for checkpoint in list_checkpoints(run_dir):
         if step_of(checkpoint) > step:
             aside = checkpoint.with_name(ABANDONED_PREFIX + checkpoint.name)
-            shutil.rmtree(aside, ignore_errors=True)
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = checkpoint.with_name(f"{ABANDONED_PREFIX}{checkpoint.name}_{number}")
             os.replace(checkpoint, aside)
             moved.append(aside)
     return moved
 
 
-def apply_retention(run_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
+def apply_retention(published: Path, keep_last: int, keep_every: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints of a run and those at multiples of `keep_every` steps.
+
+    What was just published, and what `latest` names, stays whatever its number.
+    """
+    run_dir = published.parent.parent
+    spared = {published, latest_checkpoint(run_dir)}
     for checkpoint in list_checkpoints(run_dir)[:-keep_last]:
-        if keep_every is None or step_of(checkpoint) % keep_every != 0:
+        is_kept_for_good = keep_every is not None and step_of(checkpoint) % keep_every == 0
+        if not is_kept_for_good and checkpoint not in spared and checkpoint.resolve() not in spared:
             remove(checkpoint)
 
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
+from configs.load import resolved_dict
+from configs.stages import Config
 from trainer.checkpoint.layout import list_checkpoints
+from trainer.checkpoint.migrate import refuse_unknown, rename_fields, resolve_saved
 from trainer.engine.state import TrainState
 
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
 IMPORT_STAGE = "import_hf"
 """Stage name of a checkpoint that was made of a Hugging Face model; a run begins from it with checkpoint.init_from."""
-# Fields of `model` that shape no weight and may differ between the run that saved and the run that continues.
-FREE_MODEL_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_std"})
+# Fields of `model` that shape no weight and may differ between the run that saved and the run that continues. The
+# vocabulary's padding is layout: rows that a checkpoint lacks are zeros, rows too many are not read.
+FREE_MODEL_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_std", "vocab_pad_multiple"})
 # A new stage may also stretch the context.
 FREE_WARM_START_FIELDS = FREE_MODEL_FIELDS | {"rope", "max_position_embeddings"}
 
@@ -39,7 +43,7 @@ class Manifest:
     layout: dict[str, int]
     """Sizes of the axes that wrote it; another layout may read it."""
     config: dict[str, Any]
-    """The resolved config of the run."""
+    """The resolved config of the run, in the names of today's version whichever wrote it."""
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """`bytes` and `sha256` by file name."""
@@ -54,8 +58,12 @@ class Manifest:
             os.fsync(file.fileno())
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """Return a checkpoint's manifest. Raises BadInput if it is missing, unreadable or of a later format."""
+def read_manifest(checkpoint: Path, *, is_only_shown: bool = False) -> Manifest:
+    """Return a checkpoint's manifest as today's version would have written it (`trainer.checkpoint.migrate`).
+
+    Raises BadInput if it is missing or unreadable, or holds what only another version knows; a config that is only
+    shown may hold that, and lack what is new.
+    """
     path = checkpoint / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -64,15 +72,23 @@ def read_manifest(checkpoint: Path) -> Manifest:
                 f"{path}: written in format {content['format_version']}, this version reads up to {FORMAT_VERSION}; "
                 "use the version that wrote it."
             )
-        TrainState(**content["state"])  # raises TypeError for fields of another version
-        content["config"]["model"], content["config"]["run"]["seed"], content["stage"]["name"]  # noqa: B018  KeyError
-        return Manifest(**content)
+        known = {field.name for field in fields(Manifest)}
+        refuse_unknown(sorted(content.keys() - known), path)
+        progress = {field.name for field in fields(TrainState)}
+        refuse_unknown([f"state.{name}" for name in content["state"] if name not in progress], path)
+        config = rename_fields(content["config"], content["format_version"])
+        if not is_only_shown:
+            config = resolve_saved(config, content["stage"]["name"], path)
+        state = TrainState(**content["state"]).as_dict()
+        return Manifest(**content | {"config": config, "state": state, "format_version": FORMAT_VERSION})
     except FileNotFoundError:
         raise BadInput(
             f"{checkpoint}: not a complete checkpoint ({MANIFEST} is missing); name a directory like "
             "runs/<name>/checkpoints/step_00000100."
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({(error.strerror or str(error)).lower()}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: unreadable ({error}); {advise_another(checkpoint)}.") from error
 
 
@@ -85,17 +101,38 @@ def advise_another(checkpoint: Path) -> str:
 def check_architecture(manifest: Manifest, model: Mapping[str, Any], where: Path, *, is_warm_start: bool) -> None:
     """Raise BadInput naming every `model` field in which the checkpoint and the config differ."""
     free = FREE_WARM_START_FIELDS if is_warm_start else FREE_MODEL_FIELDS
-    saved = manifest.config["model"]
-    differences = [
-        f"model.{name} is {saved.get(name)!r} there and {value!r} here"
-        for name, value in model.items()
-        if name not in free and saved.get(name) != value
-    ]
+    compared = {name: value for name, value in model.items() if name not in free}
+    differences = list(_differences("model", manifest.config["model"], compared))
     if differences:
         raise BadInput(
             f"{where}: holds another architecture: {'; '.join(differences)}; use the model section of its "
             f"{MANIFEST}, or another checkpoint."
         )
+
+
+def check_continues(manifest: Manifest, config: Config, stage: str, where: Path) -> None:
+    """Raise BadInput if a run of this config cannot continue the checkpoint: its stage, architecture or seed differ."""
+    if manifest.stage["name"] != stage:
+        raise BadInput(
+            f"{where}: was saved by the {manifest.stage['name']} stage, this is {stage}; to begin a new stage from its "
+            "weights set checkpoint.init_from to it and run.dir to a new directory."
+        )
+    check_architecture(manifest, resolved_dict(config)["model"], where, is_warm_start=False)
+    saved_seed = manifest.config["run"]["seed"]
+    if saved_seed != config.run.seed:
+        raise BadInput(
+            f"run.seed: {config.run.seed} differs from the {saved_seed} of {where}, on which the order of the data "
+            f"depends; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
+        )
+
+
+def _differences(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in here.items():
+        other = there.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            yield from _differences(f"{path}.{name}", other, value)
+        elif other != value:
+            yield f"{path}.{name} is {other!r} there and {value!r} here"
 
 
 def hash_file(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Every public method is collective: all ranks of the world must call it.
 from __future__ import annotations
 
 import logging
-import queue
 import shutil
 import threading
 import time
@@ -24,12 +23,13 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from configs.errors import ShardwrightError
 from configs.load import resolved_dict
-from configs.sections.checkpoint import CheckpointConfig
-from parallel.collectives import any_rank, barrier, gather_objects
+from configs.stages import Config
+from parallel.collectives import barrier, gather_objects
+from parallel.mesh import Mesh
 from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import Manifest, hash_file
-from trainer.checkpoint.sharded_state import build_full_state
-from trainer.engine.engine import Engine
+from trainer.checkpoint.parts import collect
+from trainer.disk.space import describe_file_limit, find_space_problem
 from trainer.engine.state import TrainState
 from trainer.stages.base import Stage
 
@@ -55,13 +55,13 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """Saves the engine's state under a run directory, one checkpoint at a time."""
+    """Saves a stage's state under a run directory, one checkpoint at a time."""
 
     def __init__(
         self,
         run_dir: str | Path,
-        settings: CheckpointConfig,
-        engine: Engine,
+        config: Config,
+        mesh: Mesh,
         last_saved_step: int | None = None,
         on_published: Callable[[Path], None] | None = None,
     ) -> None:
@@ -71,16 +71,14 @@ class CheckpointWriter:
         """
         self._on_published = on_published
         self._dir = checkpoints_dir(run_dir)
-        self._run_dir = Path(run_dir)
-        self._settings = settings
-        self._engine = engine
+        self._config = config
+        self._settings = config.checkpoint
+        self._mesh = mesh
         self.last_saved_step = last_saved_step
         self._pending: _Pending | None = None
         self._strategy = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy(), engine.mesh.dp_cp_group, do_cache_distribution=True
+            TorchDistSaveShardedStrategy(), mesh.dp_cp_group, do_cache_distribution=True
         )
-        # The default queue is served by a spawned process that imports torch; for a thread this one will do.
-        filesystem_async._results_queue = queue.Queue()
 
     def save(self, state: TrainState, stage: Stage) -> None:
         """Copy the state to host memory and write it in the background (or at once with `async_save: false`).
@@ -88,14 +86,13 @@ class CheckpointWriter:
         A save that is still under way is finished first.
         """
         self.finish()
-        self._engine.finish_parameter_gather()
         partial = self._dir / f"{PARTIAL_PREFIX}{checkpoint_name(state.step)}"
-        if self._engine.mesh.rank == 0:
+        if self._mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         barrier()
         request = dist_checkpointing.save(
-            build_full_state(self._engine, is_loading=False),
+            collect(stage.parts, None),
             str(partial),
             self._strategy,
             async_sharded_save=True,
@@ -140,7 +137,7 @@ class CheckpointWriter:
             raise self._failure(pending, failures[0])
         for finalize in pending.request.finalize_fns:
             finalize()
-        if self._engine.mesh.rank == 0:
+        if self._mesh.rank == 0:
             self._publish(pending, {name: info for _, files in outcomes for name, info in files.items()})
         barrier()
         if self._on_published is not None:
@@ -148,19 +145,19 @@ class CheckpointWriter:
 
     def _check_space(self, pending: _Pending, buckets: Any) -> None:
         """Raise CheckpointFailed on all ranks if the disk cannot hold what all ranks are about to write."""
-        tensors = [tensor for _, _, (_, tensor_data) in buckets or [] for _, tensor in tensor_data]
-        needed = sum(gather_objects(sum(tensor.nbytes for tensor in tensors)))
-        free = shutil.disk_usage(self._dir).free
-        if any_rank(needed > free, self._engine.mesh.device):
+        sizes = [sum(tensor.nbytes for _, tensor in tensor_data) for _, _, (_, tensor_data) in buckets or []]
+        needed = sum(gather_objects(sum(sizes)))
+        problems = gather_objects(find_space_problem(self._dir, needed, max(sizes, default=0)))
+        for problem in filter(None, problems):
             self._discard(pending)
-            raise self._failure(pending, f"it needs {needed / 1e9:.2f} GB")
+            raise self._failure(pending, problem)
 
     def _failure(self, pending: _Pending, reason: str) -> CheckpointFailed:
         free = shutil.disk_usage(self._dir).free / 1e9
         return CheckpointFailed(
             f"checkpoint of step {pending.step} could not be written to {self._dir}, which has {free:.2f} GB free "
-            f"({reason}); the previous checkpoint is untouched: make room there, or set run.dir to another disk, and "
-            "run the command again."
+            f"({reason}{describe_file_limit()}); the previous checkpoint is untouched: make room there, or set run.dir "
+            "to another disk, and run the command again."
         )
 
     def _write(self, pending: _Pending, buckets: Any) -> None:
@@ -185,27 +182,29 @@ class CheckpointWriter:
                 files[path.name] = hash_file(path)
         Manifest(files=dict(sorted(files.items())), **pending.manifest).write(pending.partial)
         final = publish(pending.partial, pending.step)
-        apply_retention(self._run_dir, self._settings.keep_last, self._settings.keep_every)
+        apply_retention(final, self._settings.keep_last, self._settings.keep_every)
         num_bytes = sum(info["bytes"] for info in files.values())
         seconds = time.perf_counter() - pending.started
         log.info("saved %s (%.1f MB in %.1f s)", final, num_bytes / 1e6, seconds)
 
     def _discard(self, pending: _Pending) -> None:
-        if self._engine.mesh.rank == 0:
+        if self._mesh.rank == 0:
             shutil.rmtree(pending.partial, ignore_errors=True)
-        filesystem_async._results_queue = queue.Queue()
+        results = filesystem_async._results_queue  # ours (trainer.engine.kernels)
+        while not results.empty():
+            results.get_nowait()
         barrier()
 
     def _describe(self, state: TrainState, stage: Stage) -> dict[str, Any]:
         """Return the manifest's fields but the files."""
-        mesh = self._engine.mesh
+        mesh = self._mesh
         stage_state: Mapping[str, Any] = stage.state_dict()
         return {
             "step": state.step,
             "state": state.as_dict(),
             "stage": {"name": stage.name, "state": dict(stage_state)},
             "layout": mesh.sizes(),
-            "config": resolved_dict(self._engine.config),
+            "config": resolved_dict(self._config),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
         }
 

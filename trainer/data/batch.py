@@ -5,7 +5,8 @@ Knows nothing of where the tokens came from, of models or of losses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,27 +15,50 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Where attention stops: boundaries over the flattened micro_batch*seq tokens; every row start is one too."""
+
+    cu_seqlens: Tensor  # int32 [num_documents + 1], from 0 to micro_batch*seq
+    max_seqlen: int  # tokens of the longest document
+    num_attended_pairs: int  # sum of the squared lengths
+
+
+@dataclass(frozen=True)
 class Batch:
     """One microbatch of one data-parallel rank.
 
-    `cu_seqlens` are the document boundaries over the flattened micro_batch*seq tokens, beginning with 0 and ending
-    with micro_batch*seq; every row start is a boundary too. None means plain causal attention over each row.
+    Without `documents`, attention is causal over each row. `columns` and `sequences` are what a stage's objective needs
+    beside: values per token, such as advantages, and per row, such as which of a pair it is.
     """
 
     tokens: Tensor  # int64 [micro_batch, seq]
     labels: Tensor  # int64 [micro_batch, seq], the token that follows each token
     position_ids: Tensor  # int64 [micro_batch, seq]
     loss_mask: Tensor  # float32 [micro_batch, seq], 0 where the label does not count
-    cu_seqlens: Tensor | None = None  # int32 [num_documents + 1]
-    max_seqlen: int | None = None  # tokens of the longest document
+    documents: Documents | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # [micro_batch, seq] each
+    sequences: Mapping[str, Tensor] = field(default_factory=dict)  # [micro_batch] each
     sample_ids: tuple[int, ...] = ()  # global sample number of each row, -1 for padding; for error reports
+
+    @property
+    def num_attended_pairs(self) -> int:
+        """Sum of the squared lengths of what attention sees at once; half of these pairs are under the causal mask."""
+        rows, seq_len = self.tokens.shape
+        return rows * seq_len**2 if self.documents is None else self.documents.num_attended_pairs
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to `device`, through pinned memory and without waiting when it is not where they are."""
-        cu_seqlens = None if self.cu_seqlens is None else _copy(self.cu_seqlens, device)
-        tokens, labels = _copy(self.tokens, device), _copy(self.labels, device)
-        positions, loss_mask = _copy(self.position_ids, device), _copy(self.loss_mask, device)
-        return Batch(tokens, labels, positions, loss_mask, cu_seqlens, self.max_seqlen, self.sample_ids)
+        documents = self.documents
+        return replace(
+            self,
+            tokens=_copy(self.tokens, device),
+            labels=_copy(self.labels, device),
+            position_ids=_copy(self.position_ids, device),
+            loss_mask=_copy(self.loss_mask, device),
+            documents=documents and replace(documents, cu_seqlens=_copy(documents.cu_seqlens, device)),
+            columns={name: _copy(column, device) for name, column in self.columns.items()},
+            sequences={name: _copy(values, device) for name, values in self.sequences.items()},
+        )
 
 
 def build_batch(windows: NDArray[np.int64], sample_ids: tuple[int, ...], document_end_id: int | None = None) -> Batch:
@@ -54,8 +78,8 @@ def build_batch(windows: NDArray[np.int64], sample_ids: tuple[int, ...], documen
     lengths = boundaries.diff()
     starts = torch.repeat_interleave(boundaries[:-1], lengths)
     positions = (torch.arange(tokens.numel(), dtype=torch.int64) - starts).view(tokens.shape)
-    cu_seqlens, max_seqlen = boundaries.to(torch.int32), int(lengths.max())
-    return Batch(tokens, labels, positions, loss_mask, cu_seqlens, max_seqlen, sample_ids)
+    documents = Documents(boundaries.to(torch.int32), int(lengths.max()), int(lengths.square().sum()))
+    return Batch(tokens, labels, positions, loss_mask, documents, sample_ids=sample_ids)
 
 
 def document_boundaries(tokens: Tensor, document_end_id: int) -> Tensor:

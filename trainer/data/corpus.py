@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from configs.errors import BadInput
 from configs.plan.derive import global_batch_size_at
 from configs.stages import Config
 from trainer.data.blend import Blend, open_blend
+from trainer.data.dataset_files import DatasetMeta
 from trainer.data.indexed import TokenDataset, check_tokenizer, check_vocab_size
 from trainer.data.reader import BatchReader, ValidationReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +38,7 @@ class Corpus:
             dp_size=dp_size,
             global_batch_size_at=partial(global_batch_size_at, self.config.train),
             vocab_size=self.config.model.vocab_size,
-            document_end_id=self._document_end_id,
+            document_end_id=self._document_end_id(self.blend.sources[0].dataset),
             prefetch_steps=self.config.data.prefetch_steps,
         )
 
@@ -52,27 +54,19 @@ class Corpus:
                 dp_rank=dp_rank,
                 dp_size=dp_size,
                 vocab_size=self.config.model.vocab_size,
-                document_end_id=self._document_end_id,
+                document_end_id=self._document_end_id(dataset),
             )
             for name, dataset in self.validation.items()
         }
 
-    @property
-    def _document_end_id(self) -> int | None:
-        if not self.config.data.document_mask:
-            return None
-        assert self.tokenizer is not None  # open_corpus refuses document_mask without one
-        return self.tokenizer.eod_id
+    def _document_end_id(self, dataset: TokenDataset) -> int | None:
+        return find_document_end(dataset, self.tokenizer) if self.config.data.document_mask else None
 
 
 def open_corpus(config: Config) -> Corpus:
     """Open and check all data of the config. Raises BadInput naming the field or file; writes nothing."""
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer is not None else None
-    if data.document_mask and tokenizer is None:
-        raise BadInput(
-            "data.document_mask: needs data.tokenizer, whose eos token ends documents; set it to a directory."
-        )
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise BadInput(
             f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} token ids of "
@@ -87,4 +81,45 @@ def open_corpus(config: Config) -> Corpus:
         check_vocab_size(dataset, config.model.vocab_size)
         if tokenizer is not None:
             check_tokenizer(dataset, tokenizer)
+        if data.document_mask:
+            find_document_end(dataset, tokenizer)
+    trained_on = [source.dataset for source in blend.sources] if blend else []
+    if data.document_mask:
+        _check_one_document_end(trained_on, tokenizer)
+    if tokenizer is not None and trained_on and trained_on[0].meta is not None:
+        tokenizer = _as_in_data(tokenizer, trained_on[0].meta)
     return Corpus(config, tokenizer, blend, validation)
+
+
+def find_document_end(dataset: TokenDataset, tokenizer: Tokenizer | None) -> int:
+    """Return the token id that ends a dataset's documents: what it was made with, else the tokenizer's eos token.
+
+    Raises BadInput where neither is known.
+    """
+    if dataset.meta is not None:
+        return dataset.meta.eod_id
+    if tokenizer is None:
+        raise BadInput(
+            f"data.document_mask: {dataset.prefix} has no .meta.json that says what ends its documents; set "
+            "data.tokenizer to a directory, whose eos token is taken, or data.document_mask=false."
+        )
+    return tokenizer.eod_id
+
+
+def _check_one_document_end(datasets: Sequence[TokenDataset], tokenizer: Tokenizer | None) -> None:
+    """Refuse to mask a blend whose sources end documents in different tokens."""
+    ends = {find_document_end(dataset, tokenizer): dataset.prefix for dataset in datasets}
+    if len(ends) > 1:
+        (first, one), (second, other) = list(ends.items())[:2]
+        raise BadInput(
+            f"data.document_mask: documents end in token {first} in {one} and in token {second} in {other}; make one "
+            "of them again with the other's --eod, or set data.document_mask=false."
+        )
+
+
+def _as_in_data(tokenizer: Tokenizer, meta: DatasetMeta) -> Tokenizer:
+    """Return the tokenizer with the tokens that begin and end documents of the data, which samples then use too."""
+    if (tokenizer.eod_id, tokenizer.bos_id) == (meta.eod_id, meta.bos_id):
+        return tokenizer
+    token = tokenizer.backend.id_to_token(meta.eod_id) or tokenizer.eod_token
+    return replace(tokenizer, eod_token=token, eod_id=meta.eod_id, bos_id=meta.bos_id)

@@ -51,6 +51,7 @@ class BatchReader:
         self._prefetch_steps = prefetch_steps
         self._state = blend.state_dict()  # after the last step handed out; the blend itself runs ahead
         self._ready: queue.Queue[tuple[list[Batch], dict[str, Any]] | BaseException] | None = None
+        self._first: Any = None  # what `check` has taken out
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -59,8 +60,19 @@ class BatchReader:
         """Global samples of all steps handed out so far."""
         return self._state["consumed_samples"]
 
+    def check(self) -> None:
+        """Read the next step ahead and raise what is wrong with it; `read_step` then hands it out."""
+        if self._first is None:
+            self._first = self._take()
+
     def read_step(self) -> list[Batch]:
         """Return the microbatches of the next step for this rank. An error of the reading thread is raised here."""
+        item, self._first = self._first or self._take(), None
+        batches, self._state = item
+        return batches
+
+    def _take(self) -> Any:
+        """Return the next step and the ledger after it."""
         if self._thread is None:
             self._start()
         assert self._ready is not None
@@ -68,8 +80,7 @@ class BatchReader:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        batches, self._state = item
-        return batches
+        return item
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger after the last step handed out, as plain data; the same on every rank."""
@@ -87,7 +98,7 @@ class BatchReader:
             return
         self._stop.set()
         self._thread.join()
-        self._thread, self._ready = None, None
+        self._thread, self._ready, self._first = None, None, None
         self._blend.load_state_dict(self._state)
 
     def _start(self) -> None:
@@ -123,7 +134,7 @@ class BatchReader:
         assignment = self._blend.take(size)
         rows = np.arange(size).reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]  # [microbatch, mbs]
         windows = self._blend.read(assignment, rows.reshape(-1)).reshape(*rows.shape, -1)
-        check_ids(windows, self._vocab_size, f"training samples {assignment.first_sample} to +{size}")
+        check_ids(windows, self._vocab_size, f"data.train: a token of the samples {assignment.first_sample} to +{size}")
         ids = rows + assignment.first_sample
         return [
             build_batch(window, tuple(id_row.tolist()), self._document_end_id)
@@ -147,7 +158,7 @@ class ValidationReader:
         document_end_id: int | None = None,
     ) -> None:
         """Read at most `num_samples` of `dataset`, fewer when it has fewer: none is read twice."""
-        self.source = TokenSource(dataset, seq_len, _VALIDATION_SEED)
+        self.source = TokenSource(dataset, seq_len, _VALIDATION_SEED, field="data.validation")
         self.num_samples = min(num_samples, self.source.num_windows)
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
@@ -160,23 +171,28 @@ class ValidationReader:
         """Microbatches of each rank."""
         return -(-self.num_samples // (self._micro_batch_size * self._dp_size))
 
+    def check(self) -> None:
+        """Read every sample and raise what is wrong with it."""
+        for _ in self.batches():
+            pass
+
     def batches(self) -> Iterator[Batch]:
         """Yield this rank's microbatches; rows past the last sample repeat it with a loss mask of 0."""
         for number in range(self.num_microbatches):
             first = (number * self._dp_size + self._dp_rank) * self._micro_batch_size
             samples = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
             windows = self.source.read(np.minimum(samples, self.num_samples - 1))
-            check_ids(windows, self._vocab_size, f"validation data {self.source.dataset.prefix}")
+            check_ids(windows, self._vocab_size, f"data.validation: a token of {self.source.dataset.prefix}")
             batch = build_batch(windows, tuple(samples.tolist()), self._document_end_id)
             kept = max(self.num_samples - first, 0)
             yield batch if kept >= self._micro_batch_size else without_loss(batch, kept)
 
 
-def check_ids(windows: np.ndarray, vocab_size: int, where: str) -> None:
+def check_ids(windows: np.ndarray, vocab_size: int, what: str) -> None:
     """Refuse token ids the model has no embedding for: split over tp, an embedding would take them for nothing."""
     largest = int(windows.max(initial=0))
     if largest >= vocab_size:
         raise BadInput(
-            f"model.vocab_size: {vocab_size} is less than what token id {largest} in {where} needs; set it to the "
-            "size of the tokenizer the data was made with"
+            f"{what} is {largest}, and model.vocab_size={vocab_size} has no such id; set model.vocab_size to the size "
+            "of the tokenizer the data was made with"
         )

@@ -27,8 +27,11 @@ class _Epoch:
 class TokenSource:
     """An endless row of samples over a dataset; an epoch gives every token once, but for a short tail."""
 
-    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int) -> None:
-        """Lay windows of `seq_len` + 1 tokens over `dataset`. Raises BadInput when not even one fits."""
+    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, field: str = "data.train") -> None:
+        """Lay windows of `seq_len` + 1 tokens over `dataset`.
+
+        Raises BadInput, which names `field`, when not even one fits.
+        """
         self.dataset = dataset
         self.seq_len = seq_len
         self.seed = seed
@@ -36,8 +39,8 @@ class TokenSource:
         self._epochs: dict[int, _Epoch] = {}
         if self.num_windows < 1:
             raise BadInput(
-                f"train.seq_len: {seq_len} is longer than the {dataset.num_tokens} tokens of {dataset.prefix}; "
-                f"a value that would work: {max(dataset.num_tokens - 1, 1)} or less"
+                f"{field}: {dataset.prefix} has {dataset.num_tokens} tokens, fewer than a sample's train.seq_len + 1 = "
+                f"{seq_len + 1}; a value of train.seq_len that would work: {max(dataset.num_tokens - 1, 1)} or less"
             )
 
     def read(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:

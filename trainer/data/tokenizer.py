@@ -1,4 +1,4 @@
-"""The tokenizer: a Hugging Face directory read offline, its end-of-document token, and the hash of its vocabulary.
+"""The tokenizer: a Hugging Face directory read offline, the tokens around a document, and the hash of its vocabulary.
 
 Torch-free and quick to import, since every preprocessing worker loads it. Knows nothing of datasets.
 """
@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 END_OF_DOCUMENT = "<|endoftext|>"
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Tokenizer:
     directory: str
     backend: Backend
     eod_token: str
-    eod_id: int
+    eod_id: int  # ends every document
+    bos_id: int | None = None  # begins every document, where the data is made so
 
     def encode(self, text: str) -> list[int]:
         """Encode one text to token ids, without special tokens."""
@@ -40,8 +43,17 @@ class Tokenizer:
         """Encode several texts to token ids, without special tokens."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode whole documents to token ids, with the tokens that begin and end one."""
+        documents = self.encode_batch(texts)
+        for ids in documents:
+            if self.bos_id is not None:
+                ids.insert(0, self.bos_id)
+            ids.append(self.eod_id)
+        return documents
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode token ids to text; the end-of-document token is left out."""
+        """Decode token ids to text; special tokens are left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
@@ -61,8 +73,11 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(pairs, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Load the Hugging Face tokenizer of `directory` without a network. Raises BadInput when it cannot be used."""
+def load_tokenizer(directory: str | os.PathLike[str], *, eod: str | None = None, bos: bool = False) -> Tokenizer:
+    """Load the Hugging Face tokenizer of `directory` without a network. Raises BadInput when it cannot be used.
+
+    Documents end in the token `eod`, by default the tokenizer's eos token, and with `bos` begin with its BOS token.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise BadInput(f"tokenizer {directory}: no such directory; train one with tools/train_tokenizer.py --out DIR")
@@ -70,11 +85,28 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    token = _end_of_document_token(path, backend)
+    if eod is not None:
+        _check_end_of_document(eod, directory, backend)
+    token = _end_of_document_token(path, backend) if eod is None else eod
     number = backend.token_to_id(token)
     if number is None:
         raise BadInput(f"tokenizer {directory}: its eos token {token!r} is not in its vocabulary; set eos_token right")
-    return Tokenizer(str(directory), backend, token, number)
+    begin = _begin_of_document_id(path, backend) if bos else None
+    if begin == number:
+        raise BadInput(f"--bos: {token} ends documents and would begin them too; leave --bos out, or set another --eod")
+    return Tokenizer(str(directory), backend, token, number, begin)
+
+
+def special_tokens(backend: Backend) -> list[str]:
+    """Return the tokens that no text can hold, in the order of their ids."""
+    return [token.content for _, token in sorted(backend.get_added_tokens_decoder().items()) if token.special]
+
+
+def template_prefix(backend: Backend) -> list[int]:
+    """Return the ids that the tokenizer's own template puts in front of a text."""
+    encoding = backend.encode("a", add_special_tokens=True)
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    return [number for number, is_special in takewhile(lambda pair: pair[1], pairs)]
 
 
 def _load_backend(path: Path) -> Backend:
@@ -84,7 +116,7 @@ def _load_backend(path: Path) -> Backend:
     file = path / "tokenizer.json"
     if file.is_file():
         try:
-            return Backend.from_file(str(file))
+            return Backend.from_buffer(file.read_bytes().removeprefix(_BOM))
         except Exception as error:  # the library raises a bare Exception for every kind of bad file
             raise BadInput(f"tokenizer {file}: not readable ({error}); copy or train it anew") from error
     try:
@@ -98,14 +130,11 @@ def _load_backend(path: Path) -> Backend:
 
 def _end_of_document_token(path: Path, backend: Backend) -> str:
     """Find the eos token in the files Hugging Face keeps it in, newest convention first."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(path / name).get("eos_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            return token
+    token = _named_token(path, "eos_token")
+    if token is not None:
+        return token
     for name in ("generation_config.json", "config.json"):
-        number = _read_json(path / name).get("eos_token_id")
+        number = read_json(path / name).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
         token = backend.id_to_token(number) if isinstance(number, int) else None
         if token is not None:
@@ -116,11 +145,47 @@ def _end_of_document_token(path: Path, backend: Backend) -> str:
     )
 
 
-def _read_json(file: Path) -> dict:
+def _begin_of_document_id(path: Path, backend: Backend) -> int:
+    """Find the BOS token: the one the tokenizer's files name, else the one its template begins with."""
+    token = _named_token(path, "bos_token")
+    number = None if token is None else backend.token_to_id(token)
+    if token is not None and number is None:
+        raise BadInput(f"tokenizer {path}: its bos token {token!r} is not in its vocabulary; set bos_token right")
+    prefix = template_prefix(backend) if number is None else [number]
+    if not prefix:
+        raise BadInput(
+            f'--bos: tokenizer {path} names no BOS token; leave --bos out, or set "bos_token" in '
+            f"{path / 'tokenizer_config.json'}"
+        )
+    return prefix[0]
+
+
+def _check_end_of_document(token: str, directory: str | os.PathLike[str], backend: Backend) -> None:
+    """Refuse a token that is none, or one that a text could hold: any document could then end another."""
+    special = special_tokens(backend)
+    if token not in special:
+        ordinary = ", but an ordinary one, which text can hold" if backend.token_to_id(token) is not None else ""
+        some = ", ".join(special[:8]) or "none"
+        raise BadInput(f"--eod {token!r}: not a special token of tokenizer {directory}{ordinary}; those begin: {some}")
+
+
+def _named_token(path: Path, key: str) -> str | None:
+    """Return the token that the tokenizer's own files give for `eos_token` or `bos_token`, if any."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = read_json(path / name).get(key)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            return token
+    return None
+
+
+def read_json(file: Path) -> dict:
+    """Read one of a tokenizer's JSON files; empty where there is none. Raises BadInput."""
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_bytes().removeprefix(_BOM))
     except ValueError as error:
         raise BadInput(f"tokenizer {file}: not valid JSON ({error}); copy it anew") from error
     return content if isinstance(content, dict) else {}

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class FileLock:
-    """A POSIX lock on a file that says who holds it."""
+    """A POSIX lock on a file that says who holds it, and is gone when nobody does."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -22,6 +22,31 @@ class FileLock:
 
     def take(self) -> str | None:
         """Take the lock and return None, or return who holds it. Raises OSError where the file cannot be made."""
+        while True:
+            holder = self._try()
+            if self._file is None or self._is_in_place():
+                return holder
+            self._file.close()  # the one before removed this file while we waited at it
+            self._file = None
+
+    def release(self) -> None:
+        """Let the next one in, and remove the file."""
+        if self._file is not None:
+            if self._is_in_place():
+                self._path.unlink()
+            self._file.close()
+            self._file = None
+
+    def _is_in_place(self) -> bool:
+        """Return whether the path still names the file that is locked."""
+        assert self._file is not None
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _try(self) -> str | None:
+        """Take the lock on the file that is there now and return None, or return who holds it."""
         file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,9 +63,3 @@ class FileLock:
         file.flush()
         self._file = file
         return None
-
-    def release(self) -> None:
-        """Let the next one in."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None

@@ -11,10 +11,10 @@ from trainer.losses.loss import Loss
 
 
 class Objective(Protocol):
-    """Forward pass and loss of one microbatch."""
+    """Forward pass, loss and divisor of one microbatch."""
 
-    metric_names: tuple[str, ...]
-    """Names of the sums that `loss` returns beside the loss itself."""
+    mean_names: tuple[str, ...]
+    """Names of the figures that `loss` returns beside the loss itself."""
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Run one model chunk on one microbatch on the device; the last pipeline stage returns what `loss` takes."""
@@ -22,4 +22,12 @@ class Objective(Protocol):
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Return the summed loss of one microbatch from the last pipeline stage's output."""
+        ...
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Return what this microbatch adds to the divisor of the loss (tokens, sequences, pairs), int32 scalar.
+
+        It depends on the batch alone: every pipeline stage knows it, and the router's losses are scaled by it before
+        the first backward pass.
+        """
         ...

@@ -11,23 +11,40 @@ class StepResult:
     """What one optimizer step did; the same on every rank."""
 
     loss: float
-    """Mean loss over all counted tokens of the global batch, in nats."""
+    """Mean loss over what the objective counts in the global batch, in nats for language models; 0 if it is empty."""
+    count: int
+    """What the loss was divided by: counted tokens, sequences or pairs of the global batch."""
     num_tokens: int
-    """Counted tokens of the global batch."""
+    """Tokens of the global batch whose loss counted."""
+    num_input_tokens: int
+    """Tokens of the global batch that went through the model."""
+    num_attended_pairs: int
+    """Sum of the squared lengths of what attention sees at once: whole samples, or documents where it stays inside."""
     num_samples: int
     """Samples of the global batch."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
     learning_rate: float
     is_applied: bool
-    """False where a non-finite loss or gradient left the weights as they were."""
+    """False where nothing counted, or a non-finite loss or gradient, left the weights as they were."""
     is_overflow_expected: bool
     """The skip is part of fp16's search for a loss scale."""
     loss_scale: float
+    next_loss_scale: float
     metrics: dict[str, float]
-    """Further means over the counted tokens."""
+    """Further means."""
     phase_seconds: dict[str, float]
-    """Seconds by phase: forward_backward, optimizer."""
+    """Seconds by phase, in order: data, forward_backward, optimizer, or what else a stage's step consists of."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the global batch counted, so that there was nothing to learn from."""
+        return self.count == 0
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the update was skipped for a number that should have been finite."""
+        return not (self.is_applied or self.is_overflow_expected or self.is_empty)
 
 
 @dataclass(frozen=True)
@@ -42,17 +59,23 @@ class TrainState:
     num_skipped_steps: int = 0
     """Steps that were not applied, over the whole run."""
     num_nonfinite_in_a_row: int = 0
+    num_empty_steps: int = 0
+    """Steps of which nothing counted; they are among the skipped ones."""
 
     def after(self, result: StepResult) -> TrainState:
         """Return the state after one more step."""
-        is_fault = not result.is_applied and not result.is_overflow_expected
+        if result.is_fault:
+            num_in_a_row = self.num_nonfinite_in_a_row + 1
+        else:  # an empty batch says nothing about the weights
+            num_in_a_row = self.num_nonfinite_in_a_row if result.is_empty else 0
         return replace(
             self,
             step=self.step + 1,
             consumed_samples=self.consumed_samples + result.num_samples,
             consumed_tokens=self.consumed_tokens + result.num_tokens,
             num_skipped_steps=self.num_skipped_steps + (not result.is_applied),
-            num_nonfinite_in_a_row=self.num_nonfinite_in_a_row + 1 if is_fault else 0,
+            num_nonfinite_in_a_row=num_in_a_row,
+            num_empty_steps=self.num_empty_steps + result.is_empty,
         )
 
     def as_dict(self) -> dict[str, Any]:

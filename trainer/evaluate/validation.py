@@ -20,7 +20,12 @@ class Evaluator:
     def __init__(self, readers: Mapping[str, ValidationReader]) -> None:
         self._readers = readers
 
-    def evaluate(self, engine: Engine, stage: Objective) -> dict[str, float]:
+    def check(self) -> None:
+        """Raise BadInput where a source cannot be read or does not fit the model."""
+        for reader in self._readers.values():
+            reader.check()
+
+    def evaluate(self, engine: Engine, objective: Objective) -> dict[str, float]:
         """Return `validation_loss/<source>` in nats and `validation_perplexity/<source>` for each source.
 
         Collective: all ranks of the world must call this.
@@ -28,8 +33,7 @@ class Evaluator:
         values = {}
         for name, reader in self._readers.items():
             batches = fill_pipeline(list(reader.batches()), engine.mesh.pp_size if engine.mesh.vpp_size > 1 else 1)
-            sums = engine.eval_step(batches, stage)
-            loss = sums["total"] / max(sums["num_tokens"], 1.0)
+            loss = engine.sum_losses(batches, objective).mean
             values[VALIDATION_LOSS + name] = loss
             values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
         return values

@@ -10,20 +10,21 @@ import torch
 from configs.sections.run import SampleConfig
 from parallel.collectives import broadcast_object
 from trainer.data.tokenizer import Tokenizer
-from trainer.engine.engine import Engine
+from trainer.engine.sharded_model import ShardedModel
 
 
-def generate_text(engine: Engine, tokenizer: Tokenizer, prompt: str, settings: SampleConfig, seed: int) -> str:
+def generate_text(model: ShardedModel, tokenizer: Tokenizer, prompt: str, settings: SampleConfig, seed: int) -> str:
     """Return the continuation of `prompt`, up to `settings.num_tokens` tokens or the end of the document.
 
     Collective: all ranks of the world must call this.
     """
     generator = torch.Generator().manual_seed(seed)
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]  # as documents of the data begin
+    prompt_ids = begin + tokenizer.encode(prompt) or [tokenizer.eod_id]
     ids = list(prompt_ids)
-    longest = engine.config.model.max_position_embeddings
+    longest = model.config.model.max_position_embeddings
     for _ in range(settings.num_tokens):
-        logits = engine.compute_logits(torch.tensor([ids[-longest:]]))[0, -1]
+        logits = model.compute_logits(torch.tensor([ids[-longest:]]))[0, -1]
         # Data-parallel replicas may round differently, so rank 0 chooses for all.
         token = broadcast_object(choose_token(logits.cpu(), settings.temperature, settings.top_k, generator))
         if token == tokenizer.eod_id:

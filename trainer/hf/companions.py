@@ -1,11 +1,13 @@
-"""The small files of a Hugging Face model beside its weights: tokenizer, chat template, generation config. Torch-free.
+"""The small files of a Hugging Face model beside its weights: tokenizer, chat templates, generation config, code.
 
+Torch-free; the code is copied and read for what it imports, never run.
 A run keeps those of the model it began from under `<run.dir>/hf/`, so that an export has what the import had.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +15,12 @@ from typing import Any
 
 from configs.errors import BadInput
 from trainer.hf.config_json import load_config_json
-from trainer.hf.names import INDEX_NAME
 
 FOLDER = "hf"
 _SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-_NOT_CARRIED = {INDEX_NAME, "pytorch_model.bin.index.json", "config.json"}
+_TOKENIZER = "tokenizer.model"  # Mistral's end in .v3 and the like
+_TEMPLATES = "additional_chat_templates"
+_RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
 
 
 def carried_folder(run_dir: Path) -> Path | None:
@@ -30,24 +33,49 @@ def carry(source: Path, run_dir: Path) -> None:
     """Copy `config.json` and the companions of the model in `source` under a run directory."""
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for file in companion_files(source):
-        shutil.copyfile(file, folder / file.name)
+    _copy_companions(source, folder)
     shutil.copyfile(source / "config.json", folder / "config.json")
 
 
 def companion_files(directory: Path) -> Iterator[Path]:
-    """Yield the companions in a directory, without `config.json`."""
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and file.suffix in _SUFFIXES and file.name not in _NOT_CARRIED:
+    """Yield the companions in a directory, without `config.json` and the indexes of weights."""
+    for file in sorted([*directory.iterdir(), *(directory / _TEMPLATES).glob("*.jinja")]):
+        is_one = file.suffix in _SUFFIXES or file.name.startswith(_TOKENIZER)
+        if is_one and file.is_file() and file.name != "config.json" and ".index." not in file.name:
             yield file
+    code = {file for settings in _settings_files(directory) for file in _needed_code(_read(settings), directory)}
+    yield from sorted(file for file in code if file.is_file())
 
 
 def write_companions(target: Path, carried: Path | None, tokenizer: str | None) -> None:
     """Copy to an export what the run carried, and over it the files of the tokenizer that it was trained with."""
     for folder in (carried, Path(tokenizer) if tokenizer is not None else None):
         if folder is not None and folder.is_dir():
-            for file in companion_files(folder):
-                shutil.copyfile(file, target / file.name)
+            _copy_companions(folder, target)
+
+
+def drop_missing_code(directory: Path) -> list[str]:
+    """Take out of `auto_map` what names code that is not there, and return one sentence for each file with such.
+
+    With `trust_remote_code` transformers would fail for lack of it; without, it has its own code for all families here.
+    """
+    notes = []
+    for file in _settings_files(directory):
+        settings = _read(file)
+        whole, missing = {}, set()
+        for kind, reference in (settings.get("auto_map") or {}).items():
+            absent = [
+                code.name for code in _needed_code({"auto_map": {kind: reference}}, directory) if not code.is_file()
+            ]
+            missing.update(absent)
+            if not absent:
+                whole[kind] = reference
+        if missing:
+            del settings["auto_map"]
+            settings |= {"auto_map": whole} if whole else {}
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            notes.append(f"{file.name}: auto_map named {', '.join(sorted(missing))}, which is not there; left out")
+    return notes
 
 
 def carried_config(carried: Path | None) -> dict[str, Any] | None:
@@ -72,4 +100,43 @@ def token_ids(target: Path) -> dict[str, int]:
         text = token.get("content") if isinstance(token, dict) else token
         if text in ids:
             found[f"{kind}_token_id"] = ids[text]
+    return found
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for file in companion_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _settings_files(directory: Path) -> list[Path]:
+    """Return the files that may name code in an `auto_map`."""
+    return sorted(file for file in directory.glob("*config.json") if file.is_file())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: cannot be read ({error}); download it again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _needed_code(settings: dict[str, Any], directory: Path) -> set[Path]:
+    """Return the files that an `auto_map` names in this directory, and those that these import from beside them."""
+    references = settings.get("auto_map")
+    found: set[Path] = set()
+    waiting = []
+    for entry in references.values() if isinstance(references, dict) else ():
+        for reference in entry if isinstance(entry, list) else [entry]:
+            module = reference.partition(".")[0] if isinstance(reference, str) and "--" not in reference else ""
+            if module.isidentifier():  # "organisation/name--module.Class" lies in a repository of its own
+                waiting.append(directory / f"{module}.py")
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            waiting += [directory / f"{module}.py" for module in _RELATIVE_IMPORT.findall(text)]
     return found

@@ -1,6 +1,7 @@
 """`config.json` of a Hugging Face model -> our `model` section, and back, by the family's table. Torch-free.
 
-Nothing is ignored: a key that the table does not know, or a value that the engine would not act on, is refused by name.
+A key with which transformers' model of the family computes is a field of ours or refused by name; what it does not read
+changes nothing and is left aside (`trainer.hf.other_keys`).
 What is written is read back and compared, so that a model which the family cannot express is refused too.
 """
 
@@ -20,8 +21,11 @@ from configs.plan.derive import head_dim, num_query_groups
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.layout import resolve_checkpoint
-from trainer.hf.families import FAMILIES, HARMLESS, SWITCHES, Family, choose_family
-from trainer.hf.rope_json import read_rope, write_rope
+from trainer.hf.directories import find_model_directory
+from trainer.hf.families import FAMILIES, Family, choose_family
+from trainer.hf.other_keys import check_other_keys, keys_left_aside
+from trainer.hf.quantisation import QUANTISATION_KEY, read_block_size
+from trainer.hf.rope_json import ROPE_KEYS, read_rope, write_rope
 
 # What shapes training alone: a checkpoint says the same whatever these are.
 _TRAINING_ONLY = {"vocab_pad_multiple", "init_std", "hidden_dropout", "attention_dropout"}
@@ -44,8 +48,9 @@ def find_family(config: Mapping[str, Any], where: object) -> Family:
     """Return the table that `architectures` names. Raises BadInput for one that is unknown."""
     architectures = config.get("architectures") or []
     for name in architectures if isinstance(architectures, list) else []:
-        if isinstance(name, str) and name in FAMILIES:
-            return FAMILIES[name]
+        for full in (name, f"{str(name).removesuffix('Model')}ForCausalLM"):  # LlamaModel: without an output layer
+            if isinstance(full, str) and full in FAMILIES:
+                return FAMILIES[full]
     raise BadInput(
         f"{where}: architectures {architectures} cannot be converted; those that can: {', '.join(sorted(FAMILIES))}."
     )
@@ -61,7 +66,7 @@ def read_model(config: Mapping[str, Any], where: object = "config.json") -> Mode
 
 def _read_model(config: Mapping[str, Any], where: object) -> ModelConfig:
     family = find_family(config, where)
-    problems: list[str] = []
+    config, problems = _by_one_name(config, family)
     fields: dict[str, Any] = {}
     for option in family.options:
         value = config.get(option.key, option.default)
@@ -69,24 +74,38 @@ def _read_model(config: Mapping[str, Any], where: object) -> ModelConfig:
             problems.append(f"{option.key}: missing")
         elif value is not None:
             _put(fields, option.field, value)
-    for only in (*family.only, *SWITCHES):
+    for only in family.only:
         value = config.get(only.key, only.default)
         if value not in only.values and not (isinstance(value, float) and math.isclose(value, only.values[0])):
             problems.append(f"{only.key}: {value!r} is not supported, only {', '.join(map(repr, only.values))}")
-    known = {option.key for option in family.options} | family.known | HARMLESS
-    known |= {only.key for only in (*family.only, *SWITCHES)}
-    unknown = {key for key in config.keys() - known if config[key] is not None}
-    if "quantization_config" in unknown:
-        unknown.remove("quantization_config")
-        problems.append("quantization_config: quantised weights cannot be converted, only bf16, fp16 and fp32")
-    problems += [f"{key}: not understood (remove the key if it changes nothing)" for key in sorted(unknown)]
+    problems += check_other_keys(config, family.handled)
+    problems += read_block_size(config)[1]
     rope, rope_problems = read_rope(config, family)
     problems += rope_problems
     if not problems:
         problems += family.read(config, fields)
+    types = (family.model_type, *family.further_types)
+    if config.get("model_type", types[0]) not in types:
+        problems.append(f"model_type: {config['model_type']!r} is not supported, only {', '.join(map(repr, types))}")
     if problems:
         raise BadInput(f"{where}: {family.architecture} with these cannot be converted: {'; '.join(problems)}.")
     return _validated(fields | {"rope": rope}, where)
+
+
+def left_aside(config: Mapping[str, Any]) -> list[str]:
+    """Return the keys that change nothing, but are not commonly known to: worth a word to the user."""
+    family = find_family(config, "config.json")
+    return keys_left_aside(config, family.handled | ROPE_KEYS | {QUANTISATION_KEY})
+
+
+def _by_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
+    """Return the config with the family's own names of keys, and a sentence for each that has two values."""
+    named, problems = dict(config), []
+    for alias, key in family.aliases.items():
+        value = named.pop(alias, None)
+        if value is not None and named.setdefault(key, value) != value:
+            problems.append(f"{alias}: {value!r} beside {key} {named[key]!r}, which is the same; keep one")
+    return named, problems
 
 
 def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -95,6 +114,10 @@ def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) ->
     Raises BadInput naming each field of `model` that no family expresses.
     """
     family = choose_family(model) if carried is None else find_family(carried, "the imported config.json")
+    if carried is not None:
+        carried = _by_one_name(carried, family)[0]
+        carried.pop(QUANTISATION_KEY, None)  # what is written is not quantised
+        carried.pop("original_max_position_embeddings", None)  # it is written among the other keys of the rotation
     config: dict[str, Any] = {
         **(carried or {}),
         "architectures": [family.architecture],
@@ -128,6 +151,7 @@ def check_same_architecture(model: ModelConfig, directory: Path, free: Collectio
     """Raise BadInput with every field in which a run's model is another than the one in `directory`, but the `free`."""
     if resolve_checkpoint(directory) is not None:
         raise BadInput(f"checkpoint.init_from_hf: {directory} is a checkpoint; name it as checkpoint.init_from.")
+    directory = find_model_directory(directory)
     theirs = read_model(load_config_json(directory), directory / "config.json")
     ignored = tuple(f"model.{name}" for name in free)
     differences = [line for line in compare_models(model, theirs) if not line.startswith(ignored)]
@@ -148,7 +172,7 @@ def _check_expressed(model: ModelConfig, config: Mapping[str, Any], family: Fami
 
 
 def _inference_fields(model: ModelConfig) -> dict[str, Any]:
-    """Return what a checkpoint's meaning hangs on, flat, with defaults written out."""
+    """Return what a checkpoint's meaning depends on, flat, with defaults written out."""
     flat: dict[str, Any] = {}
     for name, value in model.model_dump().items():
         if isinstance(value, dict):
@@ -159,6 +183,8 @@ def _inference_fields(model: ModelConfig) -> dict[str, Any]:
         flat.pop(name, None)
     flat["num_query_groups"] = num_query_groups(model)
     flat["head_dim"] = head_dim(model) if model.mla is None else None
+    if model.mla is not None:
+        flat["mla.norm_eps"] = model.mla.norm_eps or model.norm_eps
     if model.moe is not None:
         flat["moe.balancing"] = model.moe.balancing == "bias"
         flat["moe.scaling_factor"] = model.moe.scaling_factor or 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import BadInput
-from configs.stages import Config
+from configs.sections.model import ModelConfig
 from parallel.collectives import gather_objects
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.checkpoint.manifest import find_damage, read_manifest
@@ -35,5 +35,5 @@ def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSourc
     problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
     if problems:
         raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted, export another one.")
-    config = Config.model_validate(manifest.config)
-    return ExportSource(checkpoint, config.model, carried_folder(checkpoint.parent.parent), config.data.tokenizer)
+    model, tokenizer = ModelConfig.model_validate(manifest.config["model"]), manifest.config["data"]["tokenizer"]
+    return ExportSource(checkpoint, model, carried_folder(checkpoint.parent.parent), tokenizer)

@@ -16,7 +16,7 @@ from configs.sections.model import ModelConfig
 from parallel.collectives import gather_objects
 from trainer.checkpoint.tensors import CheckpointTensors
 from trainer.disk.growing import growing_directory
-from trainer.hf.companions import carried_config, token_ids, write_companions
+from trainer.hf.companions import carried_config, drop_missing_code, token_ids, write_companions
 from trainer.hf.config_json import find_family, write_model
 from trainer.hf.importing import ConversionReport, count_non_finite, share
 from trainer.hf.rules import Rule
@@ -63,15 +63,17 @@ def export_checkpoint(
         for name, group in list(files.items())[mine]:
             write_file(growing / name, group, lambda tensor: parts.produce(tensor, on_bytes))
         counts = gather_objects((parts.non_finite, parts.num_bytes))
+        notes = []
         if rank == 0:
             write_index(growing, files)
-            _write_rest(growing, source, config, parts.main_dtype)
+            notes = _write_rest(growing, source, config, parts.main_dtype)
     return ConversionReport(
         num_tensors=len(parts.outputs),
         num_bytes=sum(count[1] for count in counts),
         seconds=time.perf_counter() - started,
         non_finite={name: number for count in counts for name, number in count[0].items()},
         ignored=[],
+        notes=notes,
     )
 
 
@@ -121,14 +123,15 @@ class _Parts:
         return tensor
 
 
-def _write_rest(growing: Path, source: ExportSource, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write `config.json` and its companions. Rank 0 alone calls this."""
+def _write_rest(growing: Path, source: ExportSource, config: dict[str, Any], dtype: torch.dtype) -> list[str]:
+    """Write `config.json` and its companions; return what was left out. Rank 0 alone calls this."""
     write_companions(growing, source.carried, source.tokenizer)
     if source.carried is None:
         config = config | token_ids(growing)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config = config | {key: str(dtype).removeprefix("torch.")}
     (growing / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return drop_missing_code(growing)
 
 
 def _check_stored(stored: CheckpointTensors, rule: Rule) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,6 @@ from typing import Any
 from configs.errors import BadInput
 from configs.sections.model import ModelConfig
 from trainer.hf.names import TensorNames
-
-# Keys that say nothing of what the weights compute: tokens, generation, bookkeeping.
-HARMLESS = frozenset(
-    "architectures model_type dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
-    "_name_or_path auto_map pretraining_tp output_router_logits output_attentions output_hidden_states return_dict "
-    "rope_parameters rope_theta rope_scaling partial_rotary_factor unsloth_fixed unsloth_version "
-    "is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type task_specific_params "
-    "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled".split()
-)
 
 
 @dataclass(frozen=True)
@@ -72,8 +64,18 @@ class Family:
     rope_theta: float = 10000.0
     """What `transformers` takes where the config names no base."""
     is_rope_interleaved: bool = False
-    ignored_tensors: str | None = None
-    """Pattern of further tensors that `transformers` too leaves aside (multi-token prediction)."""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Other names that `transformers` takes for some of the keys."""
+    further_types: tuple[str, ...] = ()
+    """Values of `model_type` beside its own under which models of this architecture are published."""
+    has_prediction_layers: bool = False
+    """Layers of multi-token prediction may follow, which `transformers` too leaves aside."""
+
+    @property
+    def handled(self) -> frozenset[str]:
+        """The keys of `config.json` that this table gives a meaning, with their other names."""
+        keys = {option.key for option in self.options} | {only.key for only in self.only}
+        return frozenset(keys | self.known | self.aliases.keys())
 
 
 def _basic(max_position_embeddings: int, rms_norm_eps: float = 1e-6) -> tuple[Option, ...]:
@@ -93,8 +95,6 @@ def _basic(max_position_embeddings: int, rms_norm_eps: float = 1e-6) -> tuple[Op
 
 _DENSE_MLP = Option("intermediate_size", "ffn_hidden_size", is_required=True)
 _GROUPED = (Option("num_key_value_heads", "num_query_groups"), Option("head_dim", "head_dim"))
-# Switches that some published configs name, always off.
-SWITCHES = tuple(Only(key, (False,), False) for key in ("use_mrope", "rope_interleaved"))
 _SILU = Only("hidden_act", ("silu",), "silu")
 _NO_ATTENTION_BIAS = Only("attention_bias", (False,), False)
 _NO_MLP_BIAS = Only("mlp_bias", (False,), False)
@@ -106,7 +106,7 @@ def _read_llama(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     if biases[0] != biases[1]:
         return [f"attention_bias, mlp_bias: {biases} is not supported, only both or neither"]
     fields["linear_bias"] = biases[0]
-    return []
+    return _read_window(config, fields)
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
@@ -114,7 +114,8 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_window(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
-    """Mistral and Mixtral: a window as long as the context is none."""
+    """Families without a switch for it: a window as long as the context is none. Where their attention knows no window,
+    the cache of transformers cuts to it all the same."""
     window = config.get("sliding_window", 4096 if "Mistral" in str(config.get("architectures")) else None)
     if window is not None and window < fields["max_position_embeddings"]:
         return [f"sliding_window: attention within {window} tokens is not supported, only null"]
@@ -123,17 +124,12 @@ def _read_window(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]
 
 def _read_qwen2(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     fields["qkv_bias"] = True
-    return _read_layer_types(config)
+    return []
 
 
 def _read_qwen3(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     fields["qk_norm"] = True
-    return _read_layer_types(config)
-
-
-def _read_layer_types(config: Mapping[str, Any]) -> list[str]:
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    return [f"layer_types: {', '.join(sorted(kinds))} is not supported, only full_attention"] if kinds else []
+    return []
 
 
 def _read_mixtral(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
@@ -148,17 +144,15 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     fields["qk_norm"] = True
-    num_experts = config.get("num_experts", config.get("num_local_experts", 128))
     dense = sorted(config.get("mlp_only_layers") or ())
     fields["moe"] |= {
-        "num_experts": num_experts,
+        "num_experts": config.get("num_experts", 128),
         "num_dense_layers": len(dense),
         "softmax_before_topk": not config.get("norm_topk_prob", False),
     }
-    problems = _read_layer_types(config)
     if dense != list(range(len(dense))):
-        problems.append(f"mlp_only_layers: {dense} is not supported, only the first layers")
-    return problems
+        return [f"mlp_only_layers: {dense} is not supported, only the first layers"]
+    return []
 
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
@@ -171,16 +165,19 @@ def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_deepseek(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
+def _read_deepseek(config: Mapping[str, Any], fields: dict[str, Any], num_shared_experts: int) -> list[str]:
+    """Read what both have, `num_shared_experts` being the family's own default."""
     moe = fields["moe"]
-    shared = config.get("n_shared_experts")
+    shared = config.get("n_shared_experts", num_shared_experts)
     if shared:
         moe["shared_expert_ffn_hidden_size"] = shared * moe["ffn_hidden_size"]
     if moe.get("num_groups") == 1:
         moe.pop("num_groups")
         moe.pop("group_top_k", None)
+    if not math.isclose(fields["norm_eps"], _LATENT_EPSILON):
+        fields["mla"]["norm_eps"] = _LATENT_EPSILON
     heads, groups = fields["num_attention_heads"], config.get("num_key_value_heads")
-    problems = []
+    problems = _read_window(config, fields)
     if groups not in (None, heads):
         problems.append(f"num_key_value_heads: {groups} with {heads} heads is not supported, only as many")
     if moe["num_dense_layers"] >= fields["num_layers"]:
@@ -189,7 +186,7 @@ def _read_deepseek(config: Mapping[str, Any], fields: dict[str, Any]) -> list[st
 
 
 def _read_deepseek_v2(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
-    problems = _read_deepseek(config, fields)
+    problems = _read_deepseek(config, fields, 2)
     moe = fields["moe"] | {"softmax_before_topk": True}
     method = config.get("topk_method", "greedy")
     if method == "greedy":
@@ -203,7 +200,7 @@ def _read_deepseek_v2(config: Mapping[str, Any], fields: dict[str, Any]) -> list
 
 
 def _read_deepseek_v3(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
-    problems = _read_deepseek(config, fields)
+    problems = _read_deepseek(config, fields, 1)
     moe = fields["moe"]
     moe |= {"score_function": "sigmoid", "balancing": "bias"}
     if "num_groups" in moe and moe["top_k"] != 2 * moe["group_top_k"]:
@@ -214,6 +211,8 @@ def _read_deepseek_v3(config: Mapping[str, Any], fields: dict[str, Any]) -> list
         )
     if moe["top_k"] == 1:
         problems.append("num_experts_per_tok: 1 is not supported, only more")
+    if config.get("head_dim") not in (None, fields["mla"]["qk_rope_head_dim"]):
+        problems.append(f"head_dim: {config['head_dim']} is not supported, only qk_rope_head_dim")
     return problems
 
 
@@ -226,11 +225,16 @@ def _write_deepseek(model: ModelConfig) -> dict[str, Any]:
             "model.moe.shared_expert_ffn_hidden_size: DeepSeek's shared experts are as large as the routed ones; a "
             f"value that would work: {max(1, shared) * moe.ffn_hidden_size}"
         )
-    keys: dict[str, Any] = {"n_shared_experts": shared or None, "num_key_value_heads": model.num_attention_heads}
+    keys: dict[str, Any] = {"n_shared_experts": shared, "num_key_value_heads": model.num_attention_heads}
     keys |= {"q_lora_rank": mla.q_lora_rank, "routed_scaling_factor": moe.scaling_factor or 1.0}
     if moe.num_groups is None:
         keys |= {"n_group": 1, "topk_group": 1}
     return keys
+
+
+def _write_deepseek_v3(model: ModelConfig) -> dict[str, Any]:
+    """The layers of multi-token prediction are not exported, so there are none to announce."""
+    return _write_deepseek(model) | {"num_nextn_predict_layers": 0}
 
 
 def _write_deepseek_v2(model: ModelConfig) -> dict[str, Any]:
@@ -262,20 +266,19 @@ def _deepseek_moe(
     )
 
 
-_DEEPSEEK_ONLY = (
-    _SILU,
-    _NO_ATTENTION_BIAS,
-    Only("moe_layer_freq", (1,), 1),
-    # The norms of the latents take no other epsilon.
-    Only("rms_norm_eps", (1e-6,), 1e-6),
-)
+# What the norms of the latents have in DeepSeek's own code and in transformers, whatever `rms_norm_eps` is.
+_LATENT_EPSILON = 1e-6
+# transformers computes one way whatever some of these say (below: scoring_func, topk_method, norm_topk_prob); the code
+# that DeepSeek published beside the weights heeds them, so that other values are refused all the same.
+_DEEPSEEK_ONLY = (_SILU, _NO_ATTENTION_BIAS, Only("moe_layer_freq", (1,), 1))
 _DEEPSEEK_KNOWN = frozenset(
-    "n_shared_experts num_key_value_heads topk_method aux_loss_alpha seq_aux ep_size head_dim qk_head_dim".split()
+    "n_shared_experts num_key_value_heads topk_method aux_loss_alpha seq_aux ep_size head_dim qk_head_dim "
+    "sliding_window".split()
 )
 
 _LLAMA = Family(
     "LlamaForCausalLM", "llama", (*_basic(2048), _DENSE_MLP, *_GROUPED), (_SILU,),
-    known=frozenset({"attention_bias", "mlp_bias"}), read=_read_llama, write=_write_llama,
+    known=frozenset({"attention_bias", "mlp_bias", "sliding_window"}), read=_read_llama, write=_write_llama,
 )  # fmt: skip
 _MISTRAL = Family(
     "MistralForCausalLM", "mistral", (*_basic(131072), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 8),
@@ -284,12 +287,12 @@ _MISTRAL = Family(
 )  # fmt: skip
 _QWEN2 = Family(
     "Qwen2ForCausalLM", "qwen2", (*_basic(32768), _DENSE_MLP, *_GROUPED), (_SILU, _NO_WINDOW),
-    known=frozenset({"sliding_window", "max_window_layers", "layer_types"}), read=_read_qwen2,
+    known=frozenset({"sliding_window"}), read=_read_qwen2,
 )  # fmt: skip
 _QWEN3 = Family(
     "Qwen3ForCausalLM", "qwen3", (*_basic(32768), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 32),
                                   Option("head_dim", "head_dim", 128)), (_SILU, _NO_WINDOW, _NO_ATTENTION_BIAS),
-    known=frozenset({"sliding_window", "max_window_layers", "layer_types"}), read=_read_qwen3,
+    known=frozenset({"sliding_window"}), read=_read_qwen3,
 )  # fmt: skip
 _MIXTRAL = Family(
     "MixtralForCausalLM", "mixtral",
@@ -301,6 +304,7 @@ _MIXTRAL = Family(
     names=TensorNames(router="block_sparse_moe.gate.weight", expert="block_sparse_moe.experts.{expert}.",
                       expert_gate="w1.", expert_up="w3.", expert_down="w2."),
     known=frozenset({"sliding_window"}), read=_read_mixtral, write=_write_mixtral, rope_theta=1e6,
+    aliases={"num_experts": "num_local_experts"},
 )  # fmt: skip
 _QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM", "qwen3_moe",
@@ -308,8 +312,8 @@ _QWEN3_MOE = Family(
      Option("num_experts_per_tok", "moe.top_k", 8), Option("moe_intermediate_size", "moe.ffn_hidden_size", 768),
      Option("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001)),
     (_SILU, _NO_WINDOW, _NO_ATTENTION_BIAS, Only("decoder_sparse_step", (1,), 1)),
-    known=frozenset("num_experts num_local_experts mlp_only_layers norm_topk_prob sliding_window max_window_layers "
-                    "layer_types".split()), read=_read_qwen3_moe, write=_write_qwen3_moe,
+    known=frozenset("num_experts mlp_only_layers norm_topk_prob sliding_window".split()),
+    read=_read_qwen3_moe, write=_write_qwen3_moe, aliases={"num_local_experts": "num_experts"},
 )  # fmt: skip
 _DEEPSEEK_V2 = Family(
     "DeepseekV2ForCausalLM", "deepseek_v2",
@@ -318,6 +322,7 @@ _DEEPSEEK_V2 = Family(
     (*_DEEPSEEK_ONLY, _NO_MLP_BIAS, Only("norm_topk_prob", (False,), False),
      Only("scoring_func", ("softmax",), "softmax")),
     known=_DEEPSEEK_KNOWN, read=_read_deepseek_v2, write=_write_deepseek_v2, is_rope_interleaved=True,
+    aliases={"num_experts": "n_routed_experts"},
 )  # fmt: skip
 _DEEPSEEK_V3 = Family(
     "DeepseekV3ForCausalLM", "deepseek_v3",
@@ -325,9 +330,9 @@ _DEEPSEEK_V3 = Family(
      *_deepseek_moe(3, 2.5, 8, 4)),
     (*_DEEPSEEK_ONLY, Only("norm_topk_prob", (True,), True), Only("scoring_func", ("sigmoid",), "sigmoid"),
      Only("topk_method", ("noaux_tc",), "noaux_tc"), Only("rope_interleave", (True,), True)),
-    known=_DEEPSEEK_KNOWN | {"num_nextn_predict_layers", "num_mtp_layers"},
-    read=_read_deepseek_v3, write=_write_deepseek, is_rope_interleaved=True,
-    ignored_tensors=r"model\.layers\.{num_layers}\.",
+    known=_DEEPSEEK_KNOWN | {"num_nextn_predict_layers"}, read=_read_deepseek_v3, write=_write_deepseek_v3,
+    is_rope_interleaved=True, has_prediction_layers=True, further_types=("kimi_k2",),
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {

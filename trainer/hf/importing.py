@@ -40,6 +40,8 @@ class ConversionReport:
     """Number of NaN and infinite values by tensor."""
     ignored: list[str]
     """Tensors left aside, as `transformers` does (multi-token prediction)."""
+    notes: list[str]
+    """What else was left aside, one sentence each (rank 0 knows)."""
 
 
 def import_checkpoint(
@@ -79,6 +81,7 @@ def import_checkpoint(
         seconds=time.perf_counter() - started,
         non_finite={name: count for part in parts for name, count in part[3].items()},
         ignored=source.ignored,
+        notes=source.notes,
     )
 
 

@@ -1,7 +1,8 @@
 """Checkpoints that Megatron-LM itself wrote (`--ckpt-format torch_dist`): their arguments -> our `model` section.
 
 The arguments are a pickled namespace; it is read without executing anything in it, so that a checkpoint from elsewhere
-can do no harm. The arguments in `_ONLY` change what the weights compute in ways the engine has not, and are refused.
+can do no harm. An argument that changes what the weights compute in ways the engine has not is refused, and so is one
+that nobody has judged (`trainer.hf.megatron_arguments`).
 """
 
 from __future__ import annotations
@@ -20,33 +21,10 @@ from configs.errors import BadInput
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.tensors import CheckpointTensors
+from trainer.hf.megatron_arguments import INERT, MAPPED, ONLY
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _COMMON_KEY = "common_state/shard_0_1"
-# Arguments that must be as they are here, since nothing of ours does otherwise.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("rope",),
-    "apply_layernorm_1p": (False, None),
-    "apply_residual_connection_post_layernorm": (False, None),
-    "softmax_type": ("vanilla", None),
-    "softmax_scale": (None,),
-    "window_size": (None,),
-    "no_rope_freq": (None,),
-    "glu_linear_offset": (0.0, None),
-    "activation_func_clamp_value": (None,),
-    "moe_apply_probs_on_input": (False, None),
-    "use_mup": (False, None),
-    "qk_l2_norm": (False, None),
-    "rotary_interleaved": (False, None),
-    "rotary_seq_len_interpolation_factor": (None, 1),
-    "moe_router_num_groups": (None,),
-    "moe_layer_freq": (None, 1),
-    "multi_latent_attention": (False, None),
-    "mtp_num_layers": (None, 0),
-    "attention_output_gate": (False, None),
-    "experimental_attention_variant": (None,),
-    "heterogeneous_layers_config_path": (None,),
-}
 
 
 def find_megatron_checkpoint(path: Path) -> Path | None:
@@ -66,13 +44,7 @@ def find_megatron_checkpoint(path: Path) -> Path | None:
 def read_megatron_model(checkpoint: Path) -> ModelConfig:
     """Return the `model` section of a Megatron-LM checkpoint. Raises BadInput for what cannot be expressed."""
     arguments = _read_arguments(checkpoint)
-    problems = [
-        f"{name.replace('_', '-')} {arguments[name]!r} (only {allowed[0]!r})"
-        for name, allowed in _ONLY.items()
-        if name in arguments and arguments[name] not in allowed
-    ]
-    if not arguments.get("swiglu"):
-        problems.append("an activation other than swiglu")
+    problems = _find_problems(arguments)
     if problems:
         raise BadInput(f"{checkpoint}: was trained with {', '.join(problems)}, which cannot be converted.")
     try:
@@ -85,6 +57,37 @@ def read_megatron_model(checkpoint: Path) -> ModelConfig:
     if found:
         raise BadInput(f"{checkpoint}: {' '.join(found)}")
     return model
+
+
+def _find_problems(arguments: Mapping[str, Any]) -> list[str]:
+    """Return each argument that changes what the weights compute, and each that is not known, in words."""
+    problems = []
+    for name, value in arguments.items():
+        is_used = bool(arguments.get("num_experts")) or not name.startswith("moe_")
+        words = f"{name.replace('_', '-')} {value!r}"
+        if (
+            name in ONLY
+            and is_used
+            and any(one not in ONLY[name] for one in (value if type(value) is list else [value]))
+        ):
+            problems.append(f"{words} (only {ONLY[name][0]!r})")
+        if name not in MAPPED and name not in ONLY and name not in INERT and value is not None:
+            problems.append(f"{words} (an argument that is not known here)")
+    if not arguments.get("swiglu"):
+        problems.append("an activation other than swiglu")
+    if arguments.get("num_experts") and _num_dense_layers(arguments) is None:
+        problems.append(f"moe-layer-freq {arguments['moe_layer_freq']!r} (only dense layers first, then experts)")
+    return problems
+
+
+def _num_dense_layers(arguments: Mapping[str, Any]) -> int | None:
+    """Return how many first layers have no experts; None if others have none."""
+    pattern = arguments.get("moe_layer_freq")
+    if pattern in (None, 1):
+        return 0
+    if not isinstance(pattern, list) or sorted(pattern) != pattern or not set(pattern) <= {0, 1}:
+        return None
+    return pattern.count(0)
 
 
 def _model_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +130,7 @@ def _moe_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
     has_bias = bool(arguments.get("moe_router_enable_expert_bias"))
     return {
         "num_experts": arguments["num_experts"],
+        "num_dense_layers": _num_dense_layers(arguments),
         "top_k": arguments.get("moe_router_topk", 2),
         "ffn_hidden_size": arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"],
         "shared_expert_ffn_hidden_size": arguments.get("moe_shared_expert_intermediate_size"),

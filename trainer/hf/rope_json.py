@@ -20,8 +20,18 @@ _KEYS = {
         "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
     ),
 }  # fmt: skip
-# Keys that say nothing new, or the only thing that the engine does.
+# The keys of `config.json` that are read here.
+ROPE_KEYS = frozenset(
+    "rope_parameters rope_scaling rope_theta partial_rotary_factor original_max_position_embeddings".split()
+)
+# Further keys inside: those that say nothing new, or the only thing that the engine does.
 _EXPECTED = {"rope_type": None, "type": None, "rope_theta": None, "attention_factor": (None,), "truncate": (None, True)}
+
+
+# What transformers reads for one rope_type or another; it knows no further keys, and neither do we.
+_OF_SOME_TYPE = {*_EXPECTED, *(key for keys in _KEYS.values() for key in keys)} | {
+    "partial_rotary_factor", "short_factor", "long_factor", "original_max_position_embeddings",
+}  # fmt: skip
 
 
 def read_rope(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
@@ -44,8 +54,13 @@ def read_rope(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any]
     problems = [
         f"rope_parameters.{key}: {value!r} is not understood with rope_type {kind}"
         for key, value in given.items()
-        if key not in (*_KEYS[kind], "partial_rotary_factor") and not _is_expected(key, value)
+        if key in _OF_SOME_TYPE - {*_KEYS[kind], "partial_rotary_factor"} and not _is_expected(key, value)
     ]
+    outside = config.get("original_max_position_embeddings")
+    if outside is not None and kind in ("llama3", "yarn") and outside != given.get("original_max_position_embeddings"):
+        problems.append(
+            f"original_max_position_embeddings: {outside!r} outside of the other keys of {kind}; move it there"
+        )
     if kind == "default":
         return rope, problems
     rope |= {"scaling": kind} | {key: given[key] for key in _KEYS[kind] if given.get(key) is not None}

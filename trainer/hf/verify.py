@@ -64,31 +64,6 @@ def compare_with_transformers(engine: Engine, directory: Path, tokens: torch.Ten
     )
 
 
-_TEXTS = (
-    "def f(x):\n    return x\n\n\n",
-    "It's 1,234.5 km; naïve café.",
-    "a  b\tc 日本語 12345",
-    "  HELLO world!!\r\n",
-)
-
-
-def tokenizer_difference(directory: Path) -> str | None:
-    """Return a text of which `transformers` makes other tokens than `tokenizer.json` says; None if all are the same.
-
-    For some model types it builds the splitting of words itself, whatever the file says, and training reads the file.
-    """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    ours, theirs = Tokenizer.from_file(str(directory / "tokenizer.json")), AutoTokenizer.from_pretrained(directory)
-    for text in _TEXTS:
-        if ours.encode(text, add_special_tokens=False).ids != theirs.encode(text, add_special_tokens=False):
-            return text
-    return None
-
-
 @dataclass
 class _Recorder:
     """Keeps what modules return."""

@@ -1,24 +1,24 @@
-"""Hugging Face weights -> a running engine on any layout: each rank reads what it holds, and writes nothing."""
+"""Hugging Face weights -> a running model on any layout: each rank reads what it holds, and writes nothing."""
 
 from __future__ import annotations
 
 import torch
 
-from trainer.checkpoint.sharded_state import model_shards
-from trainer.engine.engine import Engine
+from trainer.engine.sharded_model import ShardedModel
+from trainer.hf.shards import model_shards
 from trainer.hf.source import HfModel
 
 
 @torch.no_grad()
-def load_hf_weights(engine: Engine, source: HfModel) -> None:
-    """Copy the weights into the engine; step, optimizer and data start anew.
+def load_hf_weights(model: ShardedModel, source: HfModel) -> None:
+    """Copy the weights into the model; step, optimizer and data start anew.
 
-    Peak memory beyond the engine's own is a few of the largest tensors. Collective: all ranks of the world must call
+    Peak memory beyond the model's own is a few of the largest tensors. Collective: all ranks of the world must call
     this (every one reads the files it needs).
     """
-    for shard in model_shards(engine):
+    for shard in model_shards(model):
         part = source.read(shard.name)
         for axis, (start, length) in enumerate(zip(shard.offsets, shard.data.shape, strict=True)):
             part = part.narrow(axis, start, length)
         shard.data.copy_(part)
-    engine.weights_loaded()
+    model.weights_loaded()

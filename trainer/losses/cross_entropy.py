@@ -12,6 +12,9 @@ def compute_cross_entropy(token_losses: torch.Tensor, loss_mask: torch.Tensor) -
 
     Masked positions count for nothing even where their loss is not finite.
     """
-    counted = loss_mask > 0
-    total = torch.where(counted, token_losses.float(), 0.0).sum()
-    return Loss(total, counted.sum(dtype=torch.int32))
+    return Loss(torch.where(loss_mask > 0, token_losses.float(), 0.0).sum())
+
+
+def count_tokens(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Count the tokens of a mask `[batch, seq]` that `compute_cross_entropy` sums over, int32 scalar."""
+    return (loss_mask > 0).sum(dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The one return type of every loss. Sums, so that the engine alone divides, once, by the global token count."""
+"""The one return type of every loss. Sums, so that the engine alone divides, once, over the whole global batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ import torch
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A microbatch's loss before any averaging."""
+class Mean:
+    """A figure to report that has a divisor of its own."""
 
     total: torch.Tensor
-    """Sum over the tokens that count, fp32 scalar with gradient."""
-    num_tokens: torch.Tensor
-    """How many tokens count, int32 scalar."""
-    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Further fp32 scalar sums, reported divided by the global number of tokens."""
+    """fp32 scalar."""
+    count: torch.Tensor
+    """Of what the figure is a mean, scalar."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A microbatch's loss before any averaging; what it is divided by is the objective's `count` of the batch."""
+
+    total: torch.Tensor
+    """Sum over what the objective weighs alike (tokens, sequences, pairs), fp32 scalar with gradient."""
+    means: Mapping[str, Mean] = field(default_factory=dict)
+    """Further figures by name."""

@@ -26,17 +26,11 @@ from trainer.model.attention.core import FlashCoreAttention, SdpaCoreAttention
 from trainer.model.config import build_transformer_config
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
-from trainer.model.rotate import compile_rotation, install_document_rotation
-from trainer.model.weight_gradients import install_weight_gradients
 
 
 def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTModel]:
     """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights."""
     transformer = build_transformer_config(config, mesh, use_te=use_te)
-    install_weight_gradients()
-    install_document_rotation()
-    if mesh.platform.fuses_kernels:
-        compile_rotation()
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
     attention = None
     if not use_te:
@@ -77,6 +71,8 @@ def _build_chunk(
     _hide_vocabulary_padding(chunk, model, mesh)
     if model.mla is not None and model.mla.q_lora_rank is None:
         _normalise_latent_alone(chunk, model.mla)
+    if model.mla is not None and model.mla.norm_eps is not None:
+        _set_latent_epsilon(chunk, model.mla.norm_eps)
     if model.mla is not None and mesh.tp_size > 1 and not use_te:
         _sum_shared_key_gradients(chunk, model.mla)
         _count_query_norm_gradients_once(chunk, model.mla, mesh.tp_size)
@@ -147,6 +143,19 @@ def _normalise_latent_alone(chunk: GPTModel, mla: MlaConfig) -> None:
     for layer in chunk.decoder.layers:
         latent_norm = norm(config, mla.kv_lora_rank, eps=config.layernorm_epsilon)
         layer.self_attention.kv_layernorm = latent_norm.to(next(layer.parameters()).device)
+
+
+def _set_latent_epsilon(chunk: GPTModel, epsilon: float) -> None:
+    """Give the norms of the latents an epsilon of their own; Megatron-Core takes the layers' (Moonlight's differ).
+
+    Transformer Engine's layers have them fused into the up projections.
+    """
+    for layer in chunk.decoder.layers:
+        attention = layer.self_attention
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            module: Any = getattr(attention, name, None)
+            if hasattr(module, "eps"):
+                module.eps = epsilon
 
 
 def _sum_shared_key_gradients(chunk: GPTModel, mla: MlaConfig) -> None:

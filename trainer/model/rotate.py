@@ -7,7 +7,6 @@ rotation is not.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -39,18 +38,10 @@ def rotate_documents(
     return rope_utils._apply_rotary_pos_emb_bshd(tokens.unsqueeze(1), angles, *args, **options).squeeze(1)
 
 
-def install_document_rotation() -> None:
-    """Let Megatron-Core's attention rotate packed documents by `rotate_documents`."""
-    names: dict[str, Any] = vars(rope_utils)
-    names["_apply_rotary_pos_emb_thd"] = rotate_documents
-
-
-@functools.cache
-def compile_rotation() -> None:
-    """Let Megatron-Core rotate in one compiled kernel instead of seven passes over queries and keys.
+def compile_rotation() -> Any:
+    """Return Megatron-Core's rotation as one compiled kernel instead of seven passes over queries and keys.
 
     Queries, keys, training, evaluation and samples each want one of their own: more than the eight that are usual.
     """
     torch._dynamo.config.recompile_limit = max(_NUM_COMPILED, torch._dynamo.config.recompile_limit)
-    names: dict[str, Any] = vars(rope_utils)
-    names["_apply_rotary_pos_emb_bshd"] = torch.compile(rope_utils._apply_rotary_pos_emb_bshd)
+    return torch.compile(rope_utils._apply_rotary_pos_emb_bshd)

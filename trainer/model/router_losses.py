@@ -1,12 +1,31 @@
-"""Reads the auxiliary losses that Megatron-Core's MoE routers recorded during a step, for the log."""
+"""The auxiliary losses of Megatron-Core's MoE routers: their weight in the gradient, and their values for the log."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from configs.sections.model import ModelConfig
 from parallel.mesh import Mesh
+
+
+def scale_router_losses(
+    chunks: list[Any], scale_loss: Callable[[torch.Tensor], torch.Tensor], divisor_per_token: torch.Tensor
+) -> None:
+    """Let the routers' losses weigh the same in the gradient whatever share of the tokens counts in the main loss.
+
+    Megatron-Core multiplies each microbatch's router loss by its number of tokens, expecting gradients to be divided by
+    all tokens of the global batch; they are divided by what the objective counts. `divisor_per_token` is that divisor
+    over all tokens, fp32 scalar. What then remains is coefficient x mean over microbatches and replicas of the loss of
+    Fedus et al. 2021 (arXiv:2101.03961, eq. 4) and of Zoph et al. 2022 (arXiv:2202.08906, eq. 5).
+    """
+    scale = divisor_per_token.reshape(1)
+    for chunk in chunks:
+        chunk.config.moe_grad_scale_func = lambda: scale_loss(scale)
 
 
 def read_router_losses(model: ModelConfig, mesh: Mesh, num_microbatches: int) -> dict[str, float]:

@@ -6,10 +6,7 @@ fp32 sum: 12 bytes a weight to memory and back, and a rounding to bf16 that the 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from megatron.core.tensor_parallel import layers
 
 
 class WeightGradients:
@@ -22,10 +19,3 @@ class WeightGradients:
             total.addmm_(gradient.t(), inputs)
         else:
             torch.addmm(total, gradient.t(), inputs, out_dtype=total.dtype, out=total)
-
-
-def install_weight_gradients() -> None:
-    """Let Megatron-Core's linears use `WeightGradients`, also where apex's extension is, which GPUs alone can run."""
-    names: dict[str, Any] = vars(layers)
-    names["fused_weight_gradient_mlp_cuda"] = WeightGradients
-    names["_grad_accum_fusion_available"] = True

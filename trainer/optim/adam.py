@@ -1,7 +1,7 @@
 """AdamW with the step count in the parameter group, on torch's fused kernel: used where neither TE nor apex is there.
 
 Megatron-Core can reshard the optimizer state of TE's and apex's FusedAdam but not that of `torch.optim.AdamW`, which
-counts steps per parameter. `install_as_fused_adam` puts this class where Megatron-Core looks for theirs.
+counts steps per parameter.
 """
 
 from __future__ import annotations
@@ -73,14 +73,3 @@ def has_fused_adam() -> str | None:
     if importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None:
         return "apex"
     return None
-
-
-def install_as_fused_adam() -> None:
-    """Let Megatron-Core use `GroupStepAdamW` as it would use apex's FusedAdam."""
-    import megatron.core.optimizer as megatron_optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    megatron_optimizer.Adam = GroupStepAdamW
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True

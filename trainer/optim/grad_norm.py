@@ -7,7 +7,6 @@ accumulator, which is off by 1e-5 and more: enough to make equal runs look diffe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -50,15 +49,3 @@ def scale_tensors(
         torch._foreach_mul_(list(targets), scale)
     else:
         torch._foreach_copy_(list(targets), torch._foreach_mul(list(sources), scale))
-
-
-def install_as_fused_norm(*, is_fusing: bool) -> None:
-    """Let Megatron-Core use these functions as it would use TE's or apex's kernels.
-
-    `is_fusing` says whether the device runs one kernel over many tensors, whose sums are then as exact.
-    """
-    from megatron.core.optimizer import clip_grads
-
-    names: dict[str, Any] = vars(clip_grads)
-    names["l2_norm_impl"] = compute_l2_norm_at_once if is_fusing else compute_l2_norm
-    names["multi_tensor_scale_impl"] = scale_tensors

@@ -14,8 +14,6 @@ from parallel.mesh import Mesh
 from parallel.platform.base import Platform
 from parallel.precision import optimizer_precision
 from parallel.replicate import resolve_overlap
-from trainer.optim.adam import has_fused_adam, install_as_fused_adam
-from trainer.optim.grad_norm import install_as_fused_norm
 
 
 @dataclass(frozen=True)
@@ -25,15 +23,13 @@ class UpdateResult:
     is_applied: bool
     grad_norm: float
     loss_scale: float
+    next_loss_scale: float
     is_overflow_expected: bool
     """fp16 found an infinity while the loss scale can still shrink: part of its search, not a fault."""
 
 
 def build_optimizer(config: Config, chunks: list[Any], platform: Platform) -> Any:
     """Return Megatron-Core's (chained) distributed optimizer over the replicated chunks."""
-    if has_fused_adam() is None:
-        install_as_fused_adam()
-        install_as_fused_norm(is_fusing=platform.fuses_kernels)
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = config.optimizer
@@ -72,20 +68,21 @@ def update_weights(optimizer: Any, config: Config, mesh: Mesh, *, is_loss_finite
     loss_scale = float(scaler.scale) if scaler else 1.0
     can_shrink = scaler is not None and loss_scale > float(scaler.min_scale)
     if optimizer.prepare_grads():
-        return UpdateResult(False, math.nan, loss_scale, is_overflow_expected=can_shrink and is_loss_finite)
+        next_scale = float(scaler.scale) if scaler else 1.0
+        return UpdateResult(False, math.nan, loss_scale, next_scale, is_overflow_expected=can_shrink and is_loss_finite)
     grad_norm = float(optimizer.get_grad_norm())
     # With sp these gradients are summed over tp, so that the norm has seen them.
     if config.parallel.tp > 1 and not config.parallel.sp and any_rank(has_non_finite_duplicate(optimizer), mesh.device):
         grad_norm = math.nan
     if not (is_loss_finite and math.isfinite(grad_norm)):
-        return UpdateResult(False, grad_norm, loss_scale, is_overflow_expected=False)
+        return UpdateResult(False, grad_norm, loss_scale, loss_scale, is_overflow_expected=False)
     clip_grad = config.optimizer.clip_grad
     if clip_grad > 0:
         for part in optimizer.chained_optimizers:
             if not part.is_stub_optimizer:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
-    return UpdateResult(True, grad_norm, loss_scale, is_overflow_expected=False)
+    return UpdateResult(True, grad_norm, loss_scale, loss_scale, is_overflow_expected=False)
 
 
 def init_optimizer_state(optimizer: Any) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from configs.plan.estimate import flops_per_step
+from configs.plan.flops import model_flops
 from configs.stages import Config
-from trainer.engine.engine import Engine
+from parallel.mesh import Mesh
 from trainer.engine.state import StepResult, TrainState
 from trainer.report.live import LiveLine
 from trainer.report.sinks import MetricsWriter
@@ -15,12 +15,12 @@ from trainer.report.sinks import MetricsWriter
 class Reporter:
     """Turns step results into rows for metrics.jsonl, TensorBoard and the live line; writes on rank 0 alone."""
 
-    def __init__(self, config: Config, engine: Engine, writer: MetricsWriter | None, live: LiveLine | None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, writer: MetricsWriter | None, live: LiveLine | None) -> None:
         self._config = config
-        self._mesh = engine.mesh
+        self._mesh = mesh
         self._writer = writer
         self._live = live
-        self._peaks = dict(engine.mesh.platform.peak_tflops())
+        self._peaks = dict(mesh.platform.peak_tflops())
         if config.log.device_peak_tflops is not None:
             self._peaks["bf16"] = config.log.device_peak_tflops
 
@@ -33,8 +33,8 @@ class Reporter:
         """Write one step's row; `extras` are further columns, such as validation losses."""
         if self._writer is None or self._live is None:
             return
-        seconds = sum(result.phase_seconds[name] for name in ("data", "forward_backward", "optimizer"))
-        flops = flops_per_step(self._config, result.num_samples)
+        seconds = sum(result.phase_seconds.values())
+        flops = model_flops(self._config.model, result.num_input_tokens, result.num_attended_pairs)
         tflops = flops / seconds / self._mesh.world_size / 1e12
         row = {
             "step": state.step,
@@ -42,14 +42,17 @@ class Reporter:
             "grad_norm": result.grad_norm,
             "lr": result.learning_rate,
             "num_tokens": result.num_tokens,
-            "tokens_per_second": result.num_tokens / seconds,
+            "tokens_per_second": result.num_input_tokens / seconds,
             "seconds": seconds,
+            "num_input_tokens": result.num_input_tokens,
+            "counted_tokens_per_second": result.num_tokens / seconds,
             **{f"seconds_{name}": value for name, value in result.phase_seconds.items()},
             "tflops_per_device": tflops,
             **{f"mfu_{number_format}": tflops / peak for number_format, peak in self._peaks.items()},
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             "num_skipped_steps": state.num_skipped_steps,
+            "num_empty_steps": state.num_empty_steps,
             **result.metrics,
             **extras,
         }

@@ -5,11 +5,15 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,21 @@ from configs.errors import BadInput
 from configs.fp8 import describe_fp8, resolve_backend, uses_te_layers
 from configs.load import resolved_dict
 from configs.stages import Config
-from parallel.collectives import broadcast_object, gather_objects
+from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
 from parallel.mesh import Mesh
-from trainer.checkpoint.layout import LATEST, checkpoints_dir
+from parallel.platform import has_transformer_engine
+from trainer.checkpoint.layout import LATEST, checkpoints_dir, remove_leftovers, set_aside_after
 from trainer.disk.lock import FileLock
+from trainer.engine.state import TrainState
+from trainer.hf.companions import carry
 from trainer.optim.adam import has_fused_adam
+from trainer.report.live import LiveLine
 from trainer.report.log import add_rank_file, console, next_attempt
+from trainer.report.reporter import Reporter
+from trainer.report.sinks import MetricsWriter
+from trainer.run.start import Start
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
 
@@ -51,31 +64,79 @@ class RunLock:
     def __init__(self, run_dir: str) -> None:
         self._path = Path(run_dir) / ".lock"
         self._lock = FileLock(self._path)
+        self._made: list[Path] = []
 
-    def take(self, mesh: Mesh) -> None:
-        """Lock the directory for rank 0's process, or raise BadInput on all ranks, naming who holds it.
+    @contextmanager
+    def held(self, mesh: Mesh, *, patience_seconds: float) -> Iterator[None]:
+        """Hold the directory within the context, or raise BadInput on all ranks, naming who holds it.
 
+        A directory that was made for the lock and holds nothing else goes with it: a refused command leaves nothing.
         Collective: all ranks of the world must call this.
         """
-        problem = broadcast_object(self._try() if mesh.rank == 0 else None)
-        if problem:
-            raise BadInput(problem)
+        try:
+            problem = broadcast_object(self._take(patience_seconds) if mesh.rank == 0 else None)
+            if problem:
+                raise BadInput(problem)
+            yield
+        finally:
+            self._lock.release()
+            for directory in self._made:
+                with suppress(OSError):
+                    directory.rmdir()
 
-    def release(self) -> None:
-        """Let the next run in."""
-        self._lock.release()
-
-    def _try(self) -> str | None:
+    def _take(self, patience_seconds: float) -> str | None:
         """Take the lock and return None, or the sentence that says why not."""
         directory = self._path.parent
+        deadline = time.monotonic() + patience_seconds
         try:
+            missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
             directory.mkdir(parents=True, exist_ok=True)
-            holder = self._lock.take()
+            self._made = missing
+            while (holder := self._lock.take()) is not None and time.monotonic() < deadline:
+                time.sleep(1.0)
         except OSError as error:
             return f"run.dir: {directory} cannot be written to ({error}); choose another path."
         if holder is None:
             return None
         return f"run.dir: {directory} is being written to by {holder}; wait for it, or choose another path."
+
+
+def open_run_directory(
+    config: Config, mesh: Mesh, run_dir: Path, start: Start, state: TrainState, *, launcher: str
+) -> Reporter:
+    """Begin writing: the first thing on disk, after everything that can be refused has been checked.
+
+    Collective: all ranks of the world must call this.
+    """
+    details = describe_environment(config, mesh, has_te=has_transformer_engine())
+    try:
+        start_rank_log(run_dir, mesh)
+    except OSError as error:
+        raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
+    log.info("%s: %s", config.run.name, start.describe())
+    on_rank_zero(partial(_begin_on_rank_zero, config, details, run_dir, start, state, launcher))
+    if mesh.rank != 0:
+        return Reporter(config, mesh, None, None)
+    show_start(config, details)
+    writer = MetricsWriter(run_dir, tensorboard=config.log.tensorboard, resume_step=state.step)
+    live = LiveLine(config.train.num_steps, start_step=state.step, log_every=config.train.log_every)
+    return Reporter(config, mesh, writer, live)
+
+
+def _begin_on_rank_zero(
+    config: Config, details: Mapping[str, Any], run_dir: Path, start: Start, state: TrainState, launcher: str
+) -> None:
+    """Write what describes the run, and set aside the checkpoints of a course of training that is given up."""
+    try:
+        write_run_files(config, details, run_dir, launcher=launcher)
+        remove_leftovers(run_dir)
+        if start.resume_from is not None:
+            for aside in set_aside_after(run_dir, state.step):
+                log.info("%s: set aside, since the run goes on from step %d", aside, state.step)
+        elif start.carried is not None:
+            carry(start.carried, run_dir)
+    except OSError as error:
+        raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
 
 
 def describe_environment(config: Config, mesh: Mesh, *, has_te: bool) -> dict[str, Any]:

@@ -9,16 +9,13 @@ import logging
 import math
 import time
 
-import torch
-
 from configs.errors import NonFinite
 from configs.stages import Config
-from parallel.collectives import gather_objects, max_over_ranks
+from parallel.collectives import max_over_ranks
+from parallel.mesh import Mesh
 from trainer.checkpoint.save import CheckpointWriter
-from trainer.engine.engine import Engine
 from trainer.engine.state import StepResult, TrainState
-from trainer.evaluate.validation import VALIDATION_LOSS, Evaluator
-from trainer.optim.update import has_non_finite_gradient
+from trainer.evaluate.validation import VALIDATION_LOSS
 from trainer.report.reporter import Reporter
 from trainer.run.signals import StopSignals
 from trainer.stages.base import Stage
@@ -32,19 +29,17 @@ class Hooks:
     def __init__(
         self,
         config: Config,
-        engine: Engine,
+        mesh: Mesh,
         stage: Stage,
         *,
         reporter: Reporter,
-        evaluator: Evaluator,
         checkpoints: CheckpointWriter,
         signals: StopSignals,
     ) -> None:
         self._config = config
-        self._engine = engine
+        self._mesh = mesh
         self._stage = stage
         self._reporter = reporter
-        self._evaluator = evaluator
         self._checkpoints = checkpoints
         self._signals = signals
         self._first_validation: dict[str, float] = {}
@@ -81,13 +76,12 @@ class Hooks:
         extras["seconds_checkpoint"] = time.perf_counter() - started
         self._reporter.write(state, result, extras)
         if state.num_nonfinite_in_a_row >= train.max_nonfinite_steps:
-            culprits = self._find_culprits()
+            culprits = self._stage.describe_fault()
             self._checkpoints.finish()
             self._reporter.close()
             raise NonFinite(
                 f"{state.num_nonfinite_in_a_row} steps in a row, up to step {state.step}, had a non-finite loss or "
-                f"gradient and were skipped ({culprits}); lower optimizer.lr, or look at that data, and run the same "
-                "command to continue from the last checkpoint."
+                f"gradient and were skipped ({culprits}); lower optimizer.lr, or look at that data"
             )
 
     def on_end(self, state: TrainState) -> None:
@@ -102,14 +96,14 @@ class Hooks:
 
     def _vote(self) -> tuple[bool, float]:
         """Agree, in one reduction a step, on stopping; return whether any rank is writing and the peak memory in GB."""
-        mesh = self._engine.mesh
+        mesh = self._mesh
         mine = (self._signals.is_received, self._checkpoints.is_writing, mesh.platform.peak_memory_bytes() / 1e9)
         is_stop, is_writing, peak_memory = max_over_ranks(mine, mesh.device)
         self._signals.is_agreed = self._signals.is_agreed or bool(is_stop)
         return bool(is_writing), peak_memory
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        values = self._evaluator.evaluate(self._engine, self._stage)
+        values = self._stage.evaluate()
         self._last_validation, self._last_validation_step = values, state.step
         for name, value in values.items():
             if name.startswith(VALIDATION_LOSS):
@@ -117,12 +111,15 @@ class Hooks:
         return values
 
     def _report_skip(self, state: TrainState, result: StepResult) -> None:
+        if result.is_empty:
+            log.warning("step %d: nothing of its batch counts in the loss; no update was made", state.step)
+            return
         if result.is_overflow_expected:
             log.info(
                 "step %d: fp16 overflow at loss scale %g; update skipped, scale now %g",
                 state.step,
                 result.loss_scale,
-                self._engine.optimizer.get_loss_scale().item(),
+                result.next_loss_scale,
             )
             return
         log.warning(
@@ -130,22 +127,5 @@ class Hooks:
             state.step,
             result.loss,
             result.grad_norm,
-            self._find_culprits(),
+            self._stage.describe_fault(),
         )
-
-    def _find_culprits(self) -> str:
-        """Return which ranks and data had a non-finite loss, else which ranks hold non-finite gradients."""
-        report = self._engine.report
-        bad_samples = [
-            sample
-            for ids, loss in zip(report.sample_ids, report.losses, strict=True)
-            if not bool(torch.isfinite(loss))
-            for sample in ids
-        ]
-        place = self._engine.mesh.coordinates()
-        findings = gather_objects((place, bad_samples, has_non_finite_gradient(self._engine.replicas)))
-        losses = [f"{where}, samples {samples}" for where, samples, _ in findings if samples]
-        if losses:
-            return "non-finite loss on " + "; ".join(losses)
-        gradients = [where for where, _, is_bad in findings if is_bad]
-        return "non-finite gradients on " + "; ".join(gradients) if gradients else "the sum of the gradients overflows"

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+import socket
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.errors import BadInput
+from configs.fields import value_text
 from configs.load import resolved_dict
 from configs.stages import Config
 from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
-from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
+from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, MANIFEST, check_architecture, read_manifest
 from trainer.hf.companions import carried_config, carried_folder
 from trainer.hf.config_json import check_same_architecture, write_model
 from trainer.hf.source import HfModel
-from trainer.run.directory import check_run_directory
 
 log = logging.getLogger(__name__)
+_VISIBLE_SECONDS = 120
+_STEERING_SECTIONS = ("model", "precision", "data", "train", "optimizer", "schedule")
+_QUIET_FIELDS = ("train.log_every", "data.prefetch_steps")
 
 
 @dataclass(frozen=True)
@@ -25,26 +32,45 @@ class Start:
 
     resume_from: Path | None = None
     init_from: Path | None = None
-    init_from_hf: HfModel | None = None
+    init_from_hf: Path | None = None
 
     def describe(self) -> str:
         """Return the start in words."""
         if self.resume_from is not None:
             return f"resuming from {self.resume_from}"
-        weights = self.init_from or (self.init_from_hf and self.init_from_hf.directory)
+        weights = self.init_from or self.init_from_hf
         return f"starting with the weights of {weights}" if weights else "a fresh start"
 
     @property
     def carried(self) -> Path | None:
         """Directory with the `config.json` and companions of the Hugging Face model that the weights come from."""
         if self.init_from_hf is not None:
-            return self.init_from_hf.directory
+            return self.init_from_hf
         checkpoint = self.resume_from or self.init_from
         return carried_folder(checkpoint.parent.parent) if checkpoint is not None else None
 
+    def wait_until_visible(self, seconds: float) -> None:
+        """Wait until this rank sees what rank 0 chose: on file systems of a network that can take a while.
+
+        Raises BadInput where it does not come.
+        """
+        chosen = self.resume_from or self.init_from
+        file = chosen / MANIFEST if chosen is not None else self.init_from_hf and self.init_from_hf / "config.json"
+        deadline = time.monotonic() + min(seconds, _VISIBLE_SECONDS)
+        while file is not None and not file.is_file():
+            if time.monotonic() > deadline:
+                raise BadInput(
+                    f"{file}: rank 0 reads it and {socket.gethostname()} does not see it; put it on a file system that "
+                    "all hosts share."
+                )
+            time.sleep(0.2)
+
 
 def find_start(config: Config) -> Start:
-    """Return where the run begins, after checking that it can, and that it can be exported. Raises BadInput."""
+    """Return where the run begins, after checking that it can, and that it can be exported. Raises BadInput.
+
+    Rank 0 alone calls this, with the run directory locked: another run may have been about to finish a checkpoint.
+    """
     start = _find(config)
     if config.checkpoint.export_hf:
         write_model(config.model, carried_config(start.carried))
@@ -54,7 +80,6 @@ def find_start(config: Config) -> Start:
 def _find(config: Config) -> Start:
     settings, run_dir = config.checkpoint, config.run.dir
     assert run_dir is not None
-    check_run_directory(run_dir)
     model = resolved_dict(config)["model"]
     resume_from = latest_checkpoint(run_dir)
     if settings.resume == "never":
@@ -75,11 +100,15 @@ def _find(config: Config) -> Start:
         if saved_seed != config.run.seed:
             raise BadInput(
                 f"run.seed: {config.run.seed} differs from the {saved_seed} of {resume_from}, on which the order of "
-                f"the data hangs; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
+                f"the data depends; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
             )
+        for change in describe_changes(manifest.config, resolved_dict(config)):
+            log.warning("continuing %s with another config: %s", resume_from.name, change)
         return Start(resume_from=resume_from)
     if settings.init_from_hf is not None:
-        return Start(init_from_hf=_open_hf_model(settings.init_from_hf, config))
+        check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
+        HfModel(settings.init_from_hf, config.model)  # refuses missing and damaged files
+        return Start(init_from_hf=Path(settings.init_from_hf))
     if settings.init_from is None:
         return Start()
     init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
@@ -87,10 +116,25 @@ def _find(config: Config) -> Start:
     return Start(init_from=init_from)
 
 
-def _open_hf_model(directory: str, config: Config) -> HfModel:
-    """Return the model whose weights the run starts with, after comparing its architecture with the config's."""
-    check_same_architecture(config.model, Path(directory), FREE_WARM_START_FIELDS)
-    return HfModel(directory, config.model)
+def describe_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Return each field of the config that steers training and differs from the saved one: what, from what, to what."""
+    changes = []
+    for section in _STEERING_SECTIONS:
+        before, after = _flat(saved.get(section) or {}, section), _flat(present[section], section)
+        changes += [
+            f"{path} is {value_text(value)}, it was {value_text(before[path])}"
+            for path, value in after.items()
+            if path in before and before[path] != value and path not in _QUIET_FIELDS
+        ]
+    return changes
+
+
+def _flat(section: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the fields of a section by dotted path."""
+    fields: dict[str, Any] = {}
+    for name, value in section.items():
+        fields |= _flat(value, f"{path}.{name}") if isinstance(value, dict) else {f"{path}.{name}": value}
+    return fields
 
 
 def _is_continuing(latest: Path, config: Config) -> bool:

@@ -1,44 +1,76 @@
-"""The protocol of a training stage: four methods, nothing of layouts, optimizers or files."""
+"""The protocol of a training stage: it owns its step. Knows nothing of files, logs or what happens around a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
-from trainer.data.batch import Batch
-from trainer.engine.state import TrainState
-from trainer.losses.loss import Loss
+from configs.stages import Config
+from parallel.mesh import Mesh
+from trainer.data.corpus import Corpus
+from trainer.engine.build import POLICY, ModelPlan
+from trainer.engine.parts import Checkpointed
+from trainer.engine.sharded_model import ShardedModel
+from trainer.engine.state import StepResult, TrainState
 
 
 class Stage(Protocol):
-    """What one stage of training says about itself."""
+    """What the loop, the hooks and the checkpoints ask of a stage. `step`, `evaluate` and `describe_fault` are
+    collective: all ranks of the world must call them."""
 
     name: str
-    metric_names: tuple[str, ...]
-    """Names of the sums that `loss` returns beside the loss itself."""
+    parts: Mapping[str, Checkpointed]
+    """What checkpoints hold in shards, by name; `policy` is the model that the run is about."""
 
     def start(self, state: TrainState) -> None:
-        """Prepare for the first step after a fresh start, a warm start or a resume."""
+        """Prepare for the step that follows `state`, before anything is written; raise BadInput for what cannot be."""
         ...
 
-    def batches_for(self, state: TrainState) -> Sequence[Batch]:
-        """Return this rank's microbatches of the step that follows `state`."""
+    def step(self, state: TrainState) -> StepResult:
+        """Take the step that follows `state`: one line of the log, whatever it consists of."""
         ...
 
-    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Run one model chunk on one microbatch on the device; the last pipeline stage returns what `loss` takes."""
+    def evaluate(self) -> dict[str, float]:
+        """Return what validation measures, by the name it is logged under."""
         ...
 
-    def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
-        """Return the summed loss of one microbatch from the last pipeline stage's output."""
+    def describe_fault(self) -> str:
+        """Return which ranks and data made the last step non-finite."""
         ...
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return what a checkpoint must keep of the stage, as plain data that is the same on every rank."""
+        """Return what a checkpoint must keep beside `parts`, as plain data that is the same on every rank."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, on any layout."""
         ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is built from."""
+
+    config: Config
+    mesh: Mesh
+    models: Mapping[str, ShardedModel]
+    corpus: Corpus
+
+
+def plan_policy(config: Config) -> dict[str, ModelPlan]:
+    """Return the plan of a stage that trains the one model it has."""
+    return {POLICY: ModelPlan(config, is_trained=True)}
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """How a stage comes into being."""
+
+    build: Callable[[StageContext], Stage]
+    plan_models: Callable[[Config], Mapping[str, ModelPlan]] = plan_policy
+    """The models it needs, by role; `policy` is one of them."""

@@ -16,14 +16,15 @@ def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
     With document boundaries the rows are laid end to end (`[1, batch * seq]`) and each document is attended alone,
     with its own positions.
     """
-    if batch.cu_seqlens is None:
+    documents = batch.documents
+    if documents is None:
         return model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    documents = PackedSeqParams(
+    packed = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
+        cu_seqlens_q=documents.cu_seqlens,
+        cu_seqlens_kv=documents.cu_seqlens,
+        max_seqlen_q=documents.max_seqlen,
+        max_seqlen_kv=documents.max_seqlen,
     )
     flat = [part.reshape(1, -1) for part in (batch.tokens, batch.position_ids, batch.labels)]
-    return model(flat[0], flat[1], None, labels=flat[2], packed_seq_params=documents)
+    return model(flat[0], flat[1], None, labels=flat[2], packed_seq_params=packed)

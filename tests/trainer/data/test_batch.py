@@ -17,21 +17,21 @@ def test_plain_batches_count_every_token():
     assert torch.equal(batch.labels, torch.from_numpy(WINDOWS[:, 1:]))
     assert batch.position_ids.tolist() == [list(range(6))] * 2
     assert batch.loss_mask.dtype == torch.float32 and batch.loss_mask.eq(1).all()
-    assert batch.cu_seqlens is None and batch.max_seqlen is None and batch.sample_ids == (10, 11)
+    assert batch.documents is None and batch.sample_ids == (10, 11)
 
 
 def test_document_masks_end_documents_after_their_last_token():
     batch = build_batch(WINDOWS, (0, 1), document_end_id=EOD)
-    assert batch.cu_seqlens is not None and batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.tolist() == [0, 3, 6, 7, 8, 12]
-    assert batch.max_seqlen == 4
+    assert batch.documents is not None and batch.documents.cu_seqlens.dtype == torch.int32
+    assert batch.documents.cu_seqlens.tolist() == [0, 3, 6, 7, 8, 12]
+    assert batch.documents.max_seqlen == 4
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]]
     assert batch.loss_mask.tolist() == [[1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
 
 
 def test_an_end_at_the_row_end_makes_no_empty_document():
     batch = build_batch(np.array([[1, EOD, 2], [3, 4, 5]]), (0, 1), document_end_id=EOD)
-    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 2, 4]
+    assert batch.documents is not None and batch.documents.cu_seqlens.tolist() == [0, 2, 4]
 
 
 def test_padding_rows_lose_their_loss_and_number():
@@ -45,4 +45,4 @@ def test_to_keeps_everything():
     batch = build_batch(WINDOWS, (4, 5), document_end_id=EOD)
     moved = batch.to(batch.tokens.device)
     assert torch.equal(moved.tokens, batch.tokens) and torch.equal(moved.loss_mask, batch.loss_mask)
-    assert moved.cu_seqlens is not None and moved.max_seqlen == 4 and moved.sample_ids == (4, 5)
+    assert moved.documents is not None and moved.documents.max_seqlen == 4 and moved.sample_ids == (4, 5)

@@ -57,5 +57,5 @@ def test_windows_of_one_long_document_are_spread(make_dataset):
 
 
 def test_too_little_data_is_refused(make_dataset):
-    with pytest.raises(BadInput, match="train.seq_len: 272 is longer than the 272 tokens of a.*work: 271"):
+    with pytest.raises(BadInput, match=r"data.train: a has 272 tokens, fewer than .* = 273; .* would work: 271"):
         TokenSource(make_dataset("a", LENGTHS), 272, seed=1)

@@ -17,7 +17,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2_pp2": (4, {"tp": 2, "pp": 2}), "vpp2_dp2": (4, {
 
 def poison_loss(engine: Any, stage: Any, value: float) -> Any:
     """Multiply one microbatch's loss on the highest rank that computes one; return what undoes it."""
-    plain = stage.loss
+    plain = stage.objective.loss
     has_loss = engine.mesh.is_last_pp_stage and engine.mesh.dp_rank == engine.mesh.dp_size - 1
 
     def loss(output: Any, batch: Any) -> Any:
@@ -25,8 +25,8 @@ def poison_loss(engine: Any, stage: Any, value: float) -> Any:
             output = output * value
         return plain(output, batch)
 
-    stage.loss = loss
-    return lambda: setattr(stage, "loss", plain)
+    stage.objective.loss = loss
+    return lambda: setattr(stage.objective, "loss", plain)
 
 
 def poison_gradient(engine: Any, stage: Any, value: float) -> Any:
@@ -65,13 +65,13 @@ def step_with_fault(place: Place, config: Config, poison: Any, value: float) -> 
 
     with open_engine(place, config) as engine:
         stage = build_stage(engine)
-        state, _ = train_steps(engine, stage, TrainState(), 1)
+        state, _ = train_steps(stage, TrainState(), 1)
         good = weights()
         cure = poison(engine, stage, value)
-        state, (bad,) = train_steps(engine, stage, state, 1)
+        state, (bad,) = train_steps(stage, state, 1)
         was_kept, in_a_row = is_unchanged(good), state.num_nonfinite_in_a_row
         cure()
-        state, (after,) = train_steps(engine, stage, state, 1)
+        state, (after,) = train_steps(stage, state, 1)
         return {
             "bad": bad, "after": after, "was_kept": was_kept, "moved_after": not is_unchanged(good),
             "in_a_row": in_a_row, "state": state,
@@ -100,6 +100,45 @@ def test_a_non_finite_number_on_one_rank_skips_the_update_on_all(ranks, layout, 
         assert done["state"].num_nonfinite_in_a_row == 0 and done["state"].step == 3
 
 
+def step_on_nothing(place: Place, config: Config) -> tuple[bool, list[Any], Any]:
+    """Take two steps of which nothing counts and a good one; return whether the weights stayed, results and state."""
+    import torch
+
+    from trainer.engine.state import TrainState
+
+    with open_engine(place, config) as engine:
+        stage = build_stage(engine)
+        plain = stage.reader.read_step
+
+        def read_nothing() -> list[Any]:
+            batches = plain()
+            for batch in batches:
+                batch.loss_mask.zero_()
+            return batches
+
+        before = [parameter.detach().clone() for chunk in engine.chunks for parameter in chunk.parameters()]
+        stage.reader.read_step = read_nothing
+        state, empty = train_steps(stage, TrainState(), 2)
+        after = [parameter for chunk in engine.chunks for parameter in chunk.parameters()]
+        stayed = all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        stage.reader.read_step = plain
+        state, good = train_steps(stage, state, 1)
+        return stayed, empty + good, state
+
+
+@pytest.mark.parametrize("precision", [{"compute": "fp32"}, {"compute": "fp16", "initial_loss_scale": 64.0}])
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2_pp2", marks=pytest.mark.slow)])
+def test_a_batch_of_which_nothing_counts_is_a_step_without_an_update(ranks, layout, precision):
+    world, parallel = LAYOUTS[layout]
+    config = small_config(world, parallel=parallel, precision=precision)
+    for stayed, results, state in ranks.run(step_on_nothing, config, world=world):
+        assert stayed and [result.is_empty for result in results] == [True, True, False]
+        assert [result.is_applied for result in results] == [False, False, True]
+        assert not any(result.is_fault for result in results) and results[0].loss == 0.0
+        assert (state.step, state.num_empty_steps, state.num_nonfinite_in_a_row) == (3, 2, 0)
+        assert state.consumed_samples == 24 and state.num_skipped_steps == 2
+
+
 def fill_by_name(engine: Any) -> None:
     """Set every weight by its name and its real rows alone; rows of padded ids get large values."""
     import zlib
@@ -124,7 +163,7 @@ def run_filled(place: Place, config: Config) -> RunRecord:
     with open_engine(place, config) as engine:
         fill_by_name(engine)
         stage = build_stage(engine, "uneven")
-        _, results = train_steps(engine, stage, TrainState(), config.train.num_steps)
+        _, results = train_steps(stage, TrainState(), config.train.num_steps)
         return record_run(engine, results)
 
 
@@ -148,7 +187,7 @@ def run_plain(place: Place, config: Config, num_steps: int) -> list[Any]:
     with open_engine(place, config) as engine:
         if place.world_size == engine.mesh.dp_size:
             fill_by_name(engine)
-        return train_steps(engine, build_stage(engine), TrainState(), num_steps)[1]
+        return train_steps(build_stage(engine), TrainState(), num_steps)[1]
 
 
 @pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2_pp2", marks=pytest.mark.slow)])
@@ -195,18 +234,17 @@ def test_bf16_on_a_layout_follows_fp32(ranks):
     np.testing.assert_allclose([result.loss for result in half], [result.loss for result in exact], rtol=2e-3)
 
 
-def evaluate_twice(place: Place, config: Config) -> tuple[dict[str, float], float, bool]:
+def evaluate_twice(place: Place, config: Config) -> tuple[Any, float, bool]:
     """Return the sums of an evaluation, the loss of a step on the same batch, and whether weights stayed."""
     import torch
 
-    from trainer.engine.state import TrainState
-
     with open_engine(place, config) as engine:
-        batches = build_stage(engine, "uneven").batches_for(TrainState())
+        stage = build_stage(engine, "uneven")
+        batches = stage.reader.read_step()
         before = [parameter.detach().clone() for parameter in engine.chunks[0].parameters()]
-        sums = engine.eval_step(batches, build_stage(engine))
+        sums = engine.sum_losses(batches, stage.objective)
         stayed = all(map(torch.equal, before, engine.chunks[0].parameters()))
-        result = engine.train_step(batches, build_stage(engine), TrainState())
+        result = engine.train_step(batches, stage.objective, 1e-3)
         return sums, result.loss, stayed
 
 
@@ -214,5 +252,5 @@ def evaluate_twice(place: Place, config: Config) -> tuple[dict[str, float], floa
 def test_evaluation_sums_over_ranks_and_changes_nothing(ranks, layout):
     world, parallel = LAYOUTS[layout]
     for sums, loss, stayed in ranks.run(evaluate_twice, small_config(world, parallel=parallel), world=world):
-        assert stayed and sums["num_samples"] == 8
-        assert sums["total"] / sums["num_tokens"] == pytest.approx(loss, rel=1e-6)
+        assert stayed and sums.num_samples == 8 and sums.num_input_tokens == 8 * 32
+        assert sums.total / sums.num_tokens == pytest.approx(loss, rel=1e-6)

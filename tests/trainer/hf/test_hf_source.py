@@ -58,3 +58,53 @@ def test_a_tied_output_layer_must_be_the_embedding(tmp_path, is_same):
         return
     with pytest.raises(BadInput, match="differs from model.embed_tokens.weight"):
         HfModel(tmp_path)
+
+
+def write_base_model(directory: Path, config: dict, extra: dict[str, torch.Tensor]) -> Path:
+    """Write what `LlamaModel.save_pretrained` writes: no `model.` before the names, no output layer."""
+    from safetensors.torch import load_file, save_file
+
+    write(directory, config, {})
+    tensors = load_file(directory / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(bare | extra, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaModel"])
+def test_a_base_model_with_tied_embeddings_is_whole(tmp_path, architecture):
+    config = LLAMA | {"tie_word_embeddings": True}
+    write_base_model(tmp_path, config, {"layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    model = HfModel(tmp_path)
+    assert model.read("decoder.layers.0.mlp.linear_fc2.weight").shape == (16, 24) and model.ignored == []
+
+
+def test_a_base_model_without_an_output_layer_is_called_that(tmp_path):
+    with pytest.raises(BadInput, match=r"a base model without an output layer \(lm_head.weight\).* LlamaForCausalLM"):
+        HfModel(write_base_model(tmp_path, LLAMA, {}))
+
+
+def test_a_base_model_beside_an_output_layer_is_whole(tmp_path):
+    output = torch.randn(11, 16)
+    model = HfModel(write_base_model(tmp_path, LLAMA, {"lm_head.weight": output}))
+    assert torch.equal(model.read("output_layer.weight")[:11], output)
+
+
+@pytest.mark.parametrize(
+    ("announced", "layer", "is_expected"), [(1, 2, True), (2, 3, True), (1, 3, False), (1, 21, False)]
+)
+def test_prediction_layers_are_those_that_are_announced(tmp_path, announced, layer, is_expected):
+    config = DEEPSEEK | {"num_nextn_predict_layers": announced}
+    write(tmp_path, config, {f"model.layers.{layer}.eh_proj.weight": torch.zeros(2)})
+    if is_expected:
+        assert len(HfModel(tmp_path).ignored) == 1
+        return
+    with pytest.raises(BadInput, match="has no place for"):
+        HfModel(tmp_path)
+
+
+def test_double_precision_is_not_called_quantised(tmp_path):
+    write(tmp_path, LLAMA, {"model.norm.weight": torch.ones(16, dtype=torch.float64)})
+    with pytest.raises(BadInput, match=r"model.norm.weight is float64; save it in one of bfloat16, float16, float32"):
+        HfModel(tmp_path)

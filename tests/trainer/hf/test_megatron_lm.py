@@ -14,7 +14,8 @@ import torch
 
 from configs.errors import BadInput
 from tests.pool import Place
-from trainer.hf.megatron_lm import find_megatron_checkpoint, read_megatron_model
+from trainer.hf.megatron_arguments import INERT, MAPPED, ONLY
+from trainer.hf.megatron_lm import _model_fields, find_megatron_checkpoint, read_megatron_model
 
 ROOT = Path(__file__).resolve().parents[3]
 # Megatron-LM's argument parser, validation and save_checkpoint, as pretrain_gpt.py calls them, on one CPU rank. Takes a
@@ -45,7 +46,7 @@ def save(folder, words):
     from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
     from megatron.training.checkpointing import save_checkpoint
     from megatron.training.global_vars import set_args
-    from trainer.model.attention import SdpaCoreAttention
+    from trainer.model.attention.core import SdpaCoreAttention
 
     sys.argv = ["pretrain_gpt.py", *words, "--save", f"{folder}/megatron", "--save-interval", "1"]
     args = parse_args()
@@ -148,6 +149,10 @@ def whole_arguments(**changes) -> Namespace:
     return Namespace(**(arguments | changes))
 
 
+def with_experts(**changes) -> Namespace:
+    return whole_arguments(**({"num_experts": 4, "moe_router_topk": 2} | changes))
+
+
 def save_common(folder: Path, content: object) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "metadata.json").write_text("{}")
@@ -157,7 +162,7 @@ def save_common(folder: Path, content: object) -> Path:
 
 
 def test_nothing_in_a_pickle_is_executed(tmp_path):
-    arguments = whole_arguments(backend=Hostile(tmp_path / "executed"))
+    arguments = whole_arguments(attention_backend=Hostile(tmp_path / "executed"))
     checkpoint = save_common(tmp_path / "iter_0000001", {"args": arguments})
     assert read_megatron_model(checkpoint).num_layers == 2
     assert not (tmp_path / "executed").exists()
@@ -171,6 +176,21 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
         ({"args": whole_arguments(swiglu=False, squared_relu=False)}, "an activation other than swiglu"),
         ({"args": whole_arguments(no_rope_freq=4)}, "no-rope-freq 4"),
         ({"args": whole_arguments(glu_linear_offset=1.0)}, "glu-linear-offset 1.0"),
+        (
+            {"args": with_experts(moe_router_load_balancing_type="sinkhorn")},
+            "moe-router-load-balancing-type 'sinkhorn'",
+        ),
+        ({"args": with_experts(moe_router_load_balancing_type=["aux_loss", "sinkhorn"])}, "'sinkhorn']"),
+        ({"args": with_experts(moe_router_load_balancing_type="quantile_balancing")}, "'quantile_balancing'"),
+        ({"args": with_experts(moe_expert_capacity_factor=1.0)}, "moe-expert-capacity-factor 1.0"),
+        ({"args": with_experts(moe_shared_expert_gate=True)}, "moe-shared-expert-gate True"),
+        ({"args": with_experts(moe_layer_freq=[1, 0])}, "moe-layer-freq [1, 0] (only dense layers first"),
+        ({"args": with_experts(moe_layer_freq=2)}, "moe-layer-freq 2 (only dense layers first"),
+        ({"args": whole_arguments(spec=["my.module", "my_spec"])}, "spec ['my.module', 'my_spec'] (only None)"),
+        ({"args": whole_arguments(normalization="L2Norm")}, "normalization 'L2Norm' (only 'RMSNorm')"),
+        ({"args": whole_arguments(vocab_extra_ids=100)}, "vocab-extra-ids 100 (only 0)"),
+        ({"args": whole_arguments(mup_output_mult=2.0)}, "mup-output-mult 2.0 (only 1.0)"),
+        ({"args": whole_arguments(new_switch=False)}, "new-switch False (an argument that is not known here)"),
         ({"args": whole_arguments(num_layers=0)}, "its arguments cannot be read"),
         ({"iteration": 3}, "holds no arguments"),
     ],
@@ -179,6 +199,61 @@ def test_what_cannot_be_expressed_is_refused(tmp_path, content, expected):
     with pytest.raises(BadInput) as caught:
         read_megatron_model(save_common(tmp_path / "iter_0000001", content))
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_dense_layers"),
+    [
+        (with_experts(moe_router_load_balancing_type="seq_aux_loss", moe_layer_freq=1, new_option=None), 0),
+        (with_experts(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"], moe_layer_freq=[1, 1]), 0),
+        (with_experts(moe_layer_freq=[0, 1], moe_expert_capacity_factor=-1.0, moe_router_dtype="fp32"), 1),
+    ],
+)
+def test_what_changes_nothing_is_let_in(tmp_path, arguments, num_dense_layers):
+    model = read_megatron_model(save_common(tmp_path / "iter_0000001", {"args": arguments}))
+    assert model.moe.num_dense_layers == num_dense_layers
+
+
+def test_balancing_says_nothing_of_a_model_without_experts(tmp_path):
+    arguments = whole_arguments(moe_router_load_balancing_type="sinkhorn")
+    assert read_megatron_model(save_common(tmp_path / "iter_0000001", {"args": arguments})).moe is None
+
+
+def arguments_of_megatron_lm(place: Place) -> list[str]:
+    """Return the arguments that the installed parser knows."""
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False))
+    return [action.dest for action in parser._actions]
+
+
+def test_every_argument_of_the_installed_megatron_lm_has_been_judged(ranks):
+    """Does it change what the weights compute? Put it into `ONLY` with the plain value, else into `INERT`."""
+    names = ranks.run(arguments_of_megatron_lm)[0]
+    assert len(names) > 700
+    assert sorted(set(names) - MAPPED - ONLY.keys() - INERT) == []
+    assert not MAPPED & INERT and not ONLY.keys() & INERT
+
+
+def test_every_argument_that_is_read_has_been_judged():
+    class Recorded(dict):
+        def __missing__(self, name):
+            return None
+
+        def get(self, name, default=None):
+            read.add(name)
+            return super().get(name, default)
+
+        def __getitem__(self, name):
+            read.add(name)
+            return super().__getitem__(name)
+
+    read: set[str] = set()
+    for arguments in (with_experts(group_query_attention=True, use_rope_scaling=True), whole_arguments()):
+        _model_fields(Recorded(vars(arguments)))
+    assert len(read) > 20 and read <= MAPPED
 
 
 def test_the_tracker_names_the_iteration(tmp_path):

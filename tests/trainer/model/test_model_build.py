@@ -124,15 +124,13 @@ def step_on_one_rank(place: Place, config: Config) -> tuple[bool, float, int]:
     """Build the model, take one step, and return whether it was applied, its loss and the number of parameters."""
     import torch
 
-    from tests.small_runs import MadeUpReader
     from trainer.engine.state import TrainState
-    from trainer.stages.pretrain import PretrainStage
 
     with open_engine(place, config) as engine:
-        stage = PretrainStage(MadeUpReader(config, engine.mesh.dp_rank, engine.mesh.dp_size))
-        plain = stage.batches_for
-        stage.batches_for = lambda state: [fold(batch, config.model.vocab_size) for batch in plain(state)]
-        _, (result,) = train_steps(engine, stage, TrainState(), 1)
+        stage = build_stage(engine)
+        plain = stage.reader.read_step
+        stage.reader.read_step = lambda: [fold(batch, config.model.vocab_size) for batch in plain()]
+        _, (result,) = train_steps(stage, TrainState(), 1)
         num_parameters = sum(parameter.numel() for parameter in engine.chunks[0].parameters())
         assert torch.isfinite(torch.tensor(result.loss))
         return result.is_applied, result.loss, num_parameters
@@ -181,7 +179,7 @@ def initial_loss(place: Place, config: Config) -> float:
     from trainer.engine.state import TrainState
 
     with open_engine(place, config) as engine:
-        return train_steps(engine, build_stage(engine), TrainState(), 1)[1][0].loss
+        return train_steps(build_stage(engine), TrainState(), 1)[1][0].loss
 
 
 def test_a_fresh_model_is_nearly_indifferent(ranks):

@@ -102,7 +102,7 @@ def test_the_live_line_fits_a_narrow_terminal(monkeypatch):
 
 
 def test_off_a_terminal_the_live_line_is_one_plain_line_every_log_every_steps(caplog):
-    with caplog.at_level(logging.INFO, logger="trainer.report.sinks"):
+    with caplog.at_level(logging.INFO, logger="trainer.report.live"):
         line = LiveLine(10, log_every=4)
         for step in range(1, 11):
             line.update(row(step))

@@ -20,6 +20,7 @@ from configs.errors import BadInput
 Kind = Literal["jsonl", "parquet", "text"]
 
 BLOCK_BYTES = 1 << 20
+BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8; no part of the text
 _PARQUET_ROWS = 512
 _JSONL_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _COMPRESSIONS = {".zst", ".gz"}
@@ -27,6 +28,11 @@ _TEXT_SUFFIXES = set(
     ".c .cc .cfg .cpp .cs .css .go .h .hpp .html .java .js .jl .lua .md .php .pl .py .pyi .r .rb .rs .rst .scala .sh "
     ".sql .swift .tex .toml .ts .txt .xml .yaml .yml".split()
 )
+# What a downloaded Hugging Face dataset says of itself; `state.json` too, beside the second of them.
+_HF_DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json"}
+_ABOUT_DATA = {"readme", "license", "licence", "copying", "notice", "citation"}  # beside records, not one of them
+# A text is all that is taken out of a line, so a whole number of any length will do as a float.
+_JSON = json.JSONDecoder(parse_int=float)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class InputFile:
     path: str
     kind: Kind
     compression: Literal["", ".zst", ".gz"] = ""
+    keeps_bom: bool = False  # the demo's corpus has always held them, and its runs are continued
 
     @property
     def num_bytes(self) -> int:
@@ -52,15 +59,16 @@ class Block:
 
     files: tuple[InputFile, ...]
     first_record: int  # number of the first line or row, from 1
-    payload: bytes | tuple[str | None, ...]
+    payload: bytes | tuple[str | bytes | None, ...]
     num_disk_bytes: int  # of the input, for progress
 
 
 def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
     """Find the input files behind `paths`, in order; a directory gives its files sorted by path.
 
-    Returns the files and, by suffix, how many files of directories were left out for not being a known kind of text.
-    A file named outright is taken as plain text when its suffix says nothing else. Raises BadInput.
+    Returns the files and, by suffix or name, how many files of directories were left out: for not being a known kind of
+    text, or for telling of the data rather than being it. A file named outright is always read, as plain text when its
+    suffix says nothing else. Raises BadInput.
     """
     files: list[InputFile] = []
     left_out: Counter[str] = Counter()
@@ -71,17 +79,39 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
             files.append(_classify(path) or InputFile(path, "text", _compression(path)))
             continue
         inside = (file for file in Path(path).rglob("*") if file.is_file())
-        for file in sorted(inside, key=lambda file: file.relative_to(path).parts):
-            if any(part.startswith(".") for part in file.relative_to(path).parts):
-                continue
-            found = _classify(str(file))
-            if found:
-                files.append(found)
-            else:
-                left_out[file.suffix or "no suffix"] += 1
+        visible = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        visible.sort(key=lambda file: file.relative_to(path).parts)
+        found = {file: _classify(str(file)) for file in visible}
+        about = _about_data(found)
+        files += [kind for file, kind in found.items() if kind is not None and file not in about]
+        left_out.update(file.name for file in about)
+        left_out.update(file.suffix or "no suffix" for file, kind in found.items() if kind is None)
     if not files:
-        raise BadInput(f"input {', '.join(paths)}: no file to read; give .jsonl, .parquet or text (.txt, .md ...)")
+        others = f" (there: {describe_left_out(left_out)})" if left_out else ""
+        raise BadInput(
+            f"input {', '.join(paths)}: no file to read{others}; give .jsonl, .parquet or text (.txt, .md ...)"
+        )
     return files, left_out
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Return what was left out as one line: `3 .png, 1 README.md`."""
+    return ", ".join(f"{count} {what}" for what, count in left_out.most_common())
+
+
+def _about_data(found: dict[Path, InputFile | None]) -> set[Path]:
+    """Return the files that tell of a directory's records: Hugging Face's descriptions, and read-mes beside them."""
+    about = {file for file in found if file.name in _HF_DESCRIPTIONS}
+    about |= {file for file in found if file.name == "state.json" and file.with_name("dataset_info.json") in about}
+    holders: set[Path] = set()  # directories with JSONL or Parquet in them or below
+    for file, kind in found.items():
+        if kind is not None and kind.kind != "text" and file not in about:
+            holders.update(file.parents)
+    for file, kind in found.items():
+        is_read_me = file.name.split(".")[0].lower() in _ABOUT_DATA
+        if kind is not None and kind.kind == "text" and is_read_me and file.parent in holders:
+            about.add(file)
+    return about
 
 
 def _compression(path: str) -> Literal["", ".zst", ".gz"]:
@@ -119,20 +149,23 @@ def iter_blocks(files: Iterable[InputFile], text_key: str, block_bytes: int = BL
         yield Block(tuple(waiting), 1, b"", num_waiting)
 
 
-def texts_of(block: Block, text_key: str) -> Iterator[str]:
-    """Yield the documents of a block. Raises BadInput naming file and line when one cannot be read as text."""
+def texts_of(block: Block, text_key: str, *, skip_missing: bool = False) -> Iterator[str | None]:
+    """Yield the documents of a block; None for each record without text, which is an error unless `skip_missing`.
+
+    Without text are: null, a line without the key, and bytes in a binary column that are not UTF-8. Raises BadInput
+    naming file and line when a record cannot be read as text.
+    """
     if block.files[0].kind == "text":
         for file in block.files:
-            yield _decode(b"".join(read_pieces(file, BLOCK_BYTES)), file.path)
+            yield _decode(b"".join(read_pieces(file, BLOCK_BYTES)), file)
     elif isinstance(block.payload, bytes):
         for number, line in enumerate(block.payload.split(b"\n"), start=block.first_record):
+            line = line.removeprefix(BOM)  # in front of a file, or of one that was joined to another
             if line.strip():
-                yield _parse_line(line, f"{block.files[0].path}:{number}", text_key)
+                yield _parse_line(line, f"{block.files[0].path}:{number}", text_key, skip_missing)
     else:
-        for number, text in enumerate(block.payload, start=block.first_record):
-            if not isinstance(text, str):
-                raise BadInput(f"{block.files[0].path}: row {number} has no text in column {text_key!r}; drop that row")
-            yield text
+        for number, value in enumerate(block.payload, start=block.first_record):
+            yield _read_cell(value, f"{block.files[0].path}: row {number}", text_key, skip_missing)
 
 
 def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[bytes]:
@@ -197,9 +230,12 @@ def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
-        names = table.schema_arrow.names
-        if text_key not in names:
-            raise BadInput(f"input {file.path}: no column {text_key!r}; a --text-key that would work: {names}")
+        columns = {column.name: column.type for column in table.schema_arrow}
+        advice = f"a --text-key that would work: {[name for name in columns if _may_be_text(columns[name])]}"
+        if text_key not in columns:
+            raise BadInput(f"input {file.path}: no column {text_key!r}; {advice}")
+        if not _may_be_text(columns[text_key]):
+            raise BadInput(f"input {file.path}: column {text_key!r} holds {columns[text_key]}, not text; {advice}")
         first_row, num_rows = 1, table.metadata.num_rows
         for rows in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key]):
             share = file.num_bytes * rows.num_rows // max(num_rows, 1)
@@ -209,17 +245,49 @@ def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
         raise BadInput(f"input {file.path}: not a readable Parquet file ({error}); copy it again") from error
 
 
-def _parse_line(line: bytes, where: str, text_key: str) -> str:
-    """Take the text out of one JSON line."""
+def _may_be_text(kind: Any) -> bool:
+    """Return whether a column of this Arrow type can hold text: strings, bytes that may be some, or nothing at all."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    return any(test(kind) for test in (*tests, types.is_binary_view, types.is_null))
+
+
+def _read_cell(value: str | bytes | None, where: str, text_key: str, skip_missing: bool) -> str | None:
+    """Take the text out of one row of a Parquet column; some writers mark text as bytes."""
+    if isinstance(value, str):
+        return value
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
+        if value is not None:
+            return value.decode("utf-8")
+        problem = f"has no text in column {text_key!r}"
+    except UnicodeDecodeError:
+        problem = f"has bytes in column {text_key!r} that are not UTF-8"
+    if skip_missing:
+        return None
+    raise BadInput(f"{where} {problem}; drop that row, or leave out all such rows with --skip-missing")
+
+
+def _parse_line(line: bytes, where: str, text_key: str, skip_missing: bool) -> str | None:
+    """Take the text out of one JSON line; None for one without."""
+    try:
+        record = _JSON.decode(line.decode("utf-8"))
+    except RecursionError as error:
+        raise BadInput(f"{where}: nested too deep to be read; drop that line") from error
+    except ValueError as error:
+        array = "; a JSON array must become lines, as `jq -c .[]` writes" if line.lstrip()[:1] == b"[" else ""
+        raise BadInput(f"{where}: not valid JSON ({error}); each line must be one JSON object{array}") from error
     if not isinstance(record, dict):
         raise BadInput(f'{where}: not a JSON object; each line must be one, like {{{json.dumps(text_key)}: "..."}}')
+    if skip_missing and record.get(text_key) is None:
+        return None
     if text_key not in record:
         raise BadInput(f"{where}: no key {text_key!r}; a --text-key that may work: {sorted(record)}")
     text = record[text_key]
+    if text is None:
+        skip = "drop the line, or leave out all lines without text with --skip-missing"
+        raise BadInput(f"{where}: the value of {text_key!r} is not a string but null; {skip}")
     if not isinstance(text, str):
         raise BadInput(f"{where}: the value of {text_key!r} is not a string; write it as one or drop the line")
     if not text.isascii():
@@ -230,8 +298,9 @@ def _parse_line(line: bytes, where: str, text_key: str) -> str:
     return text
 
 
-def _decode(content: bytes, path: str) -> str:
+def _decode(content: bytes, file: InputFile) -> str:
     try:
-        return content.decode("utf-8")
+        return (content if file.keeps_bom else content.removeprefix(BOM)).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"input {path}: not UTF-8 at byte {error.start}; convert it or leave it out") from error
+        found = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 at byte {error.start}"
+        raise BadInput(f"input {file.path}: {found}; convert it to UTF-8 or leave it out") from error

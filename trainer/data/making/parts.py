@@ -1,7 +1,6 @@
 """The parts of a dataset being made: finished pieces on disk with a manifest, and their merging into `.bin` and `.idx`.
 
-A kill at any moment loses only the part being written. The one caller of megatron-core's `IndexedDatasetBuilder`.
-Knows nothing of text.
+A kill at any moment loses only the part being written. Torch-free. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -20,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
+from trainer.data.index_file import write_index
+
+_COPIED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class TokenizedBlock:
     lengths: NDArray[np.int32]  # [num_documents] tokens of each
     num_empty: int  # documents without text, left out
     num_text_bytes: int
+    num_missing: int = 0  # records without text, left out
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Part:
     num_tokens: int = 0
     num_empty: int = 0
     num_text_bytes: int = 0
+    num_missing: int = 0
 
     def plus(self, other: Part) -> Part:
         """Return the sums of both."""
@@ -84,17 +88,19 @@ class PartStore:
         self._stream.write(block.tokens)
         self._lengths.append(block.lengths)
         num_tokens = len(block.tokens) // np.dtype(self.dtype).itemsize
-        added = Part(1, len(block.lengths), num_tokens, block.num_empty, block.num_text_bytes)
+        added = Part(1, len(block.lengths), num_tokens, block.num_empty, block.num_text_bytes, block.num_missing)
         self._open = self._open.plus(added)
         return added
 
     def finish_part(self) -> None:
         """Make the part being written permanent: its files reach the disk before the manifest names it."""
-        if self._stream is None:
+        if self._stream is None or not self._open.num_blocks:
             return
+        # Ctrl-C may have come in the middle of `append`, which counts a block last: what it did not count is cut off.
+        self._stream.truncate(self._open.num_tokens * np.dtype(self.dtype).itemsize)
         _close_synced(self._stream)
         with self._file(len(self.parts), "lengths").open("wb") as stream:
-            stream.write(np.concatenate(self._lengths).astype(np.int32).tobytes())
+            stream.write(np.concatenate(self._lengths)[: self._open.num_documents].astype(np.int32).tobytes())
             _close_synced(stream)
         self.parts.append(self._open)
         manifest = {"fingerprint": self._fingerprint, "parts": [asdict(part) for part in self.parts]}
@@ -103,25 +109,17 @@ class PartStore:
 
     def merge(self, bin_path: Path, idx_path: Path, progress: Callable[[int], None]) -> None:
         """Write all parts as one Megatron dataset; `progress` is told the documents written so far."""
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        builder = IndexedDatasetBuilder(str(bin_path), dtype=self.dtype)
+        kept = [number for number, part in enumerate(self.parts) if part.num_documents]
         num_written = 0
-        for number, part in enumerate(self.parts):
-            if not part.num_documents:
-                continue
-            tokens = np.memmap(self._file(number, "tokens"), dtype=self.dtype, mode="r")
-            lengths = np.fromfile(self._file(number, "lengths"), dtype=np.int32).tolist()
-            start = 0
-            for length in lengths:
-                builder.add_document(tokens[start : start + length], [length])
-                start += length
-            num_written += len(lengths)
-            progress(num_written)
-        builder.finalize(str(idx_path))
-        for path in (bin_path, idx_path):
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        with bin_path.open("wb") as stream:
+            for number in kept:
+                with self._file(number, "tokens").open("rb") as tokens:
+                    shutil.copyfileobj(tokens, stream, _COPIED_AT_ONCE)
+                num_written += self.parts[number].num_documents
+                progress(num_written)
+            _close_synced(stream)
+        lengths = [np.memmap(self._file(number, "lengths"), dtype=np.int32, mode="r") for number in kept]
+        write_index(idx_path, self.dtype, lengths)
 
     def remove(self) -> None:
         """Delete the directory."""

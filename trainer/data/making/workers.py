@@ -1,6 +1,6 @@
-"""Worker processes that turn blocks of documents into tokens, in order whatever their number.
+"""Workers that turn blocks of documents into tokens, in order whatever their number; one works in this process.
 
-Workers import neither torch nor megatron, so that starting them costs a fraction of a second. Knows nothing of parts.
+They import neither torch nor megatron, so that starting them costs a fraction of a second. Knows nothing of parts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,6 +29,24 @@ _HASHED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What a dataset is made by, its inputs apart."""
+
+    tokenizer: str  # directory
+    text_key: str = "text"
+    skip_missing: bool = False
+    """Leave records without text out, and count them, instead of refusing the input."""
+    eod: str | None = None
+    """The token that ends a document; None: the tokenizer's eos token."""
+    bos: bool = False
+    """Whether the tokenizer's BOS token begins every document."""
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer with the tokens around a document. Raises BadInput."""
+        return load_tokenizer(self.tokenizer, eod=self.eod, bos=self.bos)
+
+
+@dataclass(frozen=True)
 class BlockSample:
     """What verification needs of a block: its size and a few documents tokenized again."""
 
@@ -40,85 +59,125 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
-def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str) -> TokenizedBlock:
-    """Tokenize the documents of a block, each followed by the end-of-document token; empty ones are left out."""
-    texts = list(texts_of(block, text_key))
-    kept = [text for text in texts if text]
-    documents = tokenizer.encode_batch(kept)
-    for ids in documents:
-        ids.append(tokenizer.eod_id)
-    lengths = np.fromiter(map(len, documents), dtype=np.int32, count=len(documents))
-    dtype = token_dtype(tokenizer.vocab_size)
-    tokens = b"".join(np.array(ids, dtype=dtype).tobytes() for ids in documents)
-    num_text_bytes = sum(len(text.encode()) for text in kept)
-    return TokenizedBlock(tokens, lengths, len(texts) - len(kept), num_text_bytes)
+class Worker:
+    """One process's tokenizer, and the tasks it does with it."""
 
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
+        """Work with a tokenizer loaded by the recipe."""
+        self._recipe = recipe
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
 
-def sample_block(block: Block, tokenizer: Tokenizer, text_key: str, every: int) -> BlockSample:
-    """Tokenize every `every`-th document of a block again and count them all."""
-    kept = [text for text in texts_of(block, text_key) if text]
-    chosen = range(0, len(kept), every)
-    tokens = []
-    for place, ids in zip(chosen, tokenizer.encode_batch([kept[place] for place in chosen]), strict=True):
-        same_text = tokenizer.decode(ids) == kept[place]
-        tokens.append((place, np.array([*ids, tokenizer.eod_id], dtype=np.int64), same_text))
-    return BlockSample(len(kept), tokens)
+    def tokenize(self, block: Block) -> TokenizedBlock:
+        """Tokenize the documents of a block with the tokens around them; empty ones and missing ones are left out."""
+        texts = list(texts_of(block, self._recipe.text_key, skip_missing=self._recipe.skip_missing))
+        kept = [text for text in texts if text]
+        documents = self._tokenizer.encode_documents(kept)
+        lengths = np.fromiter(map(len, documents), dtype=np.int32, count=len(documents))
+        tokens = b"".join(np.array(ids, dtype=self._dtype).tobytes() for ids in documents)
+        num_text_bytes = sum(len(text.encode()) for text in kept)
+        num_missing = texts.count(None)
+        return TokenizedBlock(tokens, lengths, len(texts) - len(kept) - num_missing, num_text_bytes, num_missing)
+
+    def sample(self, block: Block, every: int) -> BlockSample:
+        """Tokenize every `every`-th document of a block again and count them all."""
+        texts = texts_of(block, self._recipe.text_key, skip_missing=self._recipe.skip_missing)
+        kept = [text for text in texts if text]
+        chosen = range(0, len(kept), every)
+        tokens = []
+        for place, ids in zip(chosen, self._tokenizer.encode_documents([kept[n] for n in chosen]), strict=True):
+            same_text = self._tokenizer.decode(ids) == kept[place]
+            tokens.append((place, np.array(ids, dtype=np.int64), same_text))
+        return BlockSample(len(kept), tokens)
+
+    def hash(self, files: list[InputFile]) -> list[str]:
+        """Compute the SHA-256 of each file."""
+        try:
+            return [hash_file(file.path) for file in files]
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror}); check its permissions"
+            raise BadInput(f"input {error.filename}: {reason}") from error
 
 
 class DocumentWorkers:
-    """A pool of workers with one tokenizer; results come in order of the blocks, few in memory at once."""
+    """A pool of workers with one tokenizer each; results come in order of the blocks, few in memory at once."""
 
-    def __init__(self, tokenizer_directory: str, text_key: str, num_workers: int) -> None:
-        """Start `num_workers` processes as they are needed."""
-        self._text_key = text_key
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, num_workers: int) -> None:
+        """Work in `num_workers` processes, started as they are needed; a single one is this process itself.
+
+        `tokenizer` is the recipe's, loaded.
+        """
+        self._here = Worker(recipe, tokenizer)
         self._depth = 2 * num_workers + 2
-        self._pool = ProcessPoolExecutor(
-            num_workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_directory,)
-        )
+        self._pool: ProcessPoolExecutor | None = None
+        if num_workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(num_workers, context, _start_worker, (recipe,))
 
     def __enter__(self) -> DocumentWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def tokenize(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, TokenizedBlock]]:
         """Tokenize blocks, in order. Raises BadInput as `documents.texts_of` does."""
-        return self._in_order(_tokenize_here, blocks, self._text_key)
+        return self._in_order(Worker.tokenize, blocks)
 
     def sample(self, blocks: Iterable[Block], every: int) -> Iterator[tuple[Block, BlockSample]]:
         """Tokenize every `every`-th document of each block again, in order."""
-        return self._in_order(_sample_here, blocks, self._text_key, every)
+        return self._in_order(Worker.sample, blocks, every)
 
     def hash_files(self, files: list[InputFile]) -> list[str]:
         """Compute the SHA-256 of each file, in order."""
         groups = [files[start : start + _HASHED_AT_ONCE] for start in range(0, len(files), _HASHED_AT_ONCE)]
-        return [value for _, group in self._in_order(_hash_here, groups) for value in group]
+        return [value for _, group in self._in_order(Worker.hash, groups) for value in group]
 
     def _in_order(self, task: Callable[..., Any], items: Iterable[Any], *arguments: Any) -> Iterator[tuple[Any, Any]]:
-        """Run `task(item, *arguments)` in the workers and yield (item, result) in order, a bounded number ahead."""
+        """Yield (item, `task(worker, item, *arguments)`) in order, worked out a bounded number ahead."""
+        if self._pool is None:
+            with _one_thread():
+                for item in items:
+                    yield item, task(self._here, item, *arguments)
+            return
         source = iter(items)
         running: deque[tuple[Any, Future]] = deque()
         for item in islice(source, self._depth):
-            running.append((item, self._pool.submit(task, item, *arguments)))
+            running.append((item, self._pool.submit(_in_worker, task, item, *arguments)))
         while running:
             item, future = running.popleft()
             result = future.result()
             for following in islice(source, 1):
-                running.append((following, self._pool.submit(task, following, *arguments)))
+                running.append((following, self._pool.submit(_in_worker, task, following, *arguments)))
             yield item, result
 
 
-_tokenizer: Tokenizer | None = None  # of this worker process
+_THREADS = "TOKENIZERS_PARALLELISM"  # read by the tokenizers library whenever it is given a batch
+_worker: Worker | None = None  # of this worker process
 
 
-def _start_worker(tokenizer_directory: str) -> None:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the tokenizers library to one thread: as many cores are used as workers were asked for."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
+
+
+def _start_worker(recipe: Recipe) -> None:
     """Set a worker up: one thread each, Ctrl-C left to the parent, and gone when the parent is."""
-    global _tokenizer
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ[_THREADS] = "false"
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _tokenizer = load_tokenizer(tokenizer_directory)
+    _worker = Worker(recipe, recipe.load_tokenizer())
 
 
 def _leave_with_parent() -> None:
@@ -129,21 +188,6 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _tokenize_here(block: Block, text_key: str) -> TokenizedBlock:
-    return tokenize_block(block, _loaded(), text_key)
-
-
-def _sample_here(block: Block, text_key: str, every: int) -> BlockSample:
-    return sample_block(block, _loaded(), text_key, every)
-
-
-def _hash_here(files: list[InputFile]) -> list[str]:
-    try:
-        return [hash_file(file.path) for file in files]
-    except OSError as error:
-        raise BadInput(f"input {error.filename}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _loaded() -> Tokenizer:
-    assert _tokenizer is not None
-    return _tokenizer
+def _in_worker(task: Callable[..., Any], item: Any, *arguments: Any) -> Any:
+    assert _worker is not None
+    return task(_worker, item, *arguments)

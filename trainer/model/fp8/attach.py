@@ -9,6 +9,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from configs.fp8 import RECIPES, fp8_format
+from configs.plan.tensors import Linear, layer_linears
 from configs.sections.model import ModelConfig
 from configs.sections.precision import Fp8Config
 from parallel.mesh import Mesh
@@ -50,10 +51,11 @@ def attach_fp8(chunks: list[Any], fp8: Fp8Config, model: ModelConfig, mesh: Mesh
     linears: dict[Site, Any] = {
         site: module for chunk in chunks for site, module in _find_linears(chunk, model, mesh).items()
     }
+    table = {site.layer: _fp8_linears(model, site.layer) for site in linears}
     recipe, gradient = RECIPES[fp8.recipe], "e4m3" if fp8_format(fp8) == "e4m3" else "e5m2"
     history = None
     if recipe.has_history:
-        sites = _sites_of_stage(linears, model)
+        sites = _sites_of_stage(table)
         history = AmaxHistory(sites, fp8.amax_history_len, fp8.amax_compute, mesh.device)
     dtypes = {"input": FORMATS["e4m3"], "weight": FORMATS["e4m3"], "gradient": FORMATS[gradient]}
     scheme = Scheme(recipe, dtypes, MULTIPLIES[backend], history)
@@ -64,7 +66,7 @@ def attach_fp8(chunks: list[Any], fp8: Fp8Config, model: ModelConfig, mesh: Mesh
     kept = {*range(fp8.num_first_layers_kept), *range(model.num_layers - fp8.num_last_layers_kept, model.num_layers)}
     for site, module in linears.items():
         if site.layer not in kept:
-            split = _COLUMN_SPLIT if isinstance(module, ColumnParallelLinear) else _ROW_SPLIT
+            split = _ROW_SPLIT if table[site.layer][site.name].split == "row" else _COLUMN_SPLIT
             module._forward_impl = Fp8Linear(scheme, site, split, module.tp_group)
     return Fp8State(scheme, mesh)
 
@@ -83,11 +85,16 @@ def _find_linears(chunk: Any, model: ModelConfig, mesh: Mesh) -> dict[Site, torc
     return found
 
 
-def _sites_of_stage(linears: dict[Site, torch.nn.Module], model: ModelConfig) -> list[Site]:
+def _fp8_linears(model: ModelConfig, layer: int) -> dict[str, Linear]:
+    """Return the linears of a layer (0-based) that FP8 may multiply, by their names."""
+    return {linear.name: linear for linear in layer_linears(model, layer) if not linear.is_router}
+
+
+def _sites_of_stage(table: dict[int, dict[str, Linear]]) -> list[Site]:
     """Return the places of all linears of the pipeline stage in one order, experts of other ranks included."""
-    places = sorted({(site.layer, site.name, site.expert is not None) for site in linears})
     sites: list[Site] = []
-    for layer, name, is_expert in places:
-        count = model.moe.num_experts if is_expert and model.moe is not None else 0
-        sites += [Site(layer, name, expert) for expert in range(count)] if is_expert else [Site(layer, name)]
+    for layer, linears in sorted(table.items()):
+        for name, linear in sorted(linears.items()):
+            experts = [None] if linear.num_experts is None else range(linear.num_experts)
+            sites += [Site(layer, name, expert) for expert in experts]
     return sites

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.trainer.fp8.test_quantize import state
 
 from configs.fp8 import RECIPES
+from tests.trainer.model.fp8.test_quantize import state
 from trainer.model.fp8.history import AmaxHistory, Site
 from trainer.model.fp8.linear import Fp8Linear, Scheme
 from trainer.model.fp8.multiply import MULTIPLIES

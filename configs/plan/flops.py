@@ -1,0 +1,46 @@
+"""Model FLOPs of training, forward and backward: arithmetic on a config, torch-free.
+
+Source: Chowdhery et al. 2022 (arXiv:2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from configs.plan.derive import head_dim
+from configs.plan.tensors import Linear, layer_linears
+from configs.sections.model import ModelConfig
+from configs.stages import Config
+
+
+def active_part(model: ModelConfig, linear: Linear, count: int) -> int:
+    """Return how many of a linear's `count` parameters a token meets: of the routed experts only the `top_k`."""
+    if linear.num_experts is None or model.moe is None:
+        return count
+    return count * model.moe.top_k // linear.num_experts
+
+
+def model_flops(model: ModelConfig, num_tokens: int, num_attended_pairs: int) -> float:
+    """Return the FLOPs of forward and backward: 3 x the forward matrix multiplications.
+
+    Two FLOPs per token and parameter that multiplies it (active experts, router and the output layer over the true
+    vocabulary; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of the squared lengths of
+    what attention sees at once (samples, or documents): 2 heads (d_qk + d_v) FLOPs a pair and layer, of which half is
+    counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so do we. Recomputation
+    is not counted: this is model, not hardware, FLOPs.
+    """
+    multiplied = model.vocab_size * model.hidden_size
+    for layer in range(model.num_layers):
+        multiplied += sum(active_part(model, linear, linear.num_weights) for linear in layer_linears(model, layer))
+    value_dim = model.mla.v_head_dim if model.mla is not None else head_dim(model)
+    core = model.num_attention_heads * (head_dim(model) + value_dim) * model.num_layers
+    return 3.0 * (2 * multiplied * num_tokens + core * num_attended_pairs)
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Return the model FLOPs of a token of a sample that is attended whole."""
+    return model_flops(model, seq_len, seq_len**2) / seq_len
+
+
+def flops_per_step(config: Config, global_batch: int) -> float:
+    """Return the model FLOPs of a step of `global_batch` samples that are attended whole, over all ranks."""
+    seq_len = config.train.seq_len
+    return model_flops(config.model, global_batch * seq_len, global_batch * seq_len**2)

@@ -1,0 +1,125 @@
+"""What can be said of a config before anything is started: on this machine, and for a plan on any. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.errors import BadInput
+from configs.stages import Config
+from parallel.environment import Environment
+from parallel.platform import PlatformName, has_transformer_engine
+from parallel.platform.host_memory import host_memory_bytes
+
+_GIB = 2**30
+
+
+def config_problems(config: Config, world_size: int, platform_name: PlatformName, *, has_te: bool) -> list[str]:
+    """Return every rule that the config breaks on this many ranks, one sentence each."""
+    from configs.rules.check import check_config
+
+    return check_config(config, world_size, platform=platform_name, has_te=has_te)
+
+
+def machine_problems(config: Config, platform_name: PlatformName) -> list[str]:
+    """Return what this version, or this machine's devices, cannot do."""
+    from configs.rules.fp8 import check_backend
+    from configs.rules.layout import check_runnable
+
+    fp8, problems = config.precision.fp8, list(check_runnable(config))
+    if fp8 is not None:
+        problems += check_backend(fp8, platform=platform_name, has_te=has_transformer_engine())
+    return problems
+
+
+def path_problems(config: Config) -> list[str]:
+    """Return the paths of the config that are closed to this user."""
+    from configs.rules.paths import check_paths
+
+    return list(check_paths(config))
+
+
+def memory_problem(config: Config, environment: Environment, platform_name: PlatformName) -> str | None:
+    """Return a sentence if the ranks of this host could not even hold the model's state in its memory.
+
+    Of a GPU's memory the allocator says so itself; a host ends the process without a word.
+    """
+    from configs.plan.derive import derive_layout
+    from configs.plan.estimate import estimate_stages
+
+    memory = host_memory_bytes()
+    if platform_name != "cpu" or memory is None:
+        return None
+    stages = estimate_stages(config, derive_layout(config, environment.world_size))
+    state = min(stage.weights + stage.gradients + stage.optimizer for stage in stages)
+    needed = state * environment.local_world_size
+    if needed <= memory:
+        return None
+    return (
+        f"model: weights, gradients and optimizer state of {environment.local_world_size} rank(s) on this host take "
+        f"{needed / _GIB:,.1f} GiB, and it has {memory / _GIB:,.1f} GiB of memory; what would work: more hosts with a "
+        "larger parallel.tp or parallel.pp, or a smaller model (--dry-run shows what each rank takes)"
+    )
+
+
+def start_problems(config: Config, stage_name: str) -> Iterator[str]:
+    """Yield why the run cannot begin with what the config names, as far as that is on this machine.
+
+    That is the checkpoint it would continue, else the weights that it would start with.
+    """
+    for check in (_check_continued, _check_weights):
+        try:
+            check(config, stage_name)
+        except BadInput as error:
+            yield str(error)
+
+
+def _check_continued(config: Config, stage_name: str) -> None:
+    from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
+    from trainer.checkpoint.manifest import check_continues, read_manifest
+
+    resume, run_dir = config.checkpoint.resume, str(config.run.dir)
+    checkpoint = latest_checkpoint(run_dir)
+    if resume == "never" and checkpoint is not None:
+        raise BadInput(
+            f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run.dir, or resume=auto."
+        )
+    if resume not in ("auto", "never") and os.path.exists(resume):
+        checkpoint = existing_checkpoint(resume, "checkpoint.resume")
+    if checkpoint is not None:
+        check_continues(read_manifest(checkpoint), config, stage_name, checkpoint)
+
+
+def _check_weights(config: Config, _stage_name: str) -> None:
+    from configs.load import resolved_dict
+    from trainer.checkpoint.layout import existing_checkpoint
+    from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
+    from trainer.hf.config_json import check_same_architecture
+
+    hf, checkpoint = config.checkpoint.init_from_hf, config.checkpoint.init_from
+    if hf is not None and os.path.isfile(os.path.join(hf, "config.json")):
+        check_same_architecture(config.model, Path(hf), FREE_WARM_START_FIELDS)
+    if checkpoint is not None and os.path.exists(checkpoint):
+        found = existing_checkpoint(checkpoint, "checkpoint.init_from")
+        check_architecture(read_manifest(found), resolved_dict(config)["model"], found, is_warm_start=True)
+
+
+def data_problems(config: Config) -> Iterator[str]:
+    """Yield what of the tokenizer and the data on this machine does not fit the config; opens headers alone."""
+    from trainer.data.presence import find_data_problems
+    from trainer.data.tokenizer import load_tokenizer
+
+    data, model = config.data, config.model
+    if data.tokenizer is not None and os.path.exists(data.tokenizer):
+        try:
+            num_ids = load_tokenizer(data.tokenizer).vocab_size
+        except BadInput as error:
+            yield f"data.tokenizer: {' '.join(str(error).split())}"
+        else:
+            if num_ids > model.vocab_size:
+                yield (
+                    f"model.vocab_size: {model.vocab_size} is less than the {num_ids} token ids of data.tokenizer "
+                    f"{data.tokenizer}; a value that would work: {num_ids}"
+                )
+    yield from find_data_problems(config, is_plan=True)

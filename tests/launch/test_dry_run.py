@@ -1,0 +1,132 @@
+"""--dry-run checks what the config names and this machine has, without torch; what is not here it only tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ExitCode
+from launch.main import main
+
+ROOT = Path(__file__).parents[2]
+OLD_RUN = ROOT / "tests" / "trainer" / "checkpoint" / "written_by_60ed303.tar.xz"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return a directory with a run of two steps, its config `tiny.yaml`, its data and a tokenizer of 60 ids."""
+    with tarfile.open(OLD_RUN) as archive:
+        archive.extractall(tmp_path, filter="data")
+    vocabulary = {f"t{number}": number for number in range(60)}
+    (tmp_path / "tokenizer").mkdir()
+    content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}}
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "t1"}))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(folder, capsys):
+    """Return a function that asserts exit code 2 and returns the sentences."""
+
+    def run(*overrides: str) -> list[str]:
+        assert main("pretrain", ["tiny.yaml", "--dry-run", *overrides]) == ExitCode.BAD_INPUT
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err.splitlines()
+
+    return run
+
+
+def test_a_run_that_can_go_on_passes(folder, capsys):
+    assert main("pretrain", ["tiny.yaml", "--dry-run", "model.vocab_pad_multiple=1"]) == ExitCode.DONE
+    assert "padded to 50" in capsys.readouterr().out
+
+
+def test_what_is_not_on_this_machine_is_told_and_not_refused(folder, capsys):
+    words = ["data.tokenizer=gone/t", "data.train=[{path: gone/d}]", "checkpoint.resume=gone/run", "run.dir=gone/other"]
+    assert main("pretrain", ["tiny.yaml", "--dry-run", *words]) == ExitCode.DONE
+    out = capsys.readouterr().out
+    for path in ("gone/t", "gone/d", "gone/run"):
+        assert f"{path}: not on this machine" in out
+    assert not (folder / "gone").exists()
+
+
+def test_the_checkpoint_that_would_be_continued_is_compared(refused, folder):
+    (sentence,) = refused("model.num_layers=4")
+    assert "step_00000002: holds another architecture: model.num_layers is 2 there and 4 here" in sentence
+    (sentence,) = refused("run.seed=7")
+    assert sentence.startswith("run.seed: 7 differs from the 1234 of ")
+    (sentence,) = refused("checkpoint.resume=never")
+    assert sentence.startswith("checkpoint.resume: never, but run holds checkpoints")
+    other = ("run.dir=other", "checkpoint.resume=run", "model.tie_embeddings=false")
+    (sentence,) = refused(*other)
+    assert "model.tie_embeddings is True there and False here" in sentence
+    (sentence,) = refused("run.dir=other", "checkpoint.resume=empty")
+    assert sentence.startswith("checkpoint.resume: empty holds no complete checkpoint")
+    (sentence,) = refused("run.dir=other", "checkpoint.init_from=empty")
+    assert sentence.startswith("checkpoint.init_from: empty holds no complete checkpoint")
+
+
+def test_a_checkpoint_of_another_stage_is_not_continued(refused, folder):
+    path = folder / "run" / "checkpoints" / "latest" / "checkpoint.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"stage": {"name": "import_hf", "state": {}}}))
+    (sentence,) = refused()
+    assert "was saved by the import_hf stage, this is pretrain" in sentence
+
+
+def test_tokenizer_and_data_are_compared_with_the_model(refused, folder):
+    (sentence,) = refused("data.tokenizer=tokenizer")
+    assert sentence == (
+        "model.vocab_size: 50 is less than the 60 token ids of data.tokenizer tokenizer; a value that would work: 60"
+    )
+    (sentence,) = refused("data.tokenizer=empty")
+    assert sentence.startswith("data.tokenizer: ") and "tokenizer.json" in sentence
+    for name in ("train", "validation"):
+        shutil.copy("tiny.bin", "cut.bin")
+        shutil.copy("tiny.idx", "cut.idx")
+        os.truncate("cut.bin", 100)
+        (sentence,) = refused(f"data.{name}=[{{path: cut}}]")
+        assert sentence.startswith(f"data.{name}: ") and "truncated" in sentence
+    words = (
+        "train.seq_len=240",
+        "model.max_position_embeddings=512",
+        "run.dir=other",
+        "data.validation=[{path: tiny}]",
+    )
+    assert refused(*words) == [
+        f"data.{name}: the 240 tokens of tiny give no sample of train.seq_len=240 and the token that follows; a value "
+        "that would work: train.seq_len=239"
+        for name in ("train", "validation")
+    ]
+
+
+def test_all_problems_come_at_once(refused):
+    found = refused("data.tokenizer=empty", "run.seed=7", "train.eval_every=1", "checkpoint.init_from=empty")
+    assert [sentence.split(":")[0] for sentence in found] == [
+        "train.eval_every",
+        "data.tokenizer",
+        "run.seed",
+        "checkpoint.init_from",
+    ]
+
+
+def test_it_needs_no_torch(folder):
+    code = (
+        "import sys; from launch.main import main; code = main('pretrain', sys.argv[1:]); "
+        "slow = {'torch', 'megatron', 'transformers'} & set(sys.modules); assert not slow, slow; sys.exit(code)"
+    )
+    words = ["tiny.yaml", "--dry-run", "data.tokenizer=tokenizer", "model.vocab_size=60", "run.dir=other"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,58 @@
+"""Which checkpoints stay, which are set aside, whatever their numbers say."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.checkpoint.layout import apply_retention, checkpoint_name, checkpoints_dir, publish, set_aside_after
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return a function that publishes a checkpoint of a step in the run directory `tmp_path`."""
+
+    def make_checkpoint(step):
+        partial = checkpoints_dir(tmp_path) / ".partial-new"
+        partial.mkdir(parents=True)
+        (partial / "checkpoint.json").write_text("{}")
+        return publish(partial, step)
+
+    return make_checkpoint
+
+
+def names(run_dir):
+    return sorted(path.name for path in checkpoints_dir(run_dir).iterdir() if not path.is_symlink())
+
+
+def test_what_was_just_published_stays_beside_higher_numbers(make, tmp_path):
+    for step in (20, 30):
+        make(step)
+    published = make(6)
+    apply_retention(published, 1, None)
+    assert published.is_dir() and (checkpoints_dir(tmp_path) / "latest").resolve() == published.resolve()
+    assert names(tmp_path) == [checkpoint_name(6), checkpoint_name(30)]
+
+
+def test_what_latest_names_stays(make, tmp_path):
+    older, newest = make(10), make(20)
+    latest = checkpoints_dir(tmp_path) / "latest"
+    latest.unlink()
+    latest.symlink_to(older.name)
+    apply_retention(newest, 1, None)
+    assert names(tmp_path) == [older.name, newest.name]
+
+
+def test_retention_keeps_the_newest_and_every_nth(make, tmp_path):
+    for step in (10, 20, 30, 40):
+        published = make(step)
+    apply_retention(published, 1, 20)
+    assert names(tmp_path) == [checkpoint_name(step) for step in (20, 40)]
+
+
+def test_a_checkpoint_set_aside_twice_is_there_twice(make, tmp_path):
+    for content in "ab":
+        (make(20) / "content").write_text(content)
+        make(5)
+        set_aside_after(tmp_path, 5)
+    aside = [path for path in checkpoints_dir(tmp_path).iterdir() if path.name.startswith("abandoned_")]
+    assert sorted((path / "content").read_text() for path in aside) == ["a", "b"]

@@ -1,0 +1,54 @@
+"""Where a run begins, and what it says when it goes on under another config."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from configs.errors import BadInput
+from configs.load import resolved_dict
+from tests.small_runs import small_config
+from trainer.run import start as start_module
+from trainer.run.start import Start, describe_changes
+
+
+def test_what_steers_training_is_told_and_nothing_else():
+    before = resolved_dict(small_config())
+    after = small_config(
+        train={"num_steps": 50, "global_batch_size": 16, "log_every": 7},
+        data={"train": [{"path": "made-up"}, {"path": "more"}]},
+        parallel={"tp": 1, "timeout_seconds": 9},
+        run={"name": "other"},
+    )
+    changes = describe_changes(before, resolved_dict(after))
+    assert "train.num_steps is 50, it was 5" in changes
+    assert "train.global_batch_size is 16, it was 8" in changes
+    assert [one.split(" is ")[0] for one in changes] == ["data.train", "train.num_steps", "train.global_batch_size"]
+    assert describe_changes(before, before) == []
+
+
+def test_a_field_the_saved_config_lacks_is_no_change():
+    before, after = resolved_dict(small_config()), resolved_dict(small_config())
+    del before["train"]["recompute"], before["schedule"]
+    assert describe_changes(before, after) == []
+
+
+def test_a_rank_waits_for_what_rank_zero_chose(tmp_path, monkeypatch):
+    """A file system of a network may show a new checkpoint later on other hosts."""
+    checkpoint = tmp_path / "step_00000001"
+
+    def appear() -> None:
+        time.sleep(0.5)
+        checkpoint.mkdir()
+        (checkpoint / "checkpoint.json").write_text("{}")
+
+    thread = threading.Thread(target=appear)
+    thread.start()
+    Start(resume_from=checkpoint).wait_until_visible(10)
+    thread.join()
+    Start().wait_until_visible(0)
+    monkeypatch.setattr(start_module, "_VISIBLE_SECONDS", 0)
+    with pytest.raises(BadInput, match="rank 0 reads it and .* does not see it"):
+        Start(init_from=tmp_path / "nowhere").wait_until_visible(10)

@@ -1,0 +1,49 @@
+"""What of `data` a run cannot start without. Torch-free and numpy-free: it is told before anything starts up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from configs.errors import BadInput
+from configs.stages import Config
+from trainer.data.dataset_files import check_sizes, read_meta
+
+
+def find_data_problems(config: Config, *, is_plan: bool = False) -> list[str]:
+    """Return a sentence for each file of `data` that is missing, cut off, too short or made for a larger vocabulary.
+
+    A plan may name what is not on this machine. Opens headers alone, so data of any size takes milliseconds; what is
+    inside is `trainer.data.corpus`'s to check.
+    """
+    problems: list[str] = []
+    directory = config.data.tokenizer
+    if directory is not None and not is_plan and not os.path.isdir(directory):
+        problems.append(f"data.tokenizer {directory}: no such directory; train one with tools/train_tokenizer.py")
+    for name in ("train", "validation"):
+        for source in getattr(config.data, name):
+            if is_plan and not os.path.exists(f"{source.path}.idx"):
+                continue
+            try:
+                problems += _source_problems(config, f"data.{name}", source.path)
+            except BadInput as error:
+                problems.append(f"data.{name}: {str(error).removeprefix('data ')}")
+            except OSError as error:
+                problems.append(f"data {error.filename}: cannot be read ({error.strerror}); check its permissions")
+    return list(dict.fromkeys(problems))
+
+
+def _source_problems(config: Config, field: str, prefix: str) -> Iterator[str]:
+    """Yield what a source that is whole lacks for this run. Raises BadInput where it is not whole."""
+    num_tokens, meta = check_sizes(prefix).num_tokens, read_meta(prefix)
+    seq_len = config.train.seq_len
+    if num_tokens <= seq_len:
+        yield (
+            f"{field}: the {num_tokens} tokens of {prefix} give no sample of train.seq_len={seq_len} and the token "
+            f"that follows; a value that would work: train.seq_len={max(num_tokens - 1, 1)}"
+        )
+    if meta is not None and meta.vocab_size > config.model.vocab_size:
+        yield (
+            f"model.vocab_size: {config.model.vocab_size} is less than the {meta.vocab_size} token ids of {prefix}; "
+            f"a value that would work: {meta.vocab_size}"
+        )

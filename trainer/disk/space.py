@@ -1,0 +1,28 @@
+"""Whether a disk takes what is about to be written: free space, and the limit on the size of a file. Torch-free."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+
+
+def find_space_problem(directory: Path, num_bytes: int, largest_file: int) -> str | None:
+    """Return, in words, why `directory` cannot take so many bytes in all, and in the largest file; None if it can."""
+    limit = _file_limit()
+    if limit is not None and largest_file > limit:
+        return f"a file of it has {largest_file:,} bytes"  # `describe_file_limit` says the rest
+    if num_bytes > shutil.disk_usage(directory).free:
+        return f"it needs {num_bytes / 1e9:.2f} GB"
+    return None
+
+
+def describe_file_limit() -> str:
+    """Return what to add to the words of a failed write where the size of files is limited (SIGXFSZ), else nothing."""
+    limit = _file_limit()
+    return "" if limit is None else f", where files may have {limit:,} bytes at most: ulimit -f raises it"
+
+
+def _file_limit() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return None if soft == resource.RLIM_INFINITY else soft

@@ -1,0 +1,74 @@
+"""Config -> models with initial weights: the trained one with its optimizer, frozen ones without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.fp8 import resolve_backend, uses_te_layers
+from configs.stages import Config
+from parallel.mesh import Mesh
+from parallel.platform import has_transformer_engine
+from parallel.replicate import replicate
+from parallel.seeding import seed_everything
+from trainer.engine.engine import Engine
+from trainer.engine.kernels import replace_kernels
+from trainer.engine.sharded_model import ShardedModel
+from trainer.model.build import build_model_chunks
+from trainer.model.fp8.attach import Fp8State, attach_fp8
+from trainer.optim.update import build_optimizer
+
+POLICY = "policy"
+"""Role of the model that the run is about: it starts from `checkpoint.init_from`, is saved, exported and sampled."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model of a stage, on the run's mesh."""
+
+    config: Config
+    """Its architecture and number formats; the layout is the run's."""
+    is_trained: bool
+    start: str | None = None
+    """Where the weights come from: a checkpoint, a run directory, or a Hugging Face model. The policy's start is the
+    run's own (`checkpoint`)."""
+
+
+def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, ShardedModel]:
+    """Return the models by role; random weights are drawn in the order of the plans, from one seed.
+
+    Collective: all ranks of the world must call this.
+    """
+    replace_kernels(mesh.platform)
+    first = next(iter(plans.values()))
+    seed_everything(first.config.run.seed, mesh.pp_rank)
+    return {role: _build(plan.config, mesh, is_trained=plan.is_trained) for role, plan in plans.items()}
+
+
+def build_engine(config: Config, mesh: Mesh) -> Engine:
+    """Return the one trained model of a config. Collective: all ranks of the world must call this."""
+    engine = build_models({POLICY: ModelPlan(config, is_trained=True)}, mesh)[POLICY]
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def _build(config: Config, mesh: Mesh, *, is_trained: bool) -> ShardedModel:
+    use_te = uses_te_layers(config, has_te=has_transformer_engine())
+    chunks: list[Any] = build_model_chunks(config, mesh, use_te=use_te)
+    fp8 = _attach_fp8(config, mesh, chunks)
+    if not is_trained:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        return ShardedModel(config, mesh, chunks, fp8)
+    replicas = replicate(chunks, config, is_overlapping=mesh.platform.overlaps_communication)
+    return Engine(config, mesh, replicas, build_optimizer(config, replicas, mesh.platform), fp8)
+
+
+def _attach_fp8(config: Config, mesh: Mesh, chunks: list[Any]) -> Fp8State | None:
+    """Give the layers FP8 multiplications of our own, unless there are to be none or Transformer Engine has them."""
+    fp8 = config.precision.fp8
+    if fp8 is None:
+        return None
+    backend = resolve_backend(fp8, has_te=has_transformer_engine())
+    return None if backend == "te" else attach_fp8(chunks, fp8, config.model, mesh, backend)

@@ -1,0 +1,55 @@
+"""Every name of Megatron-Core that is replaced on all platforms by what torch alone can do, in one visible call.
+
+The CPU's own replacements are in `parallel.platform.cpu_patches`.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+from collections.abc import Iterator
+
+from parallel.platform.base import Platform
+from parallel.replaced_names import NamePatch, replace_names
+from trainer.model.rotate import compile_rotation, rotate_documents
+from trainer.model.weight_gradients import WeightGradients
+from trainer.optim.adam import GroupStepAdamW, has_fused_adam
+from trainer.optim.grad_norm import compute_l2_norm, compute_l2_norm_at_once, scale_tensors
+
+_LINEARS = "megatron.core.tensor_parallel.layers"
+_ROTATION = "megatron.core.models.common.embeddings.rope_utils"
+_OPTIMIZER = "megatron.core.optimizer"
+_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
+
+def replace_kernels(platform: Platform) -> None:
+    """Let Megatron-Core use our kernels; the first call decides for the process."""
+    _replace(is_fusing=platform.fuses_kernels)
+
+
+@functools.cache
+def _replace(*, is_fusing: bool) -> None:
+    replace_names(kernel_patches(is_fusing=is_fusing))
+
+
+def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
+    """Yield the replacements; `is_fusing` says whether the device gains from one kernel over many operations."""
+    why = "weight gradients added up in fp32 by the multiplication, also where apex's extension is, for GPUs alone"
+    yield NamePatch(f"{_LINEARS}:fused_weight_gradient_mlp_cuda", WeightGradients, why, is_optional=True)
+    yield NamePatch(f"{_LINEARS}:_grad_accum_fusion_available", True, why)
+    yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_thd", rotate_documents, "its own asks the host twice a layer")
+    if is_fusing:
+        rotate = compile_rotation()
+        yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_bshd", rotate, "one kernel instead of seven passes")
+    yield NamePatch(f"{_WRITER}:_results_queue", queue.Queue(), "its own starts a process, where a thread writes here")
+    if has_fused_adam() is not None:
+        return
+    why = "its own counts steps by parameter, which cannot be resharded"
+    yield NamePatch(f"{_OPTIMIZER}:Adam", GroupStepAdamW, why)
+    yield NamePatch(f"{_OPTIMIZER}:USING_PYTORCH_OPTIMIZER", False, why)
+    yield NamePatch(f"{_OPTIMIZER}.distrib_optimizer:HAVE_APEX_OR_TE", True, why)
+    yield NamePatch(f"{_OPTIMIZER}.distrib_optimizer:USING_APEX_OPTIMIZER", True, why)
+    norm = compute_l2_norm_at_once if is_fusing else compute_l2_norm
+    why = "its own asks the host for every norm, and sums millions of squares in one fp32"
+    yield NamePatch(f"{_OPTIMIZER}.clip_grads:l2_norm_impl", norm, why)
+    yield NamePatch(f"{_OPTIMIZER}.clip_grads:multi_tensor_scale_impl", scale_tensors, why)

@@ -1,0 +1,147 @@
+"""A model sharded over one mesh: forward passes without gradients, logits, weights in and out. No optimizer, no files.
+
+Frozen models (a reference, a teacher, a reward model) are of this class; the trained one, `Engine`, is one more of it.
+Every public method is collective: all ranks of the world must call it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from configs.errors import BadInput
+from configs.stages import Config
+from parallel.collectives import any_rank, from_last_pp_stage, gather_over_tp
+from parallel.mesh import Mesh
+from parallel.schedule import run_schedule
+from trainer.data.batch import Batch
+from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
+from trainer.engine.parts import SavedState
+from trainer.engine.sharded_state import build_model_state
+from trainer.model.fp8.attach import Fp8State
+
+
+class ShardedModel:
+    """The model chunks of this rank and what they compute."""
+
+    def __init__(self, config: Config, mesh: Mesh, modules: list[Any], fp8: Fp8State | None = None) -> None:
+        """`modules` are what the schedule runs, one a virtual pipeline stage: bare chunks, or their replicas."""
+        self.config = config
+        self.mesh = mesh
+        self.modules = modules
+        self.fp8 = fp8
+
+    @property
+    def chunks(self) -> list[Any]:
+        """The bare model chunks of this rank."""
+        return self.modules
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], torch.Tensor]) -> list[torch.Tensor]:
+        """Return what `forward(model, batch)` gives for each microbatch: on the last pipeline stage, elsewhere nothing.
+
+        Such a tensor becomes a column of its batch, for the objective of another model.
+        """
+        self._set_training(False)
+
+        def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            return forward(model, next(microbatches).to(self.mesh.device)), _hand_over
+
+        return self._run(forward_step, batches, forward_only=True, collect_outputs=True)
+
+    @torch.no_grad()
+    def compute_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the fp32 logits `[batch, seq, vocab_size]` of `tokens [batch, seq]` on every rank, padding cut off."""
+        self._set_training(False)
+        batch, seq_len = tokens.shape
+        # sp splits the sequence over tp; causal attention does not see what is appended.
+        padded_len = math.ceil(seq_len / self.mesh.tp_size) * self.mesh.tp_size
+        padded = torch.nn.functional.pad(tokens, (0, padded_len - seq_len)).to(self.mesh.device)
+        positions = torch.arange(padded_len, device=self.mesh.device).expand(batch, -1)
+
+        def forward_step(microbatches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            next(microbatches)
+            return model(padded, positions, None), _hand_over
+
+        outputs = run_schedule(
+            forward_step,
+            # The interleaved schedule wants a multiple of pp microbatches; the result of one is kept.
+            [None] * (self.mesh.pp_size if self.mesh.vpp_size > 1 else 1),
+            self.modules,
+            seq_len=padded_len,
+            micro_batch_size=batch,
+            forward_only=True,
+            collect_outputs=True,
+        )
+        vocab_size = self.config.model.vocab_size
+        logits = torch.empty(batch, seq_len, vocab_size, device=self.mesh.device)
+        if self.mesh.is_last_pp_stage:
+            logits = gather_over_tp(outputs[0].float(), self.mesh)[:, :seq_len, :vocab_size].contiguous()
+        return from_last_pp_stage(logits, self.mesh)
+
+    def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
+        """Return weights and FP8 history to save, or, given what a checkpoint holds, to load of it."""
+        history = None if self.fp8 is None else self.fp8.history
+        if saved is None:
+            fp8 = build_history_state(history, self.mesh)
+        else:
+            fp8 = request_history_state(history, self.mesh, saved)
+        return build_model_state(self.chunks, self.mesh) | {"fp8": fp8}
+
+    def load(self, loaded: dict[str, Any]) -> None:
+        """Put in place what was asked for by `sharded_state`."""
+        self.load_weights(loaded)
+        load_history(None if self.fp8 is None else self.fp8.history, loaded.get("fp8", {}))
+
+    def load_weights(self, loaded: dict[str, Any]) -> None:
+        """Put the weights of every chunk in place."""
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(loaded[f"model{index}"])
+        if self.fp8 is not None:
+            self.fp8.weights_changed()
+
+    def weights_loaded(self) -> None:
+        """Let everything that was made from the weights be made anew; to be called when others were put in place.
+
+        Raises BadInput where fp16 cannot hold them.
+        """
+        if self.config.precision.compute == "fp16":
+            parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+            if any_rank(not all(bool(torch.isfinite(one).all()) for one in parameters), self.mesh.device):
+                raise BadInput(
+                    "precision.compute: fp16 cannot hold these weights, which go beyond 65504 or are not finite; a "
+                    "value that would work: bf16"
+                )
+        if self.fp8 is not None:
+            self.fp8.weights_changed()
+
+    def close(self) -> None:
+        """Let go of what keeps this process from building another model; this one is then unusable."""
+        self.modules = []
+
+    def _set_training(self, is_training: bool) -> None:
+        for module in self.modules:
+            module.train(is_training)
+
+    def _run(
+        self, forward_step: Any, batches: Sequence[Batch], *, forward_only: bool, collect_outputs: bool = False
+    ) -> list[Any]:
+        rows, seq_len = batches[0].tokens.shape
+        is_packed = batches[0].documents is not None
+        return run_schedule(
+            forward_step,
+            batches,
+            self.modules,
+            seq_len=rows * seq_len if is_packed else seq_len,
+            micro_batch_size=1 if is_packed else rows,
+            forward_only=forward_only,
+            collect_outputs=collect_outputs,
+        )
+
+
+def _hand_over(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+    """Return the model's output itself where the schedule asks for a loss."""
+    return output
