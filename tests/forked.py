@@ -13,22 +13,41 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+LAUNCHER = ["-m", "launch.local", "--nproc-per-node"]
 
 
 class Popen:
-    """What tests and tools use of `subprocess.Popen`; `stdout` and `stderr` go to one file."""
+    """What tests and tools use of `subprocess.Popen`; what goes to stdout and stderr is in the file `stdout`."""
 
     def __init__(
-        self, command: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None, output: str = os.devnull
+        self,
+        command: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        stdout: IO[Any] | None = None,
+        stderr: object = None,
     ) -> None:
-        """Start the command in `cwd` with the environment `env`, by default this process's."""
+        """Start the command in `cwd` with the environment `env`, by default this process's.
+
+        The ranks of a command that begins with `launch.local` are forks too.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preloaded"])
         assert command[0] == sys.executable
-        arguments = (list(command[1:]), str(cwd), dict(os.environ if env is None else env), output)
+        words = list(command[1:])
+        if words[:3] == LAUNCHER:
+            words[:3] = ["-m", "tests.forked"]
+        output = os.devnull if stdout is None else stdout.name
+        arguments = (words, str(cwd), dict(os.environ if env is None else env), output)
         self._process = context.Process(target=_become, args=arguments)
         self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal, or None while it runs."""
+        return self._process.exitcode
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal, or None while it runs."""
@@ -39,9 +58,13 @@ class Popen:
         self._process.join()
         return self._process.exitcode
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal."""
-        os.kill(int(self._process.pid or 0), number)
+    def terminate(self) -> None:
+        """Send SIGTERM, unless it has ended."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        self._process.kill()
 
 
 def run(
@@ -49,16 +72,11 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end as `subprocess.run` does; what it writes to stdout and stderr comes as `stderr`."""
     with tempfile.NamedTemporaryFile("r") as output:
-        code = Popen(command, cwd, env, output.name).wait()
+        code = Popen(command, cwd, env, output).wait()
         done = subprocess.CompletedProcess(command, -1 if code is None else code, "", output.read())
     if check:
         done.check_returncode()
     return done
-
-
-def run_on_ranks(num_ranks: int, script: str, *arguments: str, cwd: Path) -> None:
-    """Run a script on the ranks that `launch.local` makes, forked too. Raises CalledProcessError."""
-    run([sys.executable, "-m", "tests.forked", str(num_ranks), script, *arguments], cwd, check=True)
 
 
 def _become(words: list[str], cwd: str, environment: dict[str, str], output: str) -> None:

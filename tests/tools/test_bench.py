@@ -1,11 +1,15 @@
 """The benchmark: runs take turns, step pairs make ratios, the loops do the same work."""
 
 import json
+import subprocess
 import threading
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
+from tests import forked
+from tools.bench import throughput
 from tools.bench.clock import RunReport, StepClock
 from tools.bench.compare import Measure, bootstrap_interval, compare
 from tools.bench.report import describe_verdict, write_report
@@ -114,15 +118,26 @@ def test_bad_numbers_are_refused(capsys):
     assert error.value.code == 2 and "--steps 20" in capsys.readouterr().err
 
 
+def start(command, **options):
+    """Start a loop of ours in a fork, and Hugging Face's, which knows no patches for the CPU, as it is."""
+    kind = forked if command[1:4] == forked.LAUNCHER else subprocess
+    return kind.Popen(command, **options)
+
+
+@pytest.fixture
+def forked_loops(monkeypatch):
+    monkeypatch.setattr(throughput, "subprocess", SimpleNamespace(Popen=start))
+
+
 @pytest.mark.slow
-def test_a_failed_run_is_one_sentence(tmp_path):
+def test_a_failed_run_is_one_sentence(forked_loops, tmp_path):
     case = Case("1 rank", 1, ("parallel.nonsense=1",), ("fit",))
     with pytest.raises(RunFailed, match="fit on 1 rank ended with exit code 1: .*nonsense"):
         measure_case(case, 1, tmp_path / "none")
 
 
 @pytest.mark.slow
-def test_the_loops_do_the_same_work(tmp_path):
+def test_the_loops_do_the_same_work(forked_loops, tmp_path):
     tiny = ("model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=64", "train.seq_len=64")
     case = Case("1 rank", 1, ("parallel.tp=1", *tiny), ("fit", "bare", "hf"))
     write_made_up_dataset(tmp_path / "tokens", num_tokens=20_000, vocab_size=4096)

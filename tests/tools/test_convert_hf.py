@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -301,24 +300,25 @@ def test_a_distance_that_is_none_is_refused(capsys):
 
 @pytest.mark.slow
 def test_ranks_share_the_work_and_a_kill_leaves_nothing_half(llama, tmp_path):
+    tool = [sys.executable, *forked.LAUNCHER, "2", "tools/convert_hf.py"]
     run_dir = tmp_path / "run"
-    forked.run_on_ranks(2, "tools/convert_hf.py", "import", str(llama), str(run_dir), cwd=ROOT)
+    forked.run([*tool, "import", str(llama), str(run_dir)], cwd=ROOT, check=True)
     checkpoint = run_dir / "checkpoints" / "latest"
     assert {path.name for path in checkpoint.glob("__*_0.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
-    forked.run_on_ranks(2, "tools/convert_hf.py", "export", str(run_dir), str(tmp_path / "out"), cwd=ROOT)
+    forked.run([*tool, "export", str(run_dir), str(tmp_path / "out")], cwd=ROOT, check=True)
     before, after = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     command = [sys.executable, "tools/convert_hf.py", "export", str(run_dir), str(tmp_path / "killed")]
-    process = forked.Popen(command, ROOT)
+    process = forked.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (tmp_path / "killed.growing").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     killed = tmp_path / "killed"
     assert not killed.exists() or (killed / "config.json").exists(), "half-written"
     if not killed.exists():
-        forked.run(command, ROOT, check=True)
+        forked.run(command, cwd=ROOT, check=True)
     assert (killed / "config.json").exists() and not (tmp_path / "killed.growing").exists()
 
 

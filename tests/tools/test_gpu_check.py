@@ -63,7 +63,10 @@ def test_a_wrong_fp8_product_is_seen(ranks):
 
 @pytest.mark.slow
 def test_the_loops_cost_is_measured(monkeypatch):
+    from tools.bench import throughput
     from tools.device_checks import speed
+
+    monkeypatch.setattr(throughput, "subprocess", forked)
 
     model = json.dumps({"model": TINY | {"max_position_embeddings": 4096, "vocab_size": 128}})
     monkeypatch.setattr(speed, "MODELS", type("Folder", (), {"__truediv__": lambda *_: Text(model)})())
