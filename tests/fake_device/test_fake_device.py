@@ -106,11 +106,11 @@ ONCE_A_STEP = {"sums.from_vector", "cuda.synchronize", "clip_grads.get_grad_norm
 """The loss, to time the phases, and the norm of the gradients: after all work of both passes has been queued."""
 FURTHER_READS = {
     # the loss scale, the smallest that there is, and whether it was too large
-    "fp16": {"optimizer.update_weights", "optimizer._unscale_main_grads_and_check_for_nan"},
+    "fp16": {"update.update_weights", "optimizer._unscale_main_grads_and_check_for_nan"},
     "experts": {"router_losses.read_router_losses"},
     "ep2": {"router_losses.read_router_losses"},
     "fp8_delayed_experts": {"router_losses.read_router_losses"},
-    "tp2": {"optimizer.has_non_finite_duplicate", "collectives.any_rank"},
+    "tp2": {"update.has_non_finite_duplicate", "collectives.any_rank"},
 }
 DISPATCHER = "moe_utils.maybe_move_tensor_to_cpu"
 """Megatron-Core's dispatcher of experts needs the sizes of what it sends, once a layer and microbatch."""

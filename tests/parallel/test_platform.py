@@ -101,7 +101,7 @@ def train_and_look_at_imports(place: Place) -> tuple[list[str], list[str], bool]
 
     before = set(sys.modules)
     with open_engine(place, small_config(world=place.world_size)) as engine:
-        train_steps(engine, build_stage(engine), TrainState(), 1)
+        train_steps(build_stage(engine), TrainState(), 1)
     new = sorted(name for name in set(sys.modules) - before if name.startswith(("torch", "megatron", "trainer")))
     compiler = [name for name in ("sympy", "torch._dynamo", "torch._inductor") if name in sys.modules]
     return new, compiler, statically_known_true(True) and "sympy" in sys.modules
