@@ -94,8 +94,13 @@ def test_paths_exist(document, root):
 
 
 def test_links_lead_somewhere(document):
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", document.text) if "://" not in link]
-    assert not (missing := [link for link in links if link and not (document.folder / link).exists()]), missing
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", document.text) if "://" not in link]
+    assert not (missing := [file for file, _, _ in links if not (document.folder / file).exists()]), missing
+    for file, _, anchor in links:
+        if anchor:
+            text = (document.folder / file).read_text(encoding="utf-8") if file else document.text
+            headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}, anchor
 
 
 def test_make_targets_exist(document, root):
