@@ -36,7 +36,7 @@ def dry_run(config: Config, stage_name: str, world_size: int | None, environment
         print(describe(config, derive_layout(config, world_size)))
         here = config_problems(config, world_size, platform_name, has_te=has_transformer_engine())
         for problem in here + machine_problems(config, platform_name):
-            print(f"not on this machine  {problem}")
+            print(f"cannot run here  {problem}")
     return ExitCode.DONE
 
 

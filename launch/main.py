@@ -90,7 +90,8 @@ def _check(config: Config, environment: Environment, platform_name: PlatformName
     from trainer.data.presence import find_data_problems
 
     problems = config_problems(config, environment.world_size, platform_name, has_te=has_transformer_engine())
-    problems += machine_problems(config, platform_name) + path_problems(config) + find_data_problems(config)
+    problems += machine_problems(config, platform_name)
+    problems += path_problems(config) or find_data_problems(config)  # a closed path is not looked into
     if problems:
         raise BadInput("\n".join(problems))
     problem = memory_problem(config, environment, platform_name)

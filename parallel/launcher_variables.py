@@ -9,11 +9,15 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 
 from configs.errors import BadInput
 from parallel.environment import Environment
 
 _TORCHRUN_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+_RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
 def find_environment(variables: Mapping[str, str]) -> Environment:
@@ -28,7 +32,7 @@ def find_environment(variables: Mapping[str, str]) -> Environment:
     else:
         environment = Environment(master_port=find_free_port())
     _check_ranks(environment)
-    return environment
+    return replace(environment, is_restart=any(variables.get(name, "0") != "0" for name in _RESTART_COUNTS))
 
 
 def is_batch_script(variables: Mapping[str, str]) -> bool:

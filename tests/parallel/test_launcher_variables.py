@@ -93,3 +93,10 @@ def test_contradictions_are_one_clear_sentence(variables, sentence):
 )
 def test_first_host_of_a_node_list(node_list, host):
     assert first_host(node_list) == host
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_job_that_is_started_again_is_known(name):
+    """Such a run waits for what it was before to let go of the run directory."""
+    assert not find_environment({}).is_restart and not find_environment({name: "0"}).is_restart
+    assert find_environment({name: "1"}).is_restart

@@ -1,4 +1,4 @@
-"""What happens around a step, in one fixed order: faults, evaluation, log, checkpoints, stop requests.
+"""What happens around a step, in one fixed order: faults, evaluation, stop requests, checkpoints, log.
 
 Every method is collective: all ranks of the world must call it.
 """

@@ -11,6 +11,7 @@ from configs.errors import BadInput
 from configs.load import resolved_dict
 from tests.small_runs import small_config
 from trainer.run import start as start_module
+from trainer.run.directory import RunLock
 from trainer.run.start import Start, describe_changes
 
 
@@ -52,3 +53,23 @@ def test_a_rank_waits_for_what_rank_zero_chose(tmp_path, monkeypatch):
     monkeypatch.setattr(start_module, "_VISIBLE_SECONDS", 0)
     with pytest.raises(BadInput, match="rank 0 reads it and .* does not see it"):
         Start(init_from=tmp_path / "nowhere").wait_until_visible(10)
+
+
+def test_a_run_waits_for_its_directory_as_long_as_it_may(tmp_path):
+    """One that was queued again waits for what it was before; a first start does not."""
+    import subprocess
+    import sys
+
+    holder = (
+        "import sys, time; from pathlib import Path; from trainer.disk.lock import FileLock\n"
+        f"lock = FileLock(Path({str(tmp_path / '.lock')!r}))\n"
+        "assert lock.take() is None; print('held', flush=True); time.sleep(3); lock.release()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    lock = RunLock(str(tmp_path))
+    assert "is being written to by process" in str(lock._take(0))
+    assert lock._take(30) is None
+    other.wait()
+    lock._lock.release()
+    assert not (tmp_path / ".lock").exists()
