@@ -5,7 +5,6 @@ Takes the command lines that `subprocess` takes, of this interpreter, with a scr
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -14,6 +13,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from tests.pool import fork_server
 
 LAUNCHER = ["-m", "launch.local", "--nproc-per-node"]
 
@@ -33,15 +34,13 @@ class Popen:
 
         The ranks of a command that begins with `launch.local` are forks too.
         """
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preloaded"])
         assert command[0] == sys.executable
         words = list(command[1:])
         if words[:3] == LAUNCHER:
             words[:3] = ["-m", "tests.forked"]
         output = os.devnull if stdout is None else stdout.name
         arguments = (words, str(cwd), dict(os.environ if env is None else env), output)
-        self._process = context.Process(target=_become, args=arguments)
+        self._process = fork_server().Process(target=_become, args=arguments)
         self._process.start()
 
     @property

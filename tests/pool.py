@@ -19,11 +19,19 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 START_SECONDS = 300
 GRACE_SECONDS = 10
+
+
+def fork_server() -> ForkServerContext:
+    """Return the server, a process of its own without threads that starts, and imports, at the first fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,7 @@ class RankPool:
         assert world <= self._largest, f"a case wants {world} ranks, the pool has at most {self._largest}"
         if any(not worker.process.is_alive() for worker in self._workers):
             self.close()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preloaded"])
+        context = fork_server()
         started = []
         while len(self._workers) < world:
             ours, theirs = context.Pipe()
