@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     except BadInput as error:
         report(str(error), error.exit_code)
         return error.exit_code
+    if num_ranks > 1:  # as torchrun does: ranks that each start a thread a core fight for the cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if is_forked:
         import_trainer(_FORWARDED)
     code = run_ranks([sys.executable, str(entry_point), *rest], num_ranks, is_forked=is_forked)

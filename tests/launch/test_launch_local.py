@@ -147,6 +147,17 @@ def test_training_is_refused_before_anything_slow_is_imported(tmp_path):
         assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("num_ranks", "given", "seen"), [(2, None, "1"), (2, "3", "3"), (1, None, None)])
+def test_several_ranks_have_one_thread_each_unless_told_otherwise(tmp_path, num_ranks, given, seen):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os\nassert os.environ.get('OMP_NUM_THREADS') == {seen!r}\n")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if given is not None:
+        environment["OMP_NUM_THREADS"] = given
+    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", str(num_ranks), str(script), "x"]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+
+
 def test_bad_command_lines_are_refused(capsys):
     assert main(["--nproc-per-node", "x", "launch/pretrain.py"]) == ExitCode.BAD_INPUT
     assert main(["--nproc-per-node", "2", "launch/nothing.py"]) == ExitCode.BAD_INPUT
