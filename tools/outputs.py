@@ -10,7 +10,6 @@ from configs.errors import BadInput
 
 def check_prefix(out: str) -> None:
     """Refuse a dataset's path that has no name of its own, whose files would be hidden ones or lie beside a folder."""
-    _refuse_empty(out, "data/train")
     if os.path.basename(out) in ("", ".", "..") or os.path.isdir(out):
         works = os.path.join(out, "train")
         raise BadInput(f"--out {out}: a directory, and a dataset needs a name in it; a value that would work: {works}")
@@ -18,18 +17,12 @@ def check_prefix(out: str) -> None:
 
 def check_directory(out: str, example: str) -> None:
     """Refuse what cannot be a directory to write; `example` is a value that would work."""
-    _refuse_empty(out, example)
     if os.path.lexists(out) and not os.path.isdir(out):
         raise BadInput(f"--out {out}: a file, and a directory is needed; a value that would work: {example}")
 
 
 def check_file(out: Path) -> None:
-    """Refuse a result file's path that is a directory, as an empty name is."""
+    """Refuse a result file's path that is a directory."""
     if out.is_dir():
         works = out / "results.json"
         raise BadInput(f"--out {out}: a directory, and a file is needed; a value that would work: {works}")
-
-
-def _refuse_empty(out: str, example: str) -> None:
-    if not out.strip():
-        raise BadInput(f"--out: is empty; a value that would work: {example}")

@@ -35,11 +35,6 @@ def model_flops(model: ModelConfig, num_tokens: int, num_attended_pairs: int) ->
     return 3.0 * (2 * multiplied * num_tokens + core * num_attended_pairs)
 
 
-def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return the model FLOPs of a token of a sample that is attended whole."""
-    return model_flops(model, seq_len, seq_len**2) / seq_len
-
-
 def flops_per_step(config: Config, global_batch: int) -> float:
     """Return the model FLOPs of a step of `global_batch` samples that are attended whole, over all ranks."""
     seq_len = config.train.seq_len

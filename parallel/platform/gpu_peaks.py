@@ -1,6 +1,7 @@
 """Dense peaks of NVIDIA GPUs in TFLOP/s by their whole name; none for a name that is not here. Torch-free.
 
-From the vendor's datasheets, which show twice as much, with sparsity; of GeForce with fp32 accumulation.
+Half of what datasheets show with sparsity; of GeForce with fp32 accumulation. Looked up for this table were B200,
+GB200, H100 SXM, A100, L4, L40S and A10; the others are from memory and want a look before an MFU is published.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def refuse_unknown(names: Collection[str], where: Path) -> None:
     if names:
         raise BadInput(
             f"{where}: is unreadable to this version, which does not know {', '.join(names)}; use the version that "
-            "wrote it, or export its weights with that one (tools/convert_hf.py export)."
+            "wrote it, also to export its weights (tools/convert_hf.py export)."
         )
 
 

@@ -27,7 +27,7 @@ from trainer.engine.sharded_state import build_optimizer_state, fit_optimizer_st
 from trainer.engine.state import StepResult
 from trainer.engine.sums import BatchSums, add_up, count_ahead
 from trainer.model.fp8.attach import Fp8State
-from trainer.model.router_losses import read_router_losses, scale_router_losses
+from trainer.model.router_losses import read_router_losses, router_loss_names, scale_router_losses
 from trainer.optim.update import UpdateResult, set_learning_rate, update_weights
 
 
@@ -57,7 +57,7 @@ class Engine(ShardedModel):
         for replica in self.modules:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if self.config.model.moe is not None:
+        if router_loss_names(self.config.model):
             ahead = count_ahead(batches, objective, self.mesh)
             scale_router_losses(self.chunks, self.optimizer.scale_loss, ahead)
         sums = self._forward(batches, objective, forward_only=False)

@@ -13,6 +13,14 @@ from configs.sections.model import ModelConfig
 from parallel.mesh import Mesh
 
 
+def router_loss_names(model: ModelConfig) -> list[str]:
+    """Return the names under which Megatron-Core records the losses that this model's routers have."""
+    moe = model.moe
+    if moe is None:
+        return []
+    return ["load_balancing_loss"] * (moe.balancing == "aux_loss") + ["z_loss"] * (moe.z_loss_coeff > 0)
+
+
 def scale_router_losses(
     chunks: list[Any], scale_loss: Callable[[torch.Tensor], torch.Tensor], divisor_per_token: torch.Tensor
 ) -> None:
@@ -33,10 +41,9 @@ def read_router_losses(model: ModelConfig, mesh: Mesh, num_microbatches: int) ->
 
     Collective: all ranks of the world must call this.
     """
-    moe = model.moe
-    if moe is None:
+    moe, names = model.moe, router_loss_names(model)
+    if moe is None or not names:
         return {}
-    names = ["load_balancing_loss"] * (moe.balancing == "aux_loss") + ["z_loss"] * (moe.z_loss_coeff > 0)
     tracker = get_moe_metrics_tracker()
     num_moe_layers = model.num_layers - moe.num_dense_layers
     losses = {}
