@@ -7,7 +7,7 @@ closes its connections, which the others see at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,32 @@ def gather_over_tp(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     parts = [torch.empty_like(values) for _ in range(mesh.tp_size)]
     dist.all_gather(parts, values.contiguous(), group=mesh.tp_group)
     return torch.cat(parts, dim=-1)
+
+
+def gather_pieces(
+    mine: torch.Tensor | None, pieces: Mapping[int, slice], owner: int, group: dist.ProcessGroup
+) -> torch.Tensor | None:
+    """Return on rank `owner` of the group the flat tensor that the ranks of `pieces` hold slices of; elsewhere None.
+
+    `mine` is what this rank holds, if anything. One piece alone is handed back as it lies, several are joined in host
+    memory, one on its way at a time. Collective: all ranks of the group must call this for the same tensors in order.
+    """
+    rank = dist.get_rank(group)
+    if rank != owner:
+        if mine is not None:
+            dist.send(mine.contiguous(), group=group, group_dst=owner)
+        return None
+    assert mine is not None
+    if len(pieces) == 1:
+        return mine
+    whole = torch.empty(max(piece.stop for piece in pieces.values()), dtype=mine.dtype)
+    for holder, piece in pieces.items():
+        part = mine
+        if holder != rank:
+            part = torch.empty(piece.stop - piece.start, dtype=mine.dtype, device=mine.device)
+            dist.recv(part, group=group, group_src=holder)
+        whole[piece].copy_(part)
+    return whole
 
 
 def gather_objects(value: Any) -> list[Any]:

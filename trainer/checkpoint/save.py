@@ -9,13 +9,16 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -76,6 +79,7 @@ class CheckpointWriter:
         self._mesh = mesh
         self.last_saved_step = last_saved_step
         self._pending: _Pending | None = None
+        self._is_first = True
         self._strategy = FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy(), mesh.dp_cp_group, do_cache_distribution=True
         )
@@ -91,15 +95,21 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         barrier()
+        tensors = collect(stage.parts, None)
+        # While the ranks wait for the writing, nothing changes what is written.
+        shards = nested_values(tensors) if self._settings.async_save else ()
+        live = {_storage(shard.data) for shard in shards if _is_tensor(shard)}
         request = dist_checkpointing.save(
-            collect(stage.parts, None),
+            tensors,
             str(partial),
             self._strategy,
+            validate_access_integrity=self._is_first,
             async_sharded_save=True,
             async_strategy="mcore",
         )
+        self._is_first = False  # which rank holds what does not change
         pending = _Pending(state.step, partial, request, self._describe(state, stage), time.perf_counter())
-        buckets = _copy_to_host(request)
+        buckets = _copy_to_host(request, live)
         self._check_space(pending, buckets)
         if self._settings.async_save:
             pending.thread = threading.Thread(target=self._write, args=(pending, buckets), name="checkpoint-writer")
@@ -209,11 +219,23 @@ class CheckpointWriter:
         }
 
 
-def _copy_to_host(request: AsyncRequest) -> Any:
-    """Return the write buckets with every tensor in memory of its own, so that training may go on changing weights."""
+def _copy_to_host(request: AsyncRequest, live: Container[int]) -> Any:
+    """Return the write buckets with every tensor in memory of its own, so that training may go on changing weights.
+
+    `live` are the storages of the state; what lies elsewhere Megatron-Core has copied already.
+    """
     if request.async_fn is None or request.preload_fn is None:
         return None
     copied = []
     for path, name, (bytes_data, tensor_data) in request.preload_fn():
-        copied.append((path, name, (bytes_data, [(item, tensor.clone()) for item, tensor in tensor_data])))
+        tensors = [(item, one.clone() if _storage(one) in live else one) for item, one in tensor_data]
+        copied.append((path, name, (bytes_data, tensors)))
     return copied
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_tensor(shard: Any) -> bool:
+    return isinstance(shard, ShardedTensor | ShardedTensorFactory)

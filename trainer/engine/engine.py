@@ -21,9 +21,9 @@ from parallel.schedule import finalize_gradients
 from trainer.data.batch import Batch
 from trainer.engine.faults import MicrobatchReport, describe_fault
 from trainer.engine.objective import Objective
+from trainer.engine.optimizer_state import build_optimizer_state, fit_optimizer_state, widen_weights
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_model import ShardedModel
-from trainer.engine.sharded_state import build_optimizer_state, fit_optimizer_state
 from trainer.engine.state import StepResult
 from trainer.engine.sums import BatchSums, add_up, count_ahead
 from trainer.model.fp8.attach import Fp8State
@@ -102,13 +102,20 @@ class Engine(ShardedModel):
             self.finish_parameter_gather()
         state = super().sharded_state(saved)
         weights = {name: value for name, value in state.items() if name != "fp8"}
-        optimizer = build_optimizer_state(self.optimizer, weights, self.mesh, is_loading=saved is not None)
+        optimizer = build_optimizer_state(self.optimizer, weights, saved)
+        if saved is not None:
+            widen_weights(weights, saved)
         return state | {"optimizer": optimizer}
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Put in place what was asked for by `sharded_state`."""
         super().load(loaded)
-        self.optimizer.load_state_dict(fit_optimizer_state(self.optimizer, loaded["optimizer"]))
+        weights = {
+            parameter: loaded[f"model{index}"].get(name, parameter.data)
+            for index, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
+        self.optimizer.load_state_dict(fit_optimizer_state(self.optimizer, loaded["optimizer"], weights))
 
     def finish_parameter_gather(self) -> None:
         """Wait until every rank holds the updated weights; needed before anything but a forward pass reads them."""
