@@ -1,0 +1,93 @@
+"""Which queries meet which keys: causal attention inside documents, cut into rectangles that kernels take. Torch-free.
+
+Between two pieces of a sequence that do not overlap there is at most one document that lies in both, and under a causal
+mask all of its later part sees all of its earlier part: a rectangle without a mask. Masks are left inside a piece.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from parallel.sequence_split import Segment
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of attention, in places among the tokens of the ranks that hold queries and keys: first, after last.
+
+    Query i of the tile sees key j where `i + lead - window < j <= i + lead`; everything, where `lead` is None.
+    """
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    lead: int | None = None
+    """Tokens by which the first query follows the first key. 0 is the usual causal mask."""
+    window: int | None = None
+    """Keys that a query sees, itself among them; None for all before it."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some query does not see some key."""
+        return self.lead is not None
+
+
+def plan_tiles(
+    queries: Sequence[Segment], keys: Sequence[Segment], bounds: Sequence[int], window: int | None = None
+) -> list[Tile]:
+    """Return the rectangles of causal attention of `queries` over `keys`, which may be other ranks' tokens.
+
+    `bounds` are where documents begin among all tokens, ascending, and the end. Tiles come in the order of the queries.
+    """
+    tiles = [
+        tile
+        for query in queries
+        for key in keys
+        if key.start < query.end
+        for tile in _tiles_between(query, key, bounds, window)
+    ]
+    return _join(tiles)
+
+
+def _tiles_between(query: Segment, key: Segment, bounds: Sequence[int], window: int | None) -> Iterator[Tile]:
+    first = bisect_right(bounds, max(query.start, 0)) - 1
+    for number in range(first, len(bounds) - 1):
+        start, end = bounds[number], bounds[number + 1]
+        if start >= query.end:
+            return
+        query_start, query_end = max(start, query.start), min(end, query.end)
+        # Keys before all of these queries, then those among them.
+        before = max(start, key.start), min(end, key.end, query_start)
+        among = max(start, key.start, query_start), min(end, key.end, query_end)
+        for (key_start, key_end), is_before in ((before, True), (among, False)):
+            first, last = query_start if is_before else max(query_start, key_start), query_end
+            if window is not None:  # queries too far behind these keys, and keys too far before the first query
+                key_start, last = max(key_start, first - window + 1), min(last, key_end - 1 + window)
+            if key_start >= key_end or first >= last:
+                continue
+            is_windowed = window is not None and last - 1 - key_start >= window
+            yield Tile(
+                (first - query.start + query.local, last - query.start + query.local),
+                (key_start - key.start + key.local, key_end - key.start + key.local),
+                first - key_start if is_windowed or not is_before else None,
+                window if is_windowed else None,
+            )
+
+
+def _join(tiles: list[Tile]) -> list[Tile]:
+    """Make one of neighbours that together are one rectangle: fewer and larger kernels."""
+    for side, other in (("queries", "keys"), ("keys", "queries")):
+        joined: dict[tuple[int, int], list[Tile]] = {}
+        kept: list[Tile] = []
+        for tile in tiles:
+            row = joined.setdefault(getattr(tile, other), [])
+            if not tile.is_masked and row and getattr(row[-1], side)[1] == getattr(tile, side)[0]:
+                longer = replace(row[-1], **{side: (getattr(row[-1], side)[0], getattr(tile, side)[1])})
+                kept[kept.index(row[-1])] = row[-1] = longer
+                continue
+            kept.append(tile)
+            if not tile.is_masked:
+                row.append(tile)
+        tiles = kept
+    return tiles
