@@ -16,6 +16,7 @@ import torch.distributed as dist
 from configs.errors import ShardwrightError
 from parallel.control import control_group
 from parallel.mesh import Mesh
+from parallel.sequence_split import segments_of
 
 
 def sum_over_microbatch_ranks(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -46,6 +47,19 @@ def gather_over_tp(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     parts = [torch.empty_like(values) for _ in range(mesh.tp_size)]
     dist.all_gather(parts, values.contiguous(), group=mesh.tp_group)
     return torch.cat(parts, dim=-1)
+
+
+def gather_over_cp(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Return the rows whose parts the cp ranks have along dimension 1, in order. Collective: all ranks of the cp group."""
+    if mesh.cp_size == 1:
+        return values
+    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(mesh.cp_size)]
+    dist.all_gather(parts, values.contiguous(), group=mesh.cp_group)
+    whole = values.new_empty(values.shape[0], values.shape[1] * mesh.cp_size, *values.shape[2:])
+    for rank, part in enumerate(parts):
+        for one in segments_of(rank, mesh.cp_size, num_rows=1, seq_len=whole.shape[1]):
+            whole[:, one.start : one.end] = part[:, one.local : one.local + one.length]
+    return whole
 
 
 def gather_pieces(

@@ -38,6 +38,7 @@ class Mesh:
     ep_size: int
     tp_group: Any
     pp_group: Any
+    cp_group: Any
     dp_group: Any
     dp_cp_group: Any
     stage_group: Any
@@ -104,6 +105,9 @@ def build_mesh(platform: Platform, device: torch.device, config: Config) -> Mesh
         pipeline_model_parallel_size=sizes.pp,
         virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
         context_parallel_size=sizes.cp,
+        hierarchical_context_parallel_sizes=None
+        if sizes.cp_inner is None
+        else [sizes.cp_inner, sizes.cp // sizes.cp_inner],
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.etp,
         distributed_timeout_minutes=max(1, sizes.timeout_seconds // 60),
@@ -127,6 +131,7 @@ def build_mesh(platform: Platform, device: torch.device, config: Config) -> Mesh
         ep_size=sizes.ep,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),

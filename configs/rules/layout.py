@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from configs.context_parallel import check_cp_attention
 from configs.errors import BadInput
 from configs.plan.derive import (
     Layout,
@@ -33,6 +34,7 @@ def check_layout(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *_check_world(config, world_size),
         *_check_tensor_axis(config, has_te),
         *_check_sequence(config),
+        *check_cp_attention(config, has_te=has_te),
         *_check_pipeline(config),
         *_check_experts(config, has_te),
         *_check_recompute(config, has_te),
@@ -43,15 +45,6 @@ def check_layout(config: Config, world_size: int, *, platform: Literal["cpu", "c
     except BadInput:
         return problems  # the world is already reported, and without dp no batch can be judged
     return problems + list(_check_batches(config, layout))
-
-
-def check_runnable(config: Config) -> Iterator[str]:
-    """Yield what can be planned, but not run by this version on any machine."""
-    if config.parallel.cp > 1:
-        yield (
-            f"parallel.cp: {config.parallel.cp} can be planned but not run yet: nothing splits the samples; a value "
-            "that would work: 1"
-        )
 
 
 def _check_world(config: Config, world_size: int) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,10 @@ class ParallelConfig(Section):
     """Virtual pipeline stages (model chunks) per rank; 1 is plain 1F1B, more is the interleaved schedule."""
     cp: Count = 1
     """Context-parallel size: ranks that share one sequence."""
+    cp_attention: Literal["auto", "te", "ring", "all_gather", "ulysses", "hierarchical"] = "auto"
+    """How they share attention; auto is Transformer Engine's ring where that is installed, else `ring`."""
+    cp_inner: Annotated[int, Field(ge=2)] | None = None
+    """hierarchical only: neighbouring ranks that exchange heads; rings go across such neighbourhoods."""
     ep: Count = 1
     """Expert-parallel size: ranks that share a layer's experts, taken from dp*cp*tp / etp."""
     etp: Count | None = None

@@ -13,14 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parallel.sequence_split import segments_of
+
 
 @dataclass(frozen=True)
 class Documents:
     """Where attention stops: boundaries over the flattened micro_batch*seq tokens; every row start is one too."""
 
-    cu_seqlens: Tensor  # int32 [num_documents + 1], from 0 to micro_batch*seq
+    bounds: tuple[int, ...]  # [num_documents + 1], from 0 to micro_batch*seq of all ranks that share the rows
+    cu_seqlens: Tensor  # the same, int32
     max_seqlen: int  # tokens of the longest document
-    num_attended_pairs: int  # sum of the squared lengths
+
+    @classmethod
+    def build(cls, bounds: Tensor) -> Documents:
+        """Return the documents between boundaries `[num_documents + 1]`."""
+        return cls(tuple(bounds.tolist()), bounds.to(torch.int32), int(bounds.diff().max()))
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,19 @@ class Batch:
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [micro_batch, seq] each
     sequences: Mapping[str, Tensor] = field(default_factory=dict)  # [micro_batch] each
     sample_ids: tuple[int, ...] = ()  # global sample number of each row, -1 for padding; for error reports
+    cp_size: int = 1  # ranks that share each row; `documents` are those of the whole rows
 
     @property
-    def num_attended_pairs(self) -> int:
-        """Sum of the squared lengths of what attention sees at once; half of these pairs are under the causal mask."""
+    def num_attended_pairs(self) -> float:
+        """Sum of the squared lengths of what attention sees at once; half of these pairs are under the causal mask.
+
+        Of rows that ranks share, this rank's part.
+        """
         rows, seq_len = self.tokens.shape
-        return rows * seq_len**2 if self.documents is None else self.documents.num_attended_pairs
+        if self.documents is None:
+            return rows * seq_len**2 * self.cp_size
+        bounds = np.asarray(self.documents.bounds, dtype=np.int64)
+        return int(np.square(np.diff(bounds)).sum()) / self.cp_size
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to `device`, through pinned memory and without waiting when it is not where they are."""
@@ -78,8 +92,7 @@ def build_batch(windows: NDArray[np.int64], sample_ids: tuple[int, ...], documen
     lengths = boundaries.diff()
     starts = torch.repeat_interleave(boundaries[:-1], lengths)
     positions = (torch.arange(tokens.numel(), dtype=torch.int64) - starts).view(tokens.shape)
-    documents = Documents(boundaries.to(torch.int32), int(lengths.max()), int(lengths.square().sum()))
-    return Batch(tokens, labels, positions, loss_mask, documents, sample_ids=sample_ids)
+    return Batch(tokens, labels, positions, loss_mask, Documents.build(boundaries), sample_ids=sample_ids)
 
 
 def document_boundaries(tokens: Tensor, document_end_id: int) -> Tensor:
@@ -91,6 +104,26 @@ def document_boundaries(tokens: Tensor, document_end_id: int) -> Tensor:
     rows = torch.arange(micro_batch_size + 1, dtype=torch.int64) * seq_len
     after_ends = (tokens.flatten() == document_end_id).nonzero().flatten() + 1
     return torch.unique(torch.cat([rows, after_ends]))
+
+
+def share_of(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
+    """Return one context-parallel rank's part of every row; `parallel.sequence_split` says which."""
+    if cp_size == 1:
+        return batch
+    segments = segments_of(cp_rank, cp_size, num_rows=1, seq_len=batch.tokens.shape[1])
+
+    def cut(column: Tensor) -> Tensor:
+        return torch.cat([column[:, segment.start : segment.end] for segment in segments], dim=1)
+
+    return replace(
+        batch,
+        tokens=cut(batch.tokens),
+        labels=cut(batch.labels),
+        position_ids=cut(batch.position_ids),
+        loss_mask=cut(batch.loss_mask),
+        columns={name: cut(column) for name, column in batch.columns.items()},
+        cp_size=cp_size,
+    )
 
 
 def without_loss(batch: Batch, row: int) -> Batch:

@@ -53,6 +53,7 @@ class Engine(ShardedModel):
         Where nothing of the batch counts, or a number is not finite, the weights stay as they are.
         """
         started = time.perf_counter()
+        batches = self._shares(batches)
         self._set_training(True)
         for replica in self.modules:
             replica.zero_grad_buffer()
@@ -90,7 +91,7 @@ class Engine(ShardedModel):
     def sum_losses(self, batches: Sequence[Batch], objective: Objective) -> BatchSums:
         """Return the loss and further figures of one global batch, without gradients."""
         self._set_training(False)
-        return self._forward(batches, objective, forward_only=True)
+        return self._forward(self._shares(batches), objective, forward_only=True)
 
     def describe_fault(self) -> str:
         """Return which ranks and data made the last step non-finite."""

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 from parallel.platform.base import Platform
 from parallel.replaced_names import NamePatch, replace_names
-from trainer.model.rotate import compile_rotation, rotate_documents
+from trainer.model.rotate import angles_of_this_rank, compile_rotation, rotate_documents
 from trainer.model.weight_gradients import WeightGradients
 from trainer.optim.adam import GroupStepAdamW, has_fused_adam
 from trainer.optim.grad_norm import compute_l2_norm, compute_l2_norm_at_once, scale_tensors
 
 _LINEARS = "megatron.core.tensor_parallel.layers"
-_ROTATION = "megatron.core.models.common.embeddings.rope_utils"
+_EMBEDDINGS = "megatron.core.models.common.embeddings"
+_ROTATION = f"{_EMBEDDINGS}.rope_utils"
 _OPTIMIZER = "megatron.core.optimizer"
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
@@ -38,6 +39,9 @@ def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
     yield NamePatch(f"{_LINEARS}:fused_weight_gradient_mlp_cuda", WeightGradients, why, is_optional=True)
     yield NamePatch(f"{_LINEARS}:_grad_accum_fusion_available", True, why)
     yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_thd", rotate_documents, "its own asks the host twice a layer")
+    why = "its own copies an index from the host to a CUDA device in every pass"
+    for module in ("rotary_pos_embedding", "yarn_rotary_pos_embedding"):
+        yield NamePatch(f"{_EMBEDDINGS}.{module}:get_pos_emb_on_this_cp_rank", angles_of_this_rank, why)
     if is_fusing:
         rotate = compile_rotation()
         yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_bshd", rotate, "one kernel instead of seven passes")

@@ -14,10 +14,10 @@ import torch
 
 from configs.errors import BadInput
 from configs.stages import Config
-from parallel.collectives import any_rank, from_last_pp_stage, gather_over_tp
+from parallel.collectives import any_rank, from_last_pp_stage, gather_over_cp, gather_over_tp
 from parallel.mesh import Mesh
 from parallel.schedule import run_schedule
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, share_of
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_model_state
@@ -43,28 +43,33 @@ class ShardedModel:
     def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], torch.Tensor]) -> list[torch.Tensor]:
         """Return what `forward(model, batch)` gives for each microbatch: on the last pipeline stage, elsewhere nothing.
 
-        Such a tensor becomes a column of its batch, for the objective of another model.
+        Such a tensor, `[micro_batch, seq]` on all cp ranks, becomes a column of its batch, for the objective of another
+        model.
         """
         self._set_training(False)
 
         def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             return forward(model, next(microbatches).to(self.mesh.device)), _hand_over
 
-        return self._run(forward_step, batches, forward_only=True, collect_outputs=True)
+        outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
+        return [gather_over_cp(output, self.mesh) for output in outputs]
 
     @torch.no_grad()
     def compute_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the fp32 logits `[batch, seq, vocab_size]` of `tokens [batch, seq]` on every rank, padding cut off."""
         self._set_training(False)
         batch, seq_len = tokens.shape
-        # sp splits the sequence over tp; causal attention does not see what is appended.
-        padded_len = math.ceil(seq_len / self.mesh.tp_size) * self.mesh.tp_size
-        padded = torch.nn.functional.pad(tokens, (0, padded_len - seq_len)).to(self.mesh.device)
-        positions = torch.arange(padded_len, device=self.mesh.device).expand(batch, -1)
+        # cp and sp split the sequence; causal attention does not see what is appended.
+        multiple = self.mesh.tp_size * (2 * self.mesh.cp_size if self.mesh.cp_size > 1 else 1)
+        padded_len = math.ceil(seq_len / multiple) * multiple
+        padded = torch.nn.functional.pad(tokens, (0, padded_len - seq_len))
+        positions = torch.arange(padded_len).expand(batch, -1)
+        whole = Batch(padded, padded, positions, torch.zeros(padded.shape))
+        share = share_of(whole, self.mesh.cp_rank, self.mesh.cp_size).to(self.mesh.device)
 
         def forward_step(microbatches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             next(microbatches)
-            return model(padded, positions, None), _hand_over
+            return model(share.tokens, share.position_ids, None), _hand_over
 
         outputs = run_schedule(
             forward_step,
@@ -79,7 +84,8 @@ class ShardedModel:
         vocab_size = self.config.model.vocab_size
         logits = torch.empty(batch, seq_len, vocab_size, device=self.mesh.device)
         if self.mesh.is_last_pp_stage:
-            logits = gather_over_tp(outputs[0].float(), self.mesh)[:, :seq_len, :vocab_size].contiguous()
+            logits = gather_over_cp(gather_over_tp(outputs[0].float(), self.mesh), self.mesh)
+            logits = logits[:, :seq_len, :vocab_size].contiguous()
         return from_last_pp_stage(logits, self.mesh)
 
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
@@ -126,10 +132,14 @@ class ShardedModel:
         for module in self.modules:
             module.train(is_training)
 
+    def _shares(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return this rank's part of the rows that cp ranks share."""
+        return [share_of(batch, self.mesh.cp_rank, self.mesh.cp_size) for batch in batches]
+
     def _run(
         self, forward_step: Any, batches: Sequence[Batch], *, forward_only: bool, collect_outputs: bool = False
     ) -> list[Any]:
-        rows, seq_len = batches[0].tokens.shape
+        rows, seq_len = batches[0].tokens.shape[0], batches[0].tokens.shape[1] * self.mesh.cp_size
         is_packed = batches[0].documents is not None
         return run_schedule(
             forward_step,

@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from configs.context_parallel import resolve_cp_attention
 from configs.plan.derive import padded_vocab_size
 from configs.sections.model import MlaConfig, ModelConfig
 from configs.stages import Config
@@ -26,17 +27,22 @@ from trainer.model.attention.core import FlashCoreAttention, SdpaCoreAttention
 from trainer.model.config import build_transformer_config
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
+from trainer.model.rotate import rotate_by_position
 
 
 def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTModel]:
     """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights."""
     transformer = build_transformer_config(config, mesh, use_te=use_te)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
+    is_shared = mesh.cp_size > 1 and resolve_cp_attention(config, has_te=use_te) != "te"
     attention = None
-    if not use_te:
+    if not use_te or is_shared:
         has_flash = mesh.platform.has_flash_attention(config.precision.compute)
         attention = FlashCoreAttention if has_flash else SdpaCoreAttention
-    return [_build_chunk(config.model, transformer, mesh, vpp_rank, attention) for vpp_rank in range(mesh.vpp_size)]
+    return [
+        _build_chunk(config.model, transformer, mesh, vpp_rank, use_te=use_te, attention=attention)
+        for vpp_rank in range(mesh.vpp_size)
+    ]
 
 
 def _build_chunk(
@@ -44,16 +50,20 @@ def _build_chunk(
     transformer: TransformerConfig,
     mesh: Mesh,
     vpp_rank: int,
+    *,
+    use_te: bool,
     attention: type[SdpaCoreAttention] | None,
 ) -> GPTModel:
-    """Return one chunk with our kernels and this core attention, or with Transformer Engine's layers for None."""
-    use_te = attention is None
+    """Return one chunk with our kernels or Transformer Engine's layers, and this core attention or that of the layers."""
     vp_stage = vpp_rank if mesh.vpp_size > 1 else None
     spec = get_gpt_decoder_block_spec(
         transformer, use_transformer_engine=use_te, normalization=transformer.normalization, vp_stage=vp_stage
     )
+    if not use_te:
+        _use_torch_norms(spec, transformer)
     if attention is not None:
-        _use_torch_kernels(spec, transformer, attention)
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = attention
     chunk = GPTModel(
         config=transformer,
         transformer_layer_spec=spec,
@@ -67,6 +77,8 @@ def _build_chunk(
         rotary_base=model.rope.base,
         vp_stage=vp_stage,
     ).to(mesh.device)
+    if attention is not None:
+        chunk.register_forward_pre_hook(rotate_by_position, with_kwargs=True)
     _set_rotary_frequencies(chunk, model, mesh.device)
     _hide_vocabulary_padding(chunk, model, mesh)
     if model.mla is not None and model.mla.q_lora_rank is None:
@@ -81,17 +93,14 @@ def _build_chunk(
     return chunk
 
 
-def _use_torch_kernels(
-    spec: TransformerBlockSubmodules, transformer: TransformerConfig, core_attention: type[SdpaCoreAttention]
-) -> None:
-    """Put our norm and core attention into the local spec, whose own refuse sp and MLA and hold seq x seq scores."""
+def _use_torch_norms(spec: TransformerBlockSubmodules, transformer: TransformerConfig) -> None:
+    """Put our norm into the local spec, whose own refuses sp."""
     norm = RMSNorm if transformer.normalization == "RMSNorm" else LayerNorm
     spec.layer_norm = norm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
         attention: Any = layer.submodules.self_attention.submodules
-        attention.core_attention = core_attention
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) is not IdentityOp:
                 setattr(attention, name, norm)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from configs.context_parallel import resolve_cp_attention
 from configs.sections.model import ModelConfig, MoeConfig
 from configs.sections.train import RecomputeConfig
 from configs.stages import Config
@@ -20,13 +21,18 @@ ACTIVATIONS = {
     "gelu": (False, F.gelu),
     "squared_relu": (False, squared_relu),
 }
+# Megatron-Core's names of what `parallel.cp_attention` means; it hands them to the core attention.
+CP_EXCHANGES = {
+    "te": "p2p", "ring": "p2p", "all_gather": "all_gather", "ulysses": "a2a", "hierarchical": "a2a+p2p",
+}  # fmt: skip
 BALANCING = {"aux_loss": "aux_loss", "bias": "none", "none": "none"}
 
 
 def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> TransformerConfig:
     """Return the `TransformerConfig` of this run's model and layout; Megatron-Core validates it once more."""
     model = config.model
-    fields = _architecture(model) | _layout(config) | model_precision(config, use_te=use_te)
+    cp_attention = resolve_cp_attention(config, has_te=use_te)
+    fields = _architecture(model) | _layout(config, cp_attention) | model_precision(config, use_te=use_te)
     fields |= _recompute(config.train.recompute)
     if model.moe is not None:
         fields |= _moe(model, model.moe, config, use_te=use_te)
@@ -35,7 +41,10 @@ def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> Tra
         # Megatron-Core's fused gelu and geglu are the tanh approximation, which is another function.
         "bias_activation_fusion": fuses and model.activation == "swiglu",
         "bias_dropout_fusion": fuses,
-        "apply_rope_fusion": fuses and use_te and model.mla is None,
+        "apply_rope_fusion": fuses
+        and use_te
+        and model.mla is None
+        and (config.parallel.cp == 1 or cp_attention == "te"),
         "gradient_accumulation_fusion": fuses or compute == "fp32",  # trainer.model.weight_gradients
         # Megatron-Core's fused loss rounds its gradient to bf16, whatever the format of the logits.
         "cross_entropy_loss_fusion": fuses and compute == "bf16",
@@ -71,13 +80,14 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layout(config: Config) -> dict[str, Any]:
+def _layout(config: Config, cp_attention: str) -> dict[str, Any]:
     sizes = config.parallel
     return {
         "tensor_model_parallel_size": sizes.tp,
         "pipeline_model_parallel_size": sizes.pp,
         "virtual_pipeline_model_parallel_size": sizes.vpp if sizes.vpp > 1 else None,
         "context_parallel_size": sizes.cp,
+        "cp_comm_type": CP_EXCHANGES[cp_attention] if sizes.cp > 1 else None,
         "expert_model_parallel_size": sizes.ep,
         "expert_tensor_parallel_size": sizes.etp or sizes.tp,
         "sequence_parallel": sizes.sp,

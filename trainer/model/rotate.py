@@ -1,41 +1,54 @@
 """Rotary position embedding of packed documents without asking the host, and the rotation as one kernel.
 
 Megatron-Core rotates document by document and reads their lengths back from the device twice a layer, where it waits
-for all work queued. Here each token looks up the angles of its own position. Used where Transformer Engine's fused
-rotation is not.
+for all work queued. Here each token looks up the angles of its own position, which also serves ranks that share a
+sequence, however it is split. Used where Transformer Engine's fused rotation is not.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
+from parallel.sequence_split import segments_of
+
 _NUM_COMPILED = 64
-_rotate_one_by_one = rope_utils._apply_rotary_pos_emb_thd
 
 
-def document_positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Return each token's position in its document, int32 `[num_tokens]`, from the boundaries `[documents + 1]`."""
-    places = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens, places, right=True) - 1
-    return places - cu_seqlens[document]
+def rotate_by_position(chunk: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Hand the positions of packed tokens down to `rotate_documents`: a forward pre-hook of model chunks.
+
+    Megatron-Core gives the rotation, alone, the padded boundaries where there are any; ours are never padded.
+    """
+    packed = options.get("packed_seq_params")
+    if packed is None:
+        return None
+    positions = args[1].flatten()
+    packed = replace(packed, cu_seqlens_q_padded=positions, cu_seqlens_kv_padded=positions)
+    return args, options | {"packed_seq_params": packed}
 
 
 def rotate_documents(
-    tokens: torch.Tensor, cu_seqlens: torch.Tensor, frequencies: torch.Tensor, *args: Any, **options: Any
+    tokens: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, *args: Any, **options: Any
 ) -> torch.Tensor:
     """Rotate `tokens [total, heads, dim]` by the angles `frequencies [max_seqlen, 1, 1, rotated]`, in radians.
 
-    Su et al. 2021 (arXiv:2104.09864) eq. 34, with positions that start at 0 in each document. The arguments are those
-    of Megatron-Core's own function, which goes on serving context parallelism.
+    Su et al. 2021 (arXiv:2104.09864) eq. 34, at the `positions [total]` that `rotate_by_position` handed down. The
+    arguments are otherwise those of Megatron-Core's own function.
     """
-    cp_group = options.pop("cp_group", None)
-    if cp_group is not None and cp_group.size() > 1:
-        return _rotate_one_by_one(tokens, cu_seqlens, frequencies, *args, cp_group=cp_group, **options)
-    angles = frequencies[document_positions(cu_seqlens, tokens.shape[0])]
+    options.pop("cp_group", None)
+    angles = frequencies[positions]
     return rope_utils._apply_rotary_pos_emb_bshd(tokens.unsqueeze(1), angles, *args, **options).squeeze(1)
+
+
+def angles_of_this_rank(angles: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+    """Return the part of `angles`, along dimension `seq_dim`, that belongs to this context-parallel rank's tokens."""
+    length = angles.shape[seq_dim]
+    segments = segments_of(cp_group.rank(), cp_group.size(), num_rows=1, seq_len=length)
+    return torch.cat([angles.narrow(seq_dim, one.start, one.length) for one in segments], dim=seq_dim)
 
 
 def compile_rotation() -> Any:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from configs.errors import BadInput, ExitCode
-from configs.rules.layout import check_runnable
 from configs.stages import Config
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
@@ -38,7 +37,7 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     Raises ShardwrightError for what a user can mend. Collective: all ranks of the world must call this.
     """
     platform = load_platform(platform_name)
-    problem = next(check_runnable(config), None) or platform.check_precision(config.precision.compute)
+    problem = platform.check_precision(config.precision.compute)
     if config.precision.fp8 is not None and config.precision.fp8.backend != "emulated":
         problem = problem or platform.check_fp8(config.precision.fp8.recipe)
     if problem:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from trainer.data.batch import Batch
+from trainer.model.attention.documents import PackedDocuments
 
 
 def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
@@ -19,12 +19,14 @@ def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
     documents = batch.documents
     if documents is None:
         return model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    packed = PackedSeqParams(
+    packed = PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=documents.cu_seqlens,
         cu_seqlens_kv=documents.cu_seqlens,
         max_seqlen_q=documents.max_seqlen,
         max_seqlen_kv=documents.max_seqlen,
+        bounds=documents.bounds,
+        num_rows=len(batch.tokens),
     )
     flat = [part.reshape(1, -1) for part in (batch.tokens, batch.position_ids, batch.labels)]
     return model(flat[0], flat[1], None, labels=flat[2], packed_seq_params=packed)

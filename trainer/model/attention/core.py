@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from trainer.model.attention.documents import PackedDocuments
+from trainer.model.attention.methods import METHODS, Groups, Split
 
 _WIDEST_HEAD = 256  # that flash attention takes
 
@@ -36,9 +38,16 @@ class SdpaCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
+        self._attend_shared, self._groups = None, None
+        if config.context_parallel_size > 1:
+            assert cp_comm_type is not None
+            neighbours = pg_collection.hcp if cp_comm_type == "a2a+p2p" else (None, None)
+            self._attend_shared, self._groups = METHODS[cp_comm_type], Groups(pg_collection.cp, *neighbours)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -51,7 +60,7 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedDocuments | None = None,
     ) -> torch.Tensor:
         """Attend within each row, or within each document when `packed_seq_params` gives their boundaries.
 
@@ -64,6 +73,8 @@ class SdpaCoreAttention(MegatronModule):
         causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
         # As a slice of the projection's output it would keep all of that, queries and keys, for the backward pass.
         value = value.contiguous()
+        if self._attend_shared is not None:
+            return self._attend_over_ranks(query, key, value, packed_seq_params)
         if packed_seq_params is None:
             # [s, b, h, d] -> [b, h, s, d]
             by_head = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
@@ -71,13 +82,30 @@ class SdpaCoreAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).flatten(2)
         return self._attend_documents(query, key, value, causal, packed_seq_params)
 
-    def _attend_documents(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedSeqParams
+    def _attend_over_ranks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments | None
     ) -> torch.Tensor:
-        """Attend over `[total, heads, dim]` document by document; asks the host for their boundaries."""
+        """Attend, always causally, over a sequence of which this rank has its part, in the shapes of `forward`."""
+        assert self._attend_shared is not None and self._groups is not None
+        size, scale = self._groups.whole.size(), self.softmax_scale or query.shape[-1] ** -0.5
+        if documents is None:  # [s, b, h, d] -> [b, h, s, d]
+            split = Split(num_rows=1, seq_len=len(query) * size, bounds=(0, len(query) * size))
+            parts = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
+            output = self._attend_shared(*parts, None, split, self._groups, scale)
+            return output.permute(2, 0, 1, 3).flatten(2)
+        # [t, h, d] -> [1, h, t, d]
+        split = Split(documents.num_rows, len(query) * size // documents.num_rows, documents.bounds)
+        parts = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
+        output = self._attend_shared(*parts, None, split, self._groups, scale)
+        return output.squeeze(0).transpose(0, 1).flatten(1)
+
+    def _attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedDocuments
+    ) -> torch.Tensor:
+        """Attend over `[total, heads, dim]` document by document."""
         # [t, h, d] -> [1, h, t, d]
         query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-        bounds = documents.cu_seqlens_q.tolist()
+        bounds = documents.bounds
         outputs = [
             self._attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], causal)
             for start, end in zip(bounds[:-1], bounds[1:], strict=True)
@@ -120,7 +148,7 @@ class FlashCoreAttention(SdpaCoreAttention):
     takes_groups = True
 
     def _attend_documents(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedSeqParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedDocuments
     ) -> torch.Tensor:
         """Attend over `[total, heads, dim]` in one kernel, which reads the boundaries on the device."""
         has_dropout, widest = self.training and self.dropout > 0, max(query.shape[-1], value.shape[-1])

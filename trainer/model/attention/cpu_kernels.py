@@ -50,7 +50,16 @@ def attend_tile_backward(
         query_, key_, value_ = _parts(query, key, value, block, width, groups)
         out, given = (_widen(part[:, :, rows], width) for part in (output, gradient))
         parts = _BACKWARD(
-            given, query_, key_, value_, out, log_sum[:, :, rows], 0.0, _is_plain(block), attn_mask=_mask(block, query), scale=scale
+            given,
+            query_,
+            key_,
+            value_,
+            out,
+            log_sum[:, :, rows],
+            0.0,
+            _is_plain(block),
+            attn_mask=_mask(block, query),
+            scale=scale,
         )
         sums[0][:, :, rows] += parts[0][..., : query.shape[-1]]
         for total, part in zip(sums[1:], parts[1:], strict=True):
@@ -96,7 +105,9 @@ def _parts(
 ) -> tuple[torch.Tensor, ...]:
     rows, columns = slice(*tile.queries), slice(*tile.keys)
     pair = (_widen(part[:, :, columns], width) for part in (key, value))
-    return _widen(query[:, :, rows], width), *(part.repeat_interleave(groups, 1) if groups > 1 else part for part in pair)
+    return _widen(query[:, :, rows], width), *(
+        part.repeat_interleave(groups, 1) if groups > 1 else part for part in pair
+    )
 
 
 def _widen(part: torch.Tensor, width: int) -> torch.Tensor:

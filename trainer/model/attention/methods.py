@@ -117,11 +117,12 @@ def attend_hierarchical(
     return TokensForHeads.apply(output, groups.inner)
 
 
+# By Megatron-Core's names of the exchanges, `cp_comm_type`.
 METHODS: dict[str, Attend] = {
-    "ring": attend_ring,
+    "p2p": attend_ring,
     "all_gather": attend_gathered,
-    "ulysses": attend_heads,
-    "hierarchical": attend_hierarchical,
+    "a2a": attend_heads,
+    "a2a+p2p": attend_hierarchical,
 }
 
 

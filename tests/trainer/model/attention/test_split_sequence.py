@@ -82,7 +82,14 @@ CASES = {
     "window": (2, 16, ONE_ROW | {"window": 9}, False),
     "window_documents_sinks": (2, 16, DOCUMENTS | {"window": 21}, True),
 }
-WAYS = [("ring", 2, 1), ("ring", 4, 1), ("all_gather", 2, 1), ("all_gather", 4, 1), ("ulysses", 2, 2), ("ulysses", 4, 4)]
+WAYS = [
+    ("ring", 2, 1),
+    ("ring", 4, 1),
+    ("all_gather", 2, 1),
+    ("all_gather", 4, 1),
+    ("ulysses", 2, 2),
+    ("ulysses", 4, 4),
+]
 
 
 @pytest.mark.parametrize("method, world, inner", [*WAYS, ("hierarchical", 4, 2)])

@@ -1,0 +1,64 @@
+"""How context-parallel ranks share attention, as plain data. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.fp8 import uses_te_layers
+from configs.stages import Config
+
+
+def resolve_cp_attention(config: Config, *, has_te: bool) -> str:
+    """Return the method that `parallel.cp_attention` means on a machine with or without Transformer Engine.
+
+    Transformer Engine splits each document for itself, so that rows of documents, split as a whole, are for ours.
+    """
+    if config.parallel.cp_attention != "auto":
+        return config.parallel.cp_attention
+    return "te" if uses_te_layers(config, has_te=has_te) and not config.data.document_mask else "ring"
+
+
+def check_cp_attention(config: Config, *, has_te: bool) -> Iterator[str]:
+    """Yield what is wrong with the method that is asked for."""
+    parallel, model = config.parallel, config.model
+    method = resolve_cp_attention(config, has_te=has_te)
+    if parallel.cp_inner is not None and method != "hierarchical":
+        yield f"parallel.cp_inner: is for parallel.cp_attention=hierarchical, which is {method}; set it to null"
+    if parallel.cp == 1:
+        return
+    if method == "te" and not uses_te_layers(config, has_te=has_te):
+        yield "parallel.cp_attention: te needs layers of Transformer Engine; a value that would work: ring"
+    if method == "te" and config.data.document_mask:
+        yield (
+            "parallel.cp_attention: te splits each document for itself, and data.document_mask packs documents of any "
+            "length; a value that would work: ring"
+        )
+    if model.attention_dropout > 0 and method != "te":
+        yield (
+            f"model.attention_dropout: {model.attention_dropout} is not drawn alike on the ranks of parallel.cp="
+            f"{parallel.cp}; a value that would work: 0.0"
+        )
+    if method == "hierarchical":
+        works = [size for size in range(2, parallel.cp) if parallel.cp % size == 0]
+        if parallel.cp_inner not in works:
+            advice = f"a value that would work: {works[0]}" if works else "set parallel.cp_attention=ring"
+            yield (
+                f"parallel.cp_inner: {parallel.cp_inner} neighbours are no smaller part of parallel.cp={parallel.cp}; "
+                f"{advice}"
+            )
+            return
+    if method in ("ulysses", "hierarchical"):
+        yield from _check_heads(config, parallel.cp if method == "ulysses" else parallel.cp_inner or 1)
+
+
+def _check_heads(config: Config, num_ranks: int) -> Iterator[str]:
+    """Yield whether so many ranks cannot divide the heads of a tp rank among them."""
+    model, tp = config.model, config.parallel.tp
+    heads = model.num_attention_heads // tp
+    groups = heads if model.mla is not None else (model.num_query_groups or model.num_attention_heads) // tp
+    if heads % num_ranks or (groups % num_ranks and num_ranks % max(groups, 1)):
+        name = "parallel.cp_attention" if config.parallel.cp_attention == "ulysses" else "parallel.cp_inner"
+        yield (
+            f"{name}: {num_ranks} ranks cannot divide {heads} query heads and {groups} key-value heads (of a tp rank) "
+            "among them; a value that would work: parallel.cp_attention=ring"
+        )

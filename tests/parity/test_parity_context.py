@@ -1,0 +1,40 @@
+"""Context parallelism: every way of sharing attention, with every other axis, gives one rank's losses and gradients."""
+
+from __future__ import annotations
+
+import pytest
+
+CP2, CP4 = {"cp": 2}, {"cp": 4}
+ULYSSES = {"cp_attention": "ulysses"}
+HIERARCHICAL = {"cp": 4, "cp_attention": "hierarchical", "cp_inner": 2}
+METHODS = {
+    "ring_cp2": (2, CP2),
+    "ring_cp4": (4, CP4),
+    "all_gather_cp2": (2, CP2 | {"cp_attention": "all_gather"}),
+    "all_gather_cp4": (4, CP4 | {"cp_attention": "all_gather"}),
+    "ulysses_cp2": (2, CP2 | ULYSSES),
+    "ulysses_cp4_more_ranks_than_key_heads": (4, CP4 | ULYSSES),
+    "hierarchical_cp4": (4, HIERARCHICAL),
+}
+LAYOUTS = {
+    "cp2_dp2": (4, CP2),
+    "cp2_tp2": (4, CP2 | {"tp": 2}),
+    "cp2_tp2_sp": (4, CP2 | {"tp": 2, "sp": True}),
+    "cp2_pp2": (4, CP2 | {"pp": 2}),
+    "cp2_pp2_vpp2": (4, CP2 | {"pp": 2, "vpp": 2}),
+    "ulysses_cp2_tp2": (4, CP2 | ULYSSES | {"tp": 2}),
+    "all_gather_cp2_pp2": (4, CP2 | {"cp_attention": "all_gather", "pp": 2}),
+}
+
+
+@pytest.mark.parametrize("masks", ["uneven", "documents"])
+@pytest.mark.parametrize("name", METHODS)
+def test_method_equals_one_rank(judge, name, masks):
+    sections = {"data": {"document_mask": True}} if masks == "documents" else {}
+    judge.check(*METHODS[name], masks=masks, **sections)
+
+
+@pytest.mark.parametrize("masks", ["uneven", "documents"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(judge, name, masks):
+    judge.check(*LAYOUTS[name], masks=masks)
