@@ -26,7 +26,8 @@ def machine_problems(config: Config, platform_name: PlatformName) -> list[str]:
     """Return what this version, or this machine's devices, cannot do."""
     from configs.rules.fp8 import check_backend
 
-    fp8, problems = config.precision.fp8, []
+    fp8 = config.precision.fp8
+    problems: list[str] = []
     if fp8 is not None:
         problems += check_backend(fp8, platform=platform_name, has_te=has_transformer_engine())
     return problems

@@ -50,7 +50,7 @@ def gather_over_tp(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
 
 def gather_over_cp(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Return the rows whose parts the cp ranks have along dimension 1, in order. Collective: all ranks of the cp group."""
+    """Return the rows of whose dimension 1 each cp rank has its part. Collective: all ranks of the cp group."""
     if mesh.cp_size == 1:
         return values
     parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(mesh.cp_size)]

@@ -38,3 +38,36 @@ def test_method_equals_one_rank(judge, name, masks):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_rank(judge, name, masks):
     judge.check(*LAYOUTS[name], masks=masks)
+
+
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64}
+MODELS = {
+    "experts_balanced": {"moe": MOE | {"z_loss_coeff": 1e-2}},
+    "experts_bias": {"moe": MOE | {"score_function": "sigmoid", "balancing": "bias"}},
+    "latent": {
+        "num_query_groups": None,
+        "rope": {"interleaved": True},
+        "mla": {
+            "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16
+        },
+    },
+    "one_key_head": {"num_query_groups": 1},
+    "yarn": {"rope": {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("masks", ["uneven", "documents"])
+@pytest.mark.parametrize("name", MODELS)
+def test_architecture_equals_one_rank(judge, name, masks):
+    judge.check(2, CP2, masks=masks, model=MODELS[name])
+
+
+@pytest.mark.parametrize("parallel", [CP2 | {"ep": 2}, CP2 | {"ep": 2, "tp": 2, "sp": True}], ids=["ep2", "ep2_tp2_sp"])
+@pytest.mark.parametrize("name", ["experts_balanced", "experts_bias"])
+def test_experts_equal_one_rank(judge, name, parallel):
+    judge.check(2 * parallel.get("tp", 1), parallel, masks="uneven", model=MODELS[name])
+
+
+@pytest.mark.parametrize("fields", [{"granularity": "selective"}, {"granularity": "full", "num_layers": 1}])
+def test_recomputation_equals_one_rank(judge, fields):
+    judge.check(2, CP2, masks="documents", train={"recompute": fields})

@@ -54,7 +54,7 @@ def _build_chunk(
     use_te: bool,
     attention: type[SdpaCoreAttention] | None,
 ) -> GPTModel:
-    """Return one chunk with our kernels or Transformer Engine's layers, and this core attention or that of the layers."""
+    """Return one chunk with our kernels or Transformer Engine's layers, and this core attention or the layers' own."""
     vp_stage = vpp_rank if mesh.vpp_size > 1 else None
     spec = get_gpt_decoder_block_spec(
         transformer, use_transformer_engine=use_te, normalization=transformer.normalization, vp_stage=vp_stage

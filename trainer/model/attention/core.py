@@ -17,7 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from trainer.model.attention.documents import PackedDocuments
-from trainer.model.attention.methods import METHODS, Groups, Split
+from trainer.model.attention.methods import METHODS, Attended, Sharing, Split
+from trainer.model.attention.tile_kernels import CpuTiles, FlashTiles, TileKernels
 
 _WIDEST_HEAD = 256  # that flash attention takes
 
@@ -25,6 +26,8 @@ _WIDEST_HEAD = 256  # that flash attention takes
 class SdpaCoreAttention(MegatronModule):
     """softmax(Q K^T * scale) V with Megatron-Core's core-attention interface (Vaswani et al. 2017, eq. 1)."""
 
+    tiles: TileKernels = CpuTiles()
+    """What attends where ranks share a sequence."""
     takes_groups = False
     """Whether the kernels take fewer heads of keys and values than of queries; else these are repeated."""
 
@@ -43,11 +46,11 @@ class SdpaCoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self._attend_shared, self._groups = None, None
+        self._method, self._sharing = None, None
         if config.context_parallel_size > 1:
             assert cp_comm_type is not None
             neighbours = pg_collection.hcp if cp_comm_type == "a2a+p2p" else (None, None)
-            self._attend_shared, self._groups = METHODS[cp_comm_type], Groups(pg_collection.cp, *neighbours)
+            self._method, self._sharing = METHODS[cp_comm_type], Sharing(self.tiles, pg_collection.cp, *neighbours)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -73,7 +76,7 @@ class SdpaCoreAttention(MegatronModule):
         causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
         # As a slice of the projection's output it would keep all of that, queries and keys, for the backward pass.
         value = value.contiguous()
-        if self._attend_shared is not None:
+        if self._method is not None:
             return self._attend_over_ranks(query, key, value, packed_seq_params)
         if packed_seq_params is None:
             # [s, b, h, d] -> [b, h, s, d]
@@ -86,18 +89,18 @@ class SdpaCoreAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments | None
     ) -> torch.Tensor:
         """Attend, always causally, over a sequence of which this rank has its part, in the shapes of `forward`."""
-        assert self._attend_shared is not None and self._groups is not None
-        size, scale = self._groups.whole.size(), self.softmax_scale or query.shape[-1] ** -0.5
+        assert self._method is not None and self._sharing is not None
+        size, scale = self._sharing.whole.size(), self.softmax_scale or query.shape[-1] ** -0.5
         if documents is None:  # [s, b, h, d] -> [b, h, s, d]
             split = Split(num_rows=1, seq_len=len(query) * size, bounds=(0, len(query) * size))
-            parts = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
-            output = self._attend_shared(*parts, None, split, self._groups, scale)
-            return output.permute(2, 0, 1, 3).flatten(2)
+            query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+            what = Attended(query, key, value, scale)
+            return self._method(what, split, self._sharing).permute(2, 0, 1, 3).flatten(2)
         # [t, h, d] -> [1, h, t, d]
         split = Split(documents.num_rows, len(query) * size // documents.num_rows, documents.bounds)
-        parts = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
-        output = self._attend_shared(*parts, None, split, self._groups, scale)
-        return output.squeeze(0).transpose(0, 1).flatten(1)
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        what = Attended(query, key, value, scale)
+        return self._method(what, split, self._sharing).squeeze(0).transpose(0, 1).flatten(1)
 
     def _attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedDocuments
@@ -145,6 +148,7 @@ class SdpaCoreAttention(MegatronModule):
 class FlashCoreAttention(SdpaCoreAttention):
     """The same on torch's flash kernels (Dao 2023, arXiv:2307.08691), in formats of 16 bits."""
 
+    tiles = FlashTiles()
     takes_groups = True
 
     def _attend_documents(

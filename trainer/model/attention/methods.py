@@ -5,14 +5,14 @@
     ulysses        all-to-all between tokens and heads (arXiv:2309.14509); heads must divide
     hierarchical   ulysses among `cp_inner` neighbours, a ring across them
 
-All are exact. Queries `[batch, heads, seq/cp, dim]`, keys and values `[batch, groups, seq/cp, dim]`.
+All are exact.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch
 from parallel.sequence_split import Segment, segments_of
 from trainer.model.attention.exchange import GatherTokens, HeadsForTokens, TokensForHeads
 from trainer.model.attention.ring import RingAttention
+from trainer.model.attention.tile_kernels import TileKernels
 from trainer.model.attention.tiles import Tile, plan_tiles
 
 
@@ -38,83 +39,68 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """The ranks that share a sequence; for `hierarchical`, neighbours and every neighbourhood's rank of this place."""
+class Sharing:
+    """The ranks that share a sequence, and what each computes its part with."""
 
+    kernels: TileKernels
     whole: Any
+    """All of them."""
     inner: Any = None
+    """hierarchical: this rank's neighbours."""
     outer: Any = None
+    """hierarchical: the ranks of this place among their neighbours."""
 
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", Split, Groups, float], torch.Tensor]
+@dataclass(frozen=True)
+class Attended:
+    """Queries `[batch, heads, seq/cp, dim]`, keys and values `[batch, groups, seq/cp, dim]`, and how they attend."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    sink: torch.Tensor | None = None
+    """A logit for each head that has no key."""
 
 
-def attend_ring(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sink: torch.Tensor | None,
-    split: Split,
-    groups: Groups,
-    scale: float,
-) -> torch.Tensor:
-    """Attend while keys and values go round. Collective: all ranks of the group must call this."""
-    plan = _plan_ring(split, groups.whole.rank(), groups.whole.size(), 1)
-    return RingAttention.apply(query, key, value, sink, plan, groups.whole, scale)
+Attend = Callable[[Attended, Split, Sharing], torch.Tensor]
 
 
-def attend_gathered(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sink: torch.Tensor | None,
-    split: Split,
-    groups: Groups,
-    scale: float,
-) -> torch.Tensor:
-    """Attend over the keys and values of all ranks. Collective: all ranks of the group must call this."""
-    rank, size = groups.whole.rank(), groups.whole.size()
+def attend_ring(what: Attended, split: Split, sharing: Sharing) -> torch.Tensor:
+    """Attend while keys and values go round. Collective: all ranks that share the sequence must call this."""
+    plan = _plan_ring(split, sharing.whole.rank(), sharing.whole.size(), 1)
+    return _attend(what, plan, sharing.whole, sharing)
+
+
+def attend_gathered(what: Attended, split: Split, sharing: Sharing) -> torch.Tensor:
+    """Attend over the keys and values of all ranks. Collective: all ranks that share the sequence must call this."""
+    rank, size = sharing.whole.rank(), sharing.whole.size()
     plan = (_plan(split, (rank,), tuple(range(size)), size),)
-    key, value = (GatherTokens.apply(part, groups.whole) for part in (key, value))
-    return RingAttention.apply(query, key, value, sink, plan, None, scale)
+    key, value = (GatherTokens.apply(part, sharing.whole) for part in (what.key, what.value))
+    return _attend(replace(what, key=key, value=value), plan, None, sharing)
 
 
-def attend_heads(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sink: torch.Tensor | None,
-    split: Split,
-    groups: Groups,
-    scale: float,
-) -> torch.Tensor:
-    """Attend with some of the heads over all tokens. Collective: all ranks of the group must call this."""
-    return attend_hierarchical(query, key, value, sink, split, Groups(groups.whole, groups.whole, None), scale)
+def attend_heads(what: Attended, split: Split, sharing: Sharing) -> torch.Tensor:
+    """Attend with some of the heads over all tokens. Collective: all ranks that share the sequence must call this."""
+    return attend_hierarchical(what, split, replace(sharing, inner=sharing.whole, outer=None))
 
 
-def attend_hierarchical(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sink: torch.Tensor | None,
-    split: Split,
-    groups: Groups,
-    scale: float,
-) -> torch.Tensor:
+def attend_hierarchical(what: Attended, split: Split, sharing: Sharing) -> torch.Tensor:
     """Attend with some of the heads over the neighbours' tokens, while the keys of such heads go round the others.
 
-    Fewer groups of keys than neighbours are repeated. Collective: all ranks of the group must call this.
+    Fewer groups of keys than neighbours are repeated. Collective: all ranks that share the sequence must call this.
     """
-    inner, size = groups.inner.size(), groups.whole.size()
+    inner, outer = sharing.inner.size(), sharing.outer
+    key, value, sink = what.key, what.value, what.sink
     if key.shape[1] < inner:
         key, value = (part.repeat_interleave(inner // key.shape[1], dim=1) for part in (key, value))
-    query, key, value = (HeadsForTokens.apply(part, groups.inner) for part in (query, key, value))
+    query, key, value = (HeadsForTokens.apply(part, sharing.inner) for part in (what.query, key, value))
     if sink is not None:
-        sink = sink.chunk(inner)[groups.inner.rank()]
-    rank = 0 if groups.outer is None else groups.outer.rank()
-    plan = _plan_ring(split, rank, size // inner, inner)
-    output = RingAttention.apply(query, key, value, sink, plan, groups.outer, scale)
-    return TokensForHeads.apply(output, groups.inner)
+        sink = sink.chunk(inner)[sharing.inner.rank()]
+    place, num_places = (0, 1) if outer is None else (outer.rank(), outer.size())
+    plan = _plan_ring(split, place, num_places, inner)
+    output = _attend(Attended(query, key, value, what.scale, sink), plan, outer, sharing)
+    return TokensForHeads.apply(output, sharing.inner)
 
 
 # By Megatron-Core's names of the exchanges, `cp_comm_type`.
@@ -124,6 +110,10 @@ METHODS: dict[str, Attend] = {
     "a2a": attend_heads,
     "a2a+p2p": attend_hierarchical,
 }
+
+
+def _attend(what: Attended, plan: Sequence[Sequence[Tile]], ring: Any, sharing: Sharing) -> torch.Tensor:
+    return RingAttention.apply(what.query, what.key, what.value, what.sink, plan, ring, sharing.kernels, what.scale)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.model.attention.cpu_kernels import attend_tile, attend_tile_backward
 from trainer.model.attention.partial import PartialAttention
+from trainer.model.attention.tile_kernels import TileKernels
 from trainer.model.attention.tiles import Tile
 
 
 class RingAttention(torch.autograd.Function):
-    """`apply(query, key, value, sink, plan, group, scale)` -> output `[batch, heads, seq, dim_v]` in query's format.
+    """`apply(query, key, value, sink, plan, group, kernels, scale)` -> output `[batch, heads, seq, dim_v]`.
 
     query `[batch, heads, seq, dim]`, key `[batch, groups, seq, dim]`, value `[batch, groups, seq, dim_v]`: this rank's
     tokens. `sink [heads]` is a logit without a key, or None. `plan[t]` are the tiles of these queries with the keys of
@@ -34,21 +34,23 @@ class RingAttention(torch.autograd.Function):
         sink: torch.Tensor | None,
         plan: Sequence[Sequence[Tile]],
         group: dist.ProcessGroup | None,
+        kernels: TileKernels,
         scale: float,
     ) -> torch.Tensor:
         """Attend block by block."""
         seen = PartialAttention(query, value.shape[-1])
         block = [key, value]
-        for tiles in plan[:-1]:
-            coming = _Exchange(block, group)
-            _attend(seen, query, block, tiles, scale)
-            block = coming.wait()
-        _attend(seen, query, block, plan[-1], scale)
+        for step, tiles in enumerate(plan):
+            coming = _Exchange(block, group) if step < len(plan) - 1 else None
+            for tile in tiles:
+                for queries, output, log_sum in kernels.attend(query, block[0], block[1], tile, scale):
+                    seen.add(queries, output, log_sum)
+            block = block if coming is None else coming.wait()
         if sink is not None:
             seen.add_sink(sink)
         output = seen.output.to(query.dtype)
         ctx.save_for_backward(query, key, value, sink, output, seen.log_sum)
-        ctx.plan, ctx.group, ctx.scale = plan, group, scale
+        ctx.plan, ctx.group, ctx.kernels, ctx.scale = plan, group, kernels, scale
         return output
 
     @staticmethod
@@ -62,8 +64,8 @@ class RingAttention(torch.autograd.Function):
             coming = _Exchange(block, group) if step < len(plan) - 1 else None
             ours = [torch.zeros_like(part, dtype=torch.float32) for part in block]
             for tile in tiles:
-                sums = (of_query, ours[0], ours[1])
-                attend_tile_backward(gradient, query, *block, output, log_sum, tile, ctx.scale, sums)
+                inputs, sums = (query, block[0], block[1]), (of_query, ours[0], ours[1])
+                ctx.kernels.add_gradients(gradient, inputs, output, log_sum, tile, ctx.scale, sums)
             if of_block is not None:
                 ours = [own.add_(theirs) for own, theirs in zip(ours, of_block.wait(), strict=True)]
             if len(plan) > 1:
@@ -74,7 +76,8 @@ class RingAttention(torch.autograd.Function):
         if sink is not None:  # its value is zero, so that of its weight's gradient the mean over all keys is left
             mean = (gradient.float() * output.float()).sum(-1)
             of_sink = -(torch.exp(sink.float()[:, None] - log_sum) * mean).sum((0, 2)).to(sink.dtype)
-        return (of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), of_sink, None, None, None)
+        gradients = (of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), of_sink)
+        return (*gradients, None, None, None, None)
 
 
 class _Exchange:
@@ -95,11 +98,3 @@ class _Exchange:
         for request in self._requests:
             request.wait()
         return self._received
-
-
-def _attend(
-    seen: PartialAttention, query: torch.Tensor, block: list[torch.Tensor], tiles: Sequence[Tile], scale: float
-) -> None:
-    for tile in tiles:
-        for queries, output, log_sum in attend_tile(query, *block, tile, scale):
-            seen.add(queries, output, log_sum)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from parallel.sequence_split import Segment
 
@@ -38,7 +38,7 @@ def plan_tiles(
 ) -> list[Tile]:
     """Return the rectangles of causal attention of `queries` over `keys`, which may be other ranks' tokens.
 
-    `bounds` are where documents begin among all tokens, ascending, and the end. Tiles come in the order of the queries.
+    `bounds` are where documents begin among all tokens, ascending, and the end.
     """
     tiles = [
         tile
@@ -77,17 +77,14 @@ def _tiles_between(query: Segment, key: Segment, bounds: Sequence[int], window: 
 
 def _join(tiles: list[Tile]) -> list[Tile]:
     """Make one of neighbours that together are one rectangle: fewer and larger kernels."""
-    for side, other in (("queries", "keys"), ("keys", "queries")):
-        joined: dict[tuple[int, int], list[Tile]] = {}
-        kept: list[Tile] = []
-        for tile in tiles:
-            row = joined.setdefault(getattr(tile, other), [])
-            if not tile.is_masked and row and getattr(row[-1], side)[1] == getattr(tile, side)[0]:
-                longer = replace(row[-1], **{side: (getattr(row[-1], side)[0], getattr(tile, side)[1])})
-                kept[kept.index(row[-1])] = row[-1] = longer
-                continue
-            kept.append(tile)
-            if not tile.is_masked:
-                row.append(tile)
-        tiles = kept
-    return tiles
+    plain = [(tile.queries, tile.keys) for tile in tiles if not tile.is_masked]
+    for _ in range(2):  # neighbours in the queries, then, the sides exchanged, in the keys
+        rows: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for side, other in plain:
+            row = rows.setdefault(other, [])
+            if row and row[-1][1] == side[0]:
+                row[-1] = (row[-1][0], side[1])
+            else:
+                row.append(side)
+        plain = [(other, side) for other, row in rows.items() for side in row]
+    return [Tile(queries, keys) for queries, keys in plain] + [tile for tile in tiles if tile.is_masked]

@@ -51,19 +51,20 @@ def attend_on_ranks(place: Place, method: str, inner: int, case: tuple[Any, ...]
     import torch.distributed as dist
 
     from parallel.sequence_split import segments_of
-    from trainer.model.attention.methods import METHODS, Groups, Split
+    from trainer.model.attention.methods import METHODS, Attended, Sharing, Split
+    from trainer.model.attention.tile_kernels import CpuTiles
 
     dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.world_size)
     ways = [dist.new_group(range(first, first + inner)) for first in range(0, place.world_size, inner)]
     across = [dist.new_group(range(first, place.world_size, inner)) for first in range(inner)]
-    groups = Groups(dist.group.WORLD, ways[place.rank // inner], across[place.rank % inner])
+    sharing = Sharing(CpuTiles(), dist.group.WORLD, ways[place.rank // inner], across[place.rank % inner])
     split = Split(**split_fields)
     inputs, gradient = make_case(*case)
     segments = segments_of(place.rank, place.world_size, num_rows=split.num_rows, seq_len=split.seq_len)
     mine = torch.cat([torch.arange(segment.start, segment.end) for segment in segments])
     query, key, value = (part[:, :, mine].requires_grad_() for part in inputs[:3])
     sinks = [part.requires_grad_() for part in inputs[3:]]
-    output = METHODS[method](query, key, value, sinks[0] if sinks else None, split, groups, 0.25)
+    output = METHODS[method](Attended(query, key, value, 0.25, *sinks), split, sharing)
     gradients = torch.autograd.grad(output, [query, key, value, *sinks], gradient[:, :, mine])
     for total in gradients[3:]:
         dist.all_reduce(total)
@@ -82,25 +83,18 @@ CASES = {
     "window": (2, 16, ONE_ROW | {"window": 9}, False),
     "window_documents_sinks": (2, 16, DOCUMENTS | {"window": 21}, True),
 }
-WAYS = [
-    ("ring", 2, 1),
-    ("ring", 4, 1),
-    ("all_gather", 2, 1),
-    ("all_gather", 4, 1),
-    ("ulysses", 2, 2),
-    ("ulysses", 4, 4),
-]
+WAYS = [("p2p", 2), ("p2p", 4), ("all_gather", 2), ("all_gather", 4), ("a2a", 2), ("a2a", 4), ("a2a+p2p", 4)]
 
 
-@pytest.mark.parametrize("method, world, inner", [*WAYS, ("hierarchical", 4, 2)])
+@pytest.mark.parametrize("method, world", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_shared_attention_is_attention(ranks, name, method, world, inner):
+def test_shared_attention_is_attention(ranks, name, method, world):
     import torch
 
     num_groups, dim_v, split, has_sink = CASES[name]
     case = (num_groups, dim_v, split["num_rows"], has_sink)
     expected = state_in_float64(*make_case(*case), split["bounds"], split.get("window"))
-    parts = ranks.run(attend_on_ranks, method, inner if method != "ulysses" else world, case, split, world=world)
+    parts = ranks.run(attend_on_ranks, method, 2, case, split, world=world)
     places = torch.cat([part[0] for part in parts])
     assert torch.equal(places.sort().values, torch.arange(split["num_rows"] * SEQ_LEN))
     for number, want in enumerate(expected, start=1):
