@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+
+AttentionKernels = Literal["cpu", "efficient", "flash"]
+"""What torch has for attention: for CPUs, for GPUs in any format, for newer ones in formats of 16 bits."""
 
 
 class Platform(Protocol):
@@ -58,8 +62,8 @@ class Platform(Protocol):
         """Return one sentence if the device cannot compute in this format, else None."""
         ...
 
-    def has_flash_attention(self, compute: str) -> bool:
-        """Return whether torch's flash attention runs here in this format, for grouped heads and packed documents."""
+    def attention_kernels(self, compute: str) -> AttentionKernels:
+        """Return which of torch's attention kernels run here in this format."""
         ...
 
     def check_fp8(self, recipe: str) -> str | None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from parallel.platform.base import AttentionKernels
+
 PEER_FAILURE_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
@@ -61,9 +63,9 @@ class CpuPlatform:
         """Accept every format: the CPU computes bf16 and fp16 natively or by widening."""
         return None
 
-    def has_flash_attention(self, compute: str) -> bool:
-        """Deny: the CPU's kernel takes neither grouped heads nor packed documents."""
-        return False
+    def attention_kernels(self, compute: str) -> AttentionKernels:
+        """Return the CPU's own, which takes neither grouped heads nor packed documents."""
+        return "cpu"
 
     def check_fp8(self, recipe: str) -> str | None:
         """Refuse: CPUs have no FP8 units."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from configs.errors import BadInput
+from parallel.platform.base import AttentionKernels
 from parallel.platform.gpu_peaks import find_peaks
 
 FP8_CAPABILITIES = {"blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -79,9 +80,10 @@ class CudaPlatform:
             return f"precision.compute: {torch.cuda.get_device_name()} has no bf16 units; use fp16 or fp32."
         return None
 
-    def has_flash_attention(self, compute: str) -> bool:
-        """Return whether this is Ampere or later and the format one of 16 bits."""
-        return compute in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0)
+    def attention_kernels(self, compute: str) -> AttentionKernels:
+        """Return flash attention from Ampere on in formats of 16 bits, else the one that takes them all."""
+        has_flash = compute in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0)
+        return "flash" if has_flash else "efficient"
 
     def check_fp8(self, recipe: str) -> str | None:
         """Refuse GPUs before Ada and Hopper, for blocks those before Hopper, for MXFP8 those before Blackwell."""

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from configs.context_parallel import resolve_cp_attention
 from configs.load import load_config
 from configs.plan.derive import derive_layout
 from configs.plan.show import describe
 from configs.rules.check import check_config
-from configs.rules.layout import check_runnable
 from configs.stages import Config
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -276,12 +276,45 @@ def test_each_rule_gives_its_sentence(base: list[str], overrides: list[str], wor
     assert all("\n" not in problem and ";" in problem for problem in problems), problems
 
 
-def test_context_parallelism_is_planned_but_not_run() -> None:
+CP4 = ["parallel.cp=4", "train.seq_len=64"]
+CP_RULES = [
+    (["parallel.cp_attention=te"], "parallel.cp_attention: te needs layers of Transformer Engine; a value that would"),
+    (["model.attention_dropout=0.1"], "model.attention_dropout: 0.1 is not drawn alike on the ranks of parallel.cp=4"),
+    (["parallel.cp_inner=2"], "parallel.cp_inner: is for parallel.cp_attention=hierarchical, which is ring; set it to"),
+    (["parallel.cp_attention=hierarchical"], "parallel.cp_inner: None neighbours are no smaller part of parallel.cp=4"),
+    (["parallel.cp_attention=hierarchical", "parallel.cp_inner=4"], "parallel.cp_inner: 4 neighbours are no smaller"),
+    (
+        ["parallel.cp_attention=ulysses", "model.num_attention_heads=6", "model.num_query_groups=6"]
+        + ["model.hidden_size=96", "model.head_dim=16"],
+        "parallel.cp_attention: 4 ranks cannot divide 6 query heads and 6 key-value heads (of a tp rank)",
+    ),
+    (
+        ["parallel.cp_attention=ulysses", "model.num_attention_heads=12", "model.num_query_groups=3"]
+        + ["model.hidden_size=96", "model.head_dim=8"],
+        "parallel.cp_attention: 4 ranks cannot divide 12 query heads and 3 key-value heads",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "start"), CP_RULES)
+def test_context_parallel_attention_that_cannot_be(overrides: list[str], start: str) -> None:
+    problems = problems_of([*DENSE, *CP4, *overrides], 4)
+    assert any(problem.startswith(start) for problem in problems), problems
+
+
+def test_documents_are_not_for_the_split_of_transformer_engine() -> None:
+    overrides = [*DENSE, *CP4, "data.document_mask=true"]
+    assert problems_of(overrides, 4, has_te=True) == []
+    (problem,) = problems_of([*overrides, "parallel.cp_attention=te"], 4, has_te=True)
+    assert problem.startswith("parallel.cp_attention: te splits each document for itself")
+    assert resolve_cp_attention(config_of(overrides), has_te=True) == "ring"
+    assert resolve_cp_attention(config_of([*DENSE, *CP4]), has_te=True) == "te"
+    assert resolve_cp_attention(config_of([*DENSE, *CP4]), has_te=False) == "ring"
+
+
+def test_a_row_is_cut_into_two_chunks_a_rank() -> None:
     overrides = [*DENSE, "parallel.cp=2"]
     assert problems_of(overrides, 2) == problems_of(overrides, 2, has_te=True) == []
-    (problem,) = check_runnable(config_of(overrides))
-    assert problem.startswith("parallel.cp: 2 can be planned but not run yet") and problem.endswith("would work: 1")
-    assert not list(check_runnable(config_of(DENSE)))
     (problem,) = problems_of([*overrides, "train.seq_len=66"], 2, has_te=True)
     assert problem.startswith("train.seq_len: 66 is not divisible by 4") and problem.endswith("work: 68")
 

@@ -257,7 +257,7 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
             batches = made_up_batches(config)[:: mesh.dp_size]
             if config.data.document_mask:
                 bounds = torch.tensor(DOCUMENTS, dtype=torch.int32)
-                documents = Documents(bounds, 59, int(bounds.diff().square().sum()))
+                documents = Documents(tuple(DOCUMENTS), bounds, 59)
                 batches = [dataclasses.replace(one, documents=documents) for one in batches]
             for _ in range(NUM_STEPS):
                 READS.clear()

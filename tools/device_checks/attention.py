@@ -113,15 +113,18 @@ def _reference(query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> to
 
 def _pack(lengths: tuple[int, ...], device: Any) -> Any:
     import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
 
-    bounds = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32).to(device)
-    return PackedSeqParams(
+    from trainer.model.attention.documents import PackedDocuments
+
+    ends = torch.tensor((0, *lengths)).cumsum(0)
+    bounds = ends.to(torch.int32).to(device)
+    return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
+        bounds=tuple(ends.tolist()),
     )
 
 

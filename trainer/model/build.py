@@ -23,7 +23,7 @@ from configs.plan.derive import padded_vocab_size
 from configs.sections.model import MlaConfig, ModelConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
-from trainer.model.attention.core import FlashCoreAttention, SdpaCoreAttention
+from trainer.model.attention.core import CORE_ATTENTIONS, SdpaCoreAttention
 from trainer.model.config import build_transformer_config
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
@@ -37,8 +37,7 @@ def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTM
     is_shared = mesh.cp_size > 1 and resolve_cp_attention(config, has_te=use_te) != "te"
     attention = None
     if not use_te or is_shared:
-        has_flash = mesh.platform.has_flash_attention(config.precision.compute)
-        attention = FlashCoreAttention if has_flash else SdpaCoreAttention
+        attention = CORE_ATTENTIONS[mesh.platform.attention_kernels(config.precision.compute)]
     return [
         _build_chunk(config.model, transformer, mesh, vpp_rank, use_te=use_te, attention=attention)
         for vpp_rank in range(mesh.vpp_size)

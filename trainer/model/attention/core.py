@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from trainer.model.attention.documents import PackedDocuments
 from trainer.model.attention.methods import METHODS, Attended, Sharing, Split
-from trainer.model.attention.tile_kernels import CpuTiles, FlashTiles, TileKernels
+from trainer.model.attention.tile_kernels import CpuTiles, EfficientTiles, FlashTiles, TileKernels
 
 _WIDEST_HEAD = 256  # that flash attention takes
 
@@ -168,6 +168,20 @@ class FlashCoreAttention(SdpaCoreAttention):
         output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
         assert isinstance(output, torch.Tensor)  # the kernel's statistics were not asked for
         return output[..., :dim_v].flatten(1)
+
+
+class EfficientCoreAttention(SdpaCoreAttention):
+    """The same on GPUs in fp32, or before Ampere."""
+
+    tiles = EfficientTiles()
+
+
+# By what a platform calls its kernels.
+CORE_ATTENTIONS: dict[str, type[SdpaCoreAttention]] = {
+    "cpu": SdpaCoreAttention,
+    "efficient": EfficientCoreAttention,
+    "flash": FlashCoreAttention,
+}
 
 
 def _repeat_heads(part: torch.Tensor, num_heads: int) -> torch.Tensor:

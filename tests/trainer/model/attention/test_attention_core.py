@@ -90,7 +90,8 @@ def largest_errors(
 ) -> list[float]:
     """Return the largest absolute error of the output and of each gradient."""
     import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from trainer.model.attention.documents import PackedDocuments
 
     sq, sk, batch, heads, groups, dim, dim_v, lengths = shape
     torch.manual_seed(1)
@@ -103,8 +104,12 @@ def largest_errors(
         out, expected = module(*parts, None), reference(*exact, used_scale)
     else:
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        documents = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(lengths)
+        documents = PackedDocuments(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=max(lengths),
+            bounds=tuple(bounds.tolist()),
         )
         out = module(*(part.squeeze(1) for part in parts), None, packed_seq_params=documents).unsqueeze(1)
         expected = reference_of_documents(exact, lengths, used_scale)
