@@ -115,7 +115,7 @@ def data_problems(config: Config) -> Iterator[str]:
         try:
             num_ids = load_tokenizer(data.tokenizer).vocab_size
         except BadInput as error:
-            yield f"data.tokenizer: {' '.join(str(error).split())}"
+            yield f"data.tokenizer: {error}"
         else:
             if num_ids > model.vocab_size:
                 yield (

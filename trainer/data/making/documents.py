@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.errors import BadInput
+from configs.errors import BadInput, in_one_line
 
 Kind = Literal["jsonl", "parquet", "text"]
 
@@ -194,7 +194,7 @@ def _decompressed(file: InputFile) -> Iterator[bytes]:
                 try:
                     yield frame.decompress(chunk)
                 except Exception as error:  # zlib.error or zstandard.ZstdError, which share no base class
-                    raise BadInput(f"input {file.path}: corrupted ({error}); copy it again") from error
+                    raise BadInput(f"input {file.path}: corrupted ({in_one_line(error)}); copy it again") from error
                 chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
         if frame is not None:
             raise BadInput(f"input {file.path}: truncated {file.compression} data; copy it again")
@@ -242,7 +242,7 @@ def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
             yield Block((file,), first_row, tuple(rows.column(0).to_pylist()), share)
             first_row += rows.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"input {file.path}: not a readable Parquet file ({error}); copy it again") from error
+        raise BadInput(f"input {file.path}: not a readable Parquet file ({in_one_line(error)}); copy it again") from error
 
 
 def _may_be_text(kind: Any) -> bool:
