@@ -106,6 +106,27 @@ def test_a_signal_reaches_every_rank(tmp_path, start, sent, received, code):
     assert (tmp_path / "left0").exists() and (tmp_path / "left1").exists()
 
 
+@pytest.mark.parametrize("start", [["-m", "launch.local", "--nproc-per-node", "2"], ["-c", FORKING]])
+def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path, start):
+    """Neither the launcher nor its ranks, which a later signal still reaches."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, sys, time\n"
+        "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))\n"
+        f"open(r'{tmp_path}/ready' + os.environ['RANK'], 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    launcher = subprocess.Popen(["nohup", sys.executable, *start, str(worker), "config"], cwd=ROOT)
+    wait_for_files(tmp_path, "ready")
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(timeout=20) == ExitCode.STOPPED_AFTER_SAVING
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_forked_rank_ends_as_a_script_does(run_snippet, tmp_path, code):
     """Threads are waited for, `atexit` runs, buffers are written, and nothing of the launcher's runs twice."""
