@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from configs.errors import BadInput, ExitCode
+from configs.paths import clean_path
 from launch.fork import ForkedRank, fork_rank, import_trainer, run_script
 from launch.main import is_training
 from parallel.environment import Environment
@@ -118,9 +119,13 @@ def _parse(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
         raise BadInput(_USAGE)
     if not argv[1].isdigit() or int(argv[1]) < 1:
         raise BadInput(f"--nproc-per-node: '{argv[1]}' is not a number of ranks; a value that would work: 4")
-    entry_point = Path(argv[2])
+    works = "a value that would work: launch/pretrain.py"
+    try:
+        entry_point = Path(clean_path(argv[2]))
+    except ValueError as error:
+        raise BadInput(f"the path of the entry point {error}; {works}") from None
     if not entry_point.is_file():
-        raise BadInput(f"{entry_point}: no such file; a value that would work: launch/pretrain.py")
+        raise BadInput(f"{entry_point}: no such file; {works}")
     return int(argv[1]), entry_point, list(argv[3:])
 
 

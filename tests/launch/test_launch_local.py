@@ -189,6 +189,16 @@ def test_bad_command_lines_are_refused(capsys):
     assert os.environ.get("SHARDWRIGHT_LAUNCHER") is None
 
 
+def test_the_entry_points_path_is_read_as_every_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "script.py").write_text("raise SystemExit(3)\n")
+    assert main(["--nproc-per-node", "1", "~/script.py", "x"]) == 3
+    for path, words in (("~nobody_here/a.py", "there is no such user"), ("a" * 300, "300 bytes"), ("", "is empty")):
+        assert main(["--nproc-per-node", "1", path, "x"]) == ExitCode.BAD_INPUT
+        said = capsys.readouterr().err
+        assert "the path of the entry point" in said and words in said
+
+
 def test_the_cause_wins_over_the_lost_peer_that_follows_from_it():
     ranks = [subprocess.Popen([sys.executable, "-c", f"import sys; sys.exit({code})"]) for code in (5, 4)]
     for rank in ranks:
