@@ -50,7 +50,9 @@ def test_a_vocabulary_without_gaps_is_not_made_into_a_dictionary():
 
 def test_a_directory_without_tokenizer_json_gives_one_sentence(tmp_path, monkeypatch):
     def from_pretrained(path: str, **options: bool) -> None:
-        raise ValueError("Couldn't instantiate from one of: \n(1) a file, \n(2) a class.\n" + "Install something. " * 99)
+        raise ValueError(
+            "Couldn't instantiate from one of: \n(1) a file, \n(2) a class.\n" + "Install something. " * 99
+        )
 
     fake = SimpleNamespace(AutoTokenizer=SimpleNamespace(from_pretrained=from_pretrained))
     monkeypatch.setitem(sys.modules, "transformers", fake)

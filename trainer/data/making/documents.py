@@ -242,7 +242,9 @@ def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
             yield Block((file,), first_row, tuple(rows.column(0).to_pylist()), share)
             first_row += rows.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"input {file.path}: not a readable Parquet file ({in_one_line(error)}); copy it again") from error
+        raise BadInput(
+            f"input {file.path}: not a readable Parquet file ({in_one_line(error)}); copy it again"
+        ) from error
 
 
 def _may_be_text(kind: Any) -> bool:
