@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_directory(arguments.out, "data/tokenizer")
         files, left_out = list_inputs(arguments.inputs)
         if left_out:
-            print(f"left out, not known as text or about the data: {describe_left_out(left_out)}")
+            print(f"left out (a file that is named is read all the same): {describe_left_out(left_out)}")
         size = train_tokenizer(
             files, arguments.out, arguments.vocab_size, arguments.text_key, skip_missing=arguments.skip_missing
         )
