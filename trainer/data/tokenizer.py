@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput, in_one_line
+from trainer.disk.snapshots import find_snapshot
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -86,6 +87,7 @@ def load_tokenizer(directory: str | os.PathLike[str], *, eod: str | None = None,
     path = Path(directory)
     if not path.is_dir():
         raise BadInput(f"tokenizer {directory}: no such directory; train one with tools/train_tokenizer.py --out DIR")
+    path = find_tokenizer_directory(path)
     backend = _load_backend(path)
     backend.encode_special_tokens = True
     backend.no_truncation()
@@ -99,7 +101,15 @@ def load_tokenizer(directory: str | os.PathLike[str], *, eod: str | None = None,
     begin = _begin_of_document_id(path, backend) if bos else None
     if begin == number:
         raise BadInput(f"--bos: {token} ends documents and would begin them too; leave --bos out, or set another --eod")
-    return Tokenizer(str(directory), backend, token, number, begin)
+    return Tokenizer(str(path), backend, token, number, begin)
+
+
+def find_tokenizer_directory(path: Path) -> Path:
+    """Return the directory with the tokenizer's files: the one given, or the snapshot of a Hugging Face cache's folder.
+
+    Raises BadInput where that has several and no word which is meant.
+    """
+    return find_snapshot(path, ("tokenizer.json", "tokenizer_config.json"))
 
 
 def special_tokens(backend: Backend) -> list[str]:
