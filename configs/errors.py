@@ -1,4 +1,4 @@
-"""The errors a user can mend and the exit codes scripts may rely on. Torch-free; knows nothing of what failed."""
+"""The errors a user can mend, their words, and the exit codes scripts may rely on. Torch-free; knows no cause."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ class PeerLost(ShardwrightError):
     """Another rank died or did not answer within `parallel.timeout_seconds`."""
 
     exit_code = ExitCode.PEER_LOST
+
+
+_MOST_CHARACTERS = 160
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what another library's error says as a part of a sentence: on one line, and cut where it is long."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS].rstrip() + "..."

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from configs.errors import BadInput
+from configs.errors import BadInput, in_one_line
 from configs.fields import SchemaField, field_at, location_text, schema_fields, value_text
 from configs.paths import clean_path, shortened
 from configs.stages import STAGE_CONFIGS, Config
@@ -152,7 +152,7 @@ def _read_file(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         raise BadInput(f"{path}{line}: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag such as !!int on text that is none
-        raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise BadInput(f"{path}: not YAML ({in_one_line(error)})") from error
     if not isinstance(values, dict):
         found = "is empty" if values is None else "holds no sections"
         raise BadInput(f"{path}{named_by} {found}; its top level must be sections such as `model:` and `train:`")

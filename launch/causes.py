@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from configs.errors import in_one_line
 from configs.stages import Config
 from parallel.failures import error_chain
 
@@ -70,8 +71,7 @@ def _memory_sentence(error: BaseException, config: Config, world_size: int) -> s
     from configs.plan.estimate import estimate_memory
 
     needed = estimate_memory(config, derive_layout(config, world_size)).total
-    said = " ".join(str(error).split())
-    said = f" ({said[:120]}{'...' if len(said) > 120 else ''})" if said else ""
+    said = f" ({in_one_line(error)})" if str(error).strip() else ""
     return (
         f"memory ran out{said}: by estimate a rank takes {needed / _GIB:,.1f} GiB or more; more ranks with a larger "
         "parallel.tp or parallel.pp would take less each, so would a smaller train.micro_batch_size or train.seq_len, "

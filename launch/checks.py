@@ -98,7 +98,7 @@ def _check_weights(config: Config, _stage_name: str) -> None:
     from trainer.hf.config_json import check_same_architecture
 
     hf, checkpoint = config.checkpoint.init_from_hf, config.checkpoint.init_from
-    if hf is not None and os.path.isfile(os.path.join(hf, "config.json")):
+    if hf is not None and os.path.isdir(hf):
         check_same_architecture(config.model, Path(hf), FREE_WARM_START_FIELDS)
     if checkpoint is not None and os.path.exists(checkpoint):
         found = existing_checkpoint(checkpoint, "checkpoint.init_from")
@@ -115,7 +115,7 @@ def data_problems(config: Config) -> Iterator[str]:
         try:
             num_ids = load_tokenizer(data.tokenizer).vocab_size
         except BadInput as error:
-            yield f"data.tokenizer: {' '.join(str(error).split())}"
+            yield f"data.tokenizer: {error}"
         else:
             if num_ids > model.vocab_size:
                 yield (

@@ -2,8 +2,8 @@
 
 Run: python -m launch.local --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml [key=value ...]
 For scripts, tests and rehearsals; no restarts. SIGTERM, SIGINT and SIGUSR1 are handed on to every rank; a closed
-terminal (SIGHUP) or the launcher's own death reaches them as SIGTERM, so that they save and end. Training on the CPU
-is forked from the launcher (`launch/fork.py`); other scripts, and ranks with a GPU, are processes of their own.
+terminal (SIGHUP, unless nohup had it ignored) or the launcher's own death reaches them as SIGTERM: they save and end.
+Training on the CPU is forked from here (`launch/fork.py`); other scripts, and ranks with a GPU, are own processes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from configs.errors import BadInput, ExitCode
+from configs.paths import clean_path
 from launch.fork import ForkedRank, fork_rank, import_trainer, run_script
 from launch.main import is_training
 from parallel.environment import Environment
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     if num_ranks > 1:  # as torchrun does: ranks that each start a thread a core fight for the cores
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if is_forked:
-        import_trainer(_FORWARDED)
+        import_trainer(_handled_signals())
     code = run_ranks([sys.executable, str(entry_point), *rest], num_ranks, is_forked=is_forked)
     if code is None:
         run_script(entry_point, rest)
@@ -74,10 +75,11 @@ def run_ranks(
         handed_on.add(_FORWARDED[signal.Signals(number)])
         _send(ranks, _FORWARDED[signal.Signals(number)])
 
-    previous = {number: signal.signal(number, hand_on) for number in _FORWARDED}
+    handled = _handled_signals()
+    previous = {number: signal.signal(number, hand_on) for number in handled}
     try:
         for rank in range(num_ranks):
-            started = _start_rank(command, _variables(rank, num_ranks, port), is_forked=is_forked)
+            started = _start_rank(command, _variables(rank, num_ranks, port), handled if is_forked else None)
             if started is None:
                 ranks.clear()  # the others are not this rank's to end
                 return None
@@ -117,9 +119,13 @@ def _parse(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
         raise BadInput(_USAGE)
     if not argv[1].isdigit() or int(argv[1]) < 1:
         raise BadInput(f"--nproc-per-node: '{argv[1]}' is not a number of ranks; a value that would work: 4")
-    entry_point = Path(argv[2])
+    works = "a value that would work: launch/pretrain.py"
+    try:
+        entry_point = Path(clean_path(argv[2]))
+    except ValueError as error:
+        raise BadInput(f"the path of the entry point {error}; {works}") from None
     if not entry_point.is_file():
-        raise BadInput(f"{entry_point}: no such file; a value that would work: launch/pretrain.py")
+        raise BadInput(f"{entry_point}: no such file; {works}")
     return int(argv[1]), entry_point, list(argv[3:])
 
 
@@ -130,12 +136,21 @@ def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     return place | {"SHARDWRIGHT_LAUNCHER": "local"}
 
 
-def _start_rank(command: Sequence[str], variables: Mapping[str, str], *, is_forked: bool) -> _Rank | None:
-    """Start one rank in a session of its own: Ctrl-C must reach it once, through us, not again from the terminal."""
-    if not is_forked:
+def _handled_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals to hand on: not SIGHUP where it was ignored before us, for then the user has said `nohup`."""
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in _FORWARDED if not (is_nohup and number == signal.SIGHUP))
+
+
+def _start_rank(command: Sequence[str], variables: Mapping[str, str], handled: Sequence[int] | None) -> _Rank | None:
+    """Start one rank in a session of its own: Ctrl-C must reach it once, through us, not again from the terminal.
+
+    It is forked where signals are `handled` here; elsewhere it is a process of its own.
+    """
+    if handled is None:
         environment = os.environ | variables
         return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
-    rank = fork_rank(variables, tuple(_FORWARDED))
+    rank = fork_rank(variables, handled)
     if rank is None:
         os.setsid()
         _end_with_launcher()

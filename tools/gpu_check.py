@@ -42,9 +42,11 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
     from tools.device_checks.attention import check_attention
     from tools.device_checks.checkpoint import check_checkpoint
     from tools.device_checks.speed import check_speed, small_shape
-    from tools.device_checks.steps import check_collectives, check_loss_scaler, check_steps
+    from tools.device_checks.steps import check_collectives, check_control_group, check_loss_scaler, check_steps
 
     yield "collectives", lambda: check_collectives(mesh)
+    yield "control group", lambda: check_control_group(mesh)
+    yield from _model_checks(mesh)
     for compute in ("fp32", "bf16", "fp16"):
         yield f"{compute} steps", lambda compute=compute: check_steps(mesh, compute)  # type: ignore[misc]
     yield "fp16 loss scaler", lambda: check_loss_scaler(mesh)
@@ -66,6 +68,18 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
     yield "speed, small", lambda: check_speed(mesh, "small", small_shape(compute), num_steps=5 if quick else 20)
     if not quick:
         yield from _speed_checks(mesh, platform, compute)
+
+
+def _model_checks(mesh: Mesh) -> Iterator[Check]:
+    """Yield what a model must do on any device, beside learning: names replaced, scores, nothing to learn from."""
+    from tools.device_checks.model import check_replaced_names, check_scores
+    from tools.device_checks.routers import check_router_gradient
+    from tools.device_checks.steps import check_empty_batch
+
+    yield "replaced names", lambda: check_replaced_names(mesh)
+    yield "scores", lambda: check_scores(mesh)
+    yield "router losses", lambda: check_router_gradient(mesh)
+    yield "empty batch", lambda: check_empty_batch(mesh)
 
 
 def _fp8_checks(mesh: Mesh) -> Iterator[Check]:

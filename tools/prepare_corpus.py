@@ -23,13 +23,14 @@ from tools.console import run_command
 from tools.outputs import check_directory
 from tools.paths import path_text
 from tools.preprocess_data import preprocess
-from tools.train_tokenizer import train_tokenizer
+from tools.train_tokenizer import check_vocab_size, train_tokenizer
 
 if TYPE_CHECKING:
     from trainer.data.making.documents import InputFile
 
 VALIDATION_SHARE = 50  # one file in this many is held out
 _FORMAT = 1  # raise it when the same settings give other files
+_MARKER = "corpus.json"
 
 
 def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bool:
@@ -39,13 +40,10 @@ def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bo
     """
     from trainer.data.making.workers import Recipe
 
+    check_vocab_size(vocab_size)
     directory = Path(out)
     settings = {"format": _FORMAT, "vocab_size": vocab_size}
-    marker = directory / "corpus.json"
-    if marker.is_file():
-        found = json.loads(marker.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise BadInput(f"--out {out}: a corpus with {found['settings']} is there; delete it or choose another")
+    if _is_complete(directory, settings):
         return False
     train, validation, num_skipped = split_library(library or Path(sysconfig.get_path("stdlib")))
     num_bytes = sum(file.num_bytes for file in train)
@@ -54,17 +52,40 @@ def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bo
         f"{len(validation)} held out, {num_skipped} not UTF-8 left out"
     )
     tokenizer = directory / "tokenizer"
+    _write_marker(directory, settings, is_complete=False)
     if not tokenizer.exists():
         print(f"{tokenizer}: {train_tokenizer(train, str(tokenizer), vocab_size)} tokens")
     num_workers = len(os.sched_getaffinity(0))
     for name, files in (("train", train), ("validation", validation)):
         preprocess(files, Recipe(str(tokenizer)), str(directory / name), num_workers=num_workers)
-    temporary = marker.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"settings": settings, "python": platform.python_version()}) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, marker)
+    _write_marker(directory, settings, is_complete=True)
     return True
+
+
+def _is_complete(directory: Path, settings: dict[str, int]) -> bool:
+    """Return whether the corpus is there; raise BadInput if what is there, whole or not, is another one."""
+    marker, tokenizer, advice = directory / _MARKER, directory / "tokenizer", "delete it or choose another"
+    if not marker.is_file():
+        if tokenizer.exists():
+            raise BadInput(f"--out {directory}: {tokenizer} is there, and nothing says what made it; {advice}")
+        return False
+    found = json.loads(marker.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        raise BadInput(f"--out {directory}: a corpus with {found['settings']} is there; {advice}")
+    if found.get("is_complete", True):  # earlier versions wrote it at the end alone
+        return True
+    if found["python"] != platform.python_version():
+        raise BadInput(f"--out {directory}: a corpus begun with Python {found['python']} is there; {advice}")
+    return False
+
+
+def _write_marker(directory: Path, settings: dict[str, int], *, is_complete: bool) -> None:
+    """Say what the directory is made with: before the first file that depends on it, and when all is there."""
+    content = {"settings": settings, "python": platform.python_version(), "is_complete": is_complete}
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = (directory / _MARKER).with_suffix(".tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / _MARKER)
 
 
 def split_library(library: Path) -> tuple[list[InputFile], list[InputFile], int]:

@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_prefix(arguments.out)
         files, left_out = list_inputs(arguments.inputs)
         if left_out:
-            print(f"left out, not known as text or about the data: {describe_left_out(left_out)}")
+            print(f"left out (a file that is named is read all the same): {describe_left_out(left_out)}")
         recipe = Recipe(arguments.tokenizer, arguments.text_key, arguments.skip_missing, arguments.eod, arguments.bos)
         preprocess(files, recipe, arguments.out, num_workers=arguments.workers)
         if arguments.verify:

@@ -41,8 +41,7 @@ def train_tokenizer(
 
     from trainer.data.tokenizer import END_OF_DOCUMENT
 
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise BadInput(f"--vocab-size: {vocab_size} is less than 256 bytes and one end-of-document token; try 4096")
+    check_vocab_size(vocab_size)
     if os.path.exists(out):
         raise BadInput(f"--out {out}: it exists already; delete it or choose another directory")
     tokenizer = Tokenizer(models.BPE())
@@ -58,6 +57,12 @@ def train_tokenizer(
         tokenizer.train_from_iterator(_texts(files, text_key, skip_missing, progress), trainer)
     _write(tokenizer, Path(out), END_OF_DOCUMENT)
     return tokenizer.get_vocab_size()
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise BadInput for a vocabulary that cannot hold every byte and the end of a document."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise BadInput(f"--vocab-size: {vocab_size} is less than 256 bytes and one end-of-document token; try 4096")
 
 
 def _texts(files: Sequence[InputFile], text_key: str, skip_missing: bool, progress: Progress) -> Iterator[str]:
@@ -127,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_directory(arguments.out, "data/tokenizer")
         files, left_out = list_inputs(arguments.inputs)
         if left_out:
-            print(f"left out, not known as text or about the data: {describe_left_out(left_out)}")
+            print(f"left out (a file that is named is read all the same): {describe_left_out(left_out)}")
         size = train_tokenizer(
             files, arguments.out, arguments.vocab_size, arguments.text_key, skip_missing=arguments.skip_missing
         )

@@ -1,6 +1,7 @@
 """Every linear of an architecture's layers: its name in Megatron-Core, its widths, how it lies over ranks. Torch-free.
 
-The one table of them: weights and FLOPs, sizes that must divide, and what FP8 multiplies follow from it.
+The one table of them: weights and FLOPs, sizes that must divide, what FP8 multiplies, and the shapes of tensors in
+Hugging Face models follow from it.
 """
 
 from __future__ import annotations

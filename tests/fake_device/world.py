@@ -236,7 +236,7 @@ def replace_kernels() -> None:
 
 
 def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
-    """Build the engine of one rank, take steps, an evaluation and logits; return what the last step showed."""
+    """Build the engine of one rank, take steps, an evaluation, scores and logits; return what the last step showed."""
     from parallel.mesh import build_mesh, destroy_mesh
     from parallel.platform import load_platform
 
@@ -246,9 +246,12 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
     try:
         mesh = build_mesh(platform, device, config)
         replace_kernels()
+        from parallel.replaced_names import resolve
         from tools.device_checks.engine import made_up_batches
         from trainer.data.batch import Documents
+        from trainer.engine import kernels
         from trainer.engine.build import build_engine
+        from trainer.stages.forward import forward_language_model
         from trainer.stages.next_token import NextTokenObjective
 
         objective = NextTokenObjective()
@@ -264,7 +267,9 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
                 memory.peak = memory.bytes
                 engine.train_step(batches, objective, 1e-3)
             found = {"reads": dict(READS), "peak_bytes": memory.peak}
+            assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(platform))
             engine.sum_losses(batches, objective)
+            engine.score(batches, forward_language_model)
             engine.compute_logits(batches[0].tokens)
             engine.close()
         return found

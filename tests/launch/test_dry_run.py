@@ -111,6 +111,25 @@ def test_tokenizer_and_data_are_compared_with_the_model(refused, folder):
     ]
 
 
+def test_a_folder_of_the_hugging_face_cache_means_its_snapshot(refused, folder):
+    """As everywhere else: in a run, in `tools/`, for a model's weights."""
+    top = folder / "models--org--name"
+    (top / "snapshots").mkdir(parents=True)
+    shutil.copytree("tokenizer", top / "snapshots" / "abc")
+    (sentence,) = refused(f"data.tokenizer={top}")
+    assert "is less than the 60 token ids" in sentence
+    (top / "snapshots" / "abc" / "config.json").write_text('{"architectures": ["Strange"]}')
+    (sentence,) = refused(f"checkpoint.init_from_hf={top}", "run.dir=other")
+    assert "abc/config.json: architectures ['Strange'] cannot be converted" in sentence
+    shutil.copytree("tokenizer", top / "snapshots" / "def")
+    (sentence,) = refused(f"data.tokenizer={top}")
+    assert f"2 snapshots that have a tokenizer.json or tokenizer_config.json; give one, such as {top}" in sentence
+    (top / "refs").mkdir()
+    (top / "refs" / "main").write_text("def")
+    (sentence,) = refused(f"data.tokenizer={top}")
+    assert "is less than the 60 token ids" in sentence
+
+
 def test_all_problems_come_at_once(refused):
     found = refused("data.tokenizer=empty", "run.seed=7", "train.eval_every=1", "checkpoint.init_from=empty")
     assert [sentence.split(":")[0] for sentence in found] == [

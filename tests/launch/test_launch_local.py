@@ -106,6 +106,27 @@ def test_a_signal_reaches_every_rank(tmp_path, start, sent, received, code):
     assert (tmp_path / "left0").exists() and (tmp_path / "left1").exists()
 
 
+@pytest.mark.parametrize("start", [["-m", "launch.local", "--nproc-per-node", "2"], ["-c", FORKING]])
+def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path, start):
+    """Neither the launcher nor its ranks, which a later signal still reaches."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, sys, time\n"
+        "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))\n"
+        f"open(r'{tmp_path}/ready' + os.environ['RANK'], 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    launcher = subprocess.Popen(["nohup", sys.executable, *start, str(worker), "config"], cwd=ROOT)
+    wait_for_files(tmp_path, "ready")
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(timeout=20) == ExitCode.STOPPED_AFTER_SAVING
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_forked_rank_ends_as_a_script_does(run_snippet, tmp_path, code):
     """Threads are waited for, `atexit` runs, buffers are written, and nothing of the launcher's runs twice."""
@@ -166,6 +187,16 @@ def test_bad_command_lines_are_refused(capsys):
     assert "'x' is not a number of ranks" in message and "launch/nothing.py: no such file" in message
     assert "Traceback" not in message
     assert os.environ.get("SHARDWRIGHT_LAUNCHER") is None
+
+
+def test_the_entry_points_path_is_read_as_every_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "script.py").write_text("raise SystemExit(3)\n")
+    assert main(["--nproc-per-node", "1", "~/script.py", "x"]) == 3
+    for path, words in (("~nobody_here/a.py", "there is no such user"), ("a" * 300, "300 bytes"), ("", "is empty")):
+        assert main(["--nproc-per-node", "1", path, "x"]) == ExitCode.BAD_INPUT
+        said = capsys.readouterr().err
+        assert "the path of the entry point" in said and words in said
 
 
 def test_the_cause_wins_over_the_lost_peer_that_follows_from_it():

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from configs.errors import BadInput
+from tools import prepare_corpus as prepare
 from tools.prepare_corpus import prepare_corpus, split_library
 from trainer.data.indexed import TokenDataset, check_tokenizer
 from trainer.data.making.documents import Block, texts_of
@@ -46,15 +47,57 @@ def test_a_corpus_is_made_once(library, tmp_path):
         prepare_corpus(out, 301, library)
 
 
-def test_an_interrupted_corpus_is_completed(library, tmp_path):
+@pytest.fixture
+def interrupted(library, tmp_path, monkeypatch):
+    """A corpus whose making was stopped after the tokenizer and the training data."""
+    out, preprocess = tmp_path / "corpus", prepare.preprocess
+
+    def stop(files, recipe, prefix, **options):
+        if prefix.endswith("validation"):
+            raise KeyboardInterrupt
+        return preprocess(files, recipe, prefix, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "preprocess", stop)
+        prepare_corpus(str(out), 300, library)
+    return out
+
+
+def test_an_interrupted_corpus_is_completed(library, interrupted, tmp_path):
+    other = tmp_path / "other"
+    assert prepare_corpus(str(other), 300, library)
+    assert prepare_corpus(str(interrupted), 300, library)
+    files = {file.name: file.read_bytes() for file in other.glob("*.*") if not file.name.endswith(".meta.json")}
+    assert {name: (interrupted / name).read_bytes() for name in files} == files and len(files) == 5
+    assert json.loads((interrupted / "corpus.json").read_text())["settings"]["vocab_size"] == 300
+    assert not prepare_corpus(str(interrupted), 300, library)
+
+
+def test_an_interrupted_corpus_is_not_mixed_with_another(library, interrupted, monkeypatch):
+    """Its tokenizer would be taken for one of the other size, or of the other Python's sources."""
+    before = sorted(file.name for file in interrupted.iterdir())
+    with pytest.raises(BadInput, match="'vocab_size': 300} is there; delete it or choose another"):
+        prepare_corpus(str(interrupted), 320, library)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="begun with Python 3"):
+        patch.setattr(prepare.platform, "python_version", lambda: "4.0.0")
+        prepare_corpus(str(interrupted), 300, library)
+    assert sorted(file.name for file in interrupted.iterdir()) == before
+    (interrupted / "corpus.json").unlink()
+    with pytest.raises(BadInput, match="nothing says what made it"):
+        prepare_corpus(str(interrupted), 300, library)
+
+
+def test_a_refused_corpus_leaves_nothing_behind(library, tmp_path):
+    with pytest.raises(BadInput, match="--vocab-size: 256 is less"):
+        prepare_corpus(str(tmp_path / "corpus"), 256, library)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_corpus_of_an_earlier_version_is_complete(library, tmp_path):
     out = tmp_path / "corpus"
-    assert prepare_corpus(str(out), 300, library)
-    before = {file: file.read_bytes() for file in out.glob("*.*")}
-    for name in ("corpus.json", "validation.bin", "validation.idx", "validation.meta.json"):
-        (out / name).unlink()
-    assert prepare_corpus(str(out), 300, library)
-    assert {file: file.read_bytes() for file in out.glob("*.*")} == before
-    assert json.loads((out / "corpus.json").read_text())["settings"]["vocab_size"] == 300
+    out.mkdir()
+    (out / "corpus.json").write_text('{"settings": {"format": 1, "vocab_size": 300}, "python": "3.11.0"}')
+    assert not prepare_corpus(str(out), 300, library)
 
 
 def test_the_corpus_keeps_byte_order_marks_as_it_always_has(library):

@@ -118,6 +118,75 @@ def run_broken(place):
         dist.all_gather_into_tensor = gather
 
 
+def run_model_checks(place):
+    """Run what a model must do on any device, sound and with each of its parts broken."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from parallel.replaced_names import resolve
+    from tools.device_checks import model, routers, steps
+    from tools.one_rank import open_world
+    from trainer.engine.engine import Engine
+    from trainer.optim.update import update_weights
+
+    def update_always(self, sums):
+        return update_weights(self.optimizer, self.config, self.mesh, is_loss_finite=True)
+
+    checks = [
+        lambda: steps.check_control_group(mesh),
+        lambda: model.check_replaced_names(mesh),
+        lambda: model.check_scores(mesh),
+        lambda: routers.check_router_gradient(mesh),
+        lambda: steps.check_empty_batch(mesh),
+    ]
+    with open_world("cpu") as mesh:
+        sound = [check() for check in checks]
+        owner, name, _ = resolve("megatron.core.optimizer.clip_grads:l2_norm_impl")
+        faults = [
+            patch.object(dist, "all_gather_object", lambda *unused, **options: None),
+            patch.object(owner, name, None),
+            patch("trainer.stages.forward.forward_language_model", shift_labels),
+            patch("trainer.engine.engine.scale_router_losses", lambda *unused: None),
+            patch.object(Engine, "_update", update_always),
+        ]
+        broken = []
+        for check, fault in zip(checks, faults, strict=True):
+            with fault:
+                broken.append(check())
+    return sound, broken
+
+
+def shift_labels(model, batch):
+    """Score the tokens themselves, not those that follow."""
+    return model(batch.tokens, batch.position_ids, None, labels=batch.tokens)
+
+
+def test_what_a_model_must_do_on_any_device_is_seen(ranks):
+    sound, broken = ranks.run(run_model_checks)[0]
+    assert [one.status for one in sound] == ["passed"] * 5, sound
+    assert "gloo beside gloo" in sound[0].detail and "Adam and gradient norm torch's" in sound[1].detail
+    assert "128 of 256 tokens count" in sound[3].detail
+    assert [one.status for one in broken] == ["failed"] * 5, broken
+    for outcome, words in zip(
+        broken,
+        ("gather_objects changed the value", "l2_norm_impl is not ours", "differ by", "gradient is off", "changed the"),
+        strict=True,
+    ):
+        assert words in outcome.detail
+
+
+def test_every_check_is_listed_with_its_own_name(tmp_path):
+    from types import SimpleNamespace
+
+    platform = SimpleNamespace(check_precision=lambda compute: None, check_fp8=lambda recipe: None)
+    names = [
+        name for name, _ in gpu_check.list_checks(SimpleNamespace(platform=platform), "cpu", tmp_path, quick=False)
+    ]
+    assert len(set(names)) == len(names) > 25
+    assert names[:6] == ["collectives", "control group", "replaced names", "scores", "router losses", "empty batch"]
+
+
 @pytest.mark.slow
 def test_steps_collectives_scaler_and_speed_pass(ranks):
     outcomes = ranks.run(run_step_checks)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
 import zstandard
@@ -228,3 +229,65 @@ def test_a_json_array_says_how_to_make_lines_of_it(tmp_path):
     (tmp_path / "a.json").write_text('[\n {"text": "one"}\n]')
     with pytest.raises(BadInput, match="a.json:1: not valid JSON .*jq -c"):
         read([tmp_path / "a.json"])
+
+
+SHARD = "00000-of-00001.parquet"
+
+
+@pytest.mark.parametrize(
+    ("train", "others"),
+    [
+        ([f"data/train-{SHARD}"], {f"data/test-{SHARD}": "test", f"data/validation-{SHARD}": "validation"}),
+        ([f"data/train_sft-{SHARD}", f"data/train_gen-{SHARD}"], {f"data/test_sft-{SHARD}": "test"}),
+        (["en/train.jsonl", "train1.jsonl.gz"], {"en/dev.jsonl": "validation", "my eval.jsonl": "test"}),
+        (["train/00.jsonl", "train/test_of_time.jsonl", "my_train_file.json"], {"val.jsonl": "validation"}),
+        (["training/a.jsonl", "training/b.jsonl", "other.jsonl"], {"evaluation/a.jsonl": "test"}),
+        (["latest.jsonl", "validated.jsonl", "tests.jsonl"], {}),
+        (["test.jsonl", "dev.jsonl"], {}),  # nothing is of the train split
+        (["train.py", "test_train.py", "a.txt", "test.txt"], {}),  # no records
+    ],
+)
+def test_of_a_dataset_with_splits_the_train_split_is_read(tmp_path, train, others):
+    for name in (*train, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    files, left_out = list_inputs([str(tmp_path)])
+    assert sorted(file.path.removeprefix(f"{tmp_path}/") for file in files) == sorted(train)
+    assert left_out == Counter(f"of the {split} split" for split in others.values())
+    for name in others:  # the way to read them all the same
+        assert [file.path for file in list_inputs([str(tmp_path / name)])[0]] == [str(tmp_path / name)]
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: "en/*.jsonl"
+  - split: holdout
+    path: ["en/held/**", "[!a-y].jsonl"]
+- config_name: de
+  data_files: {train: de/test, dev: "**/v?.txt"}
+- config_name: fr
+  data_files: fr.jsonl
+---
+# A card
+"""
+
+
+def test_a_datasets_card_says_what_is_of_which_split(tmp_path):
+    train = ["de/test/a.jsonl", "en/a.jsonl", "en/test.jsonl", "fr.jsonl", "z/unlisted.jsonl"]
+    others = {"de/test/v1.txt": "", "en/held/b/c.jsonl": "holdout", "v2.txt": "validation", "z.jsonl": "holdout"}
+    others["z/test.jsonl"] = "test"
+    for name in (*train, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "README.md").write_text(CARD)
+    files, left_out = list_inputs([str(tmp_path)])
+    assert [file.path.removeprefix(f"{tmp_path}/") for file in files] == sorted([*train, "de/test/v1.txt"])
+    expected = Counter(f"of the {split} split" for split in others.values() if split)
+    assert left_out == expected + Counter({"README.md": 1})
+    for card in ("---\n- a\n---\n", "---\nconfigs: {a: 1}\n---\n", "---\nconfigs: [{data_files: [{path: 3}]}]\n---\n"):
+        (tmp_path / "README.md").write_text(card)
+        assert len(list_inputs([str(tmp_path)])[0]) >= 6

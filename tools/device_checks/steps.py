@@ -1,4 +1,4 @@
-"""Checks of collectives and training steps: does every number format learn, and does fp16 find its loss scale?"""
+"""Checks of collectives and training steps: does every format learn, fp16 find its scale, nothing teach nothing?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tools.device_checks.engine import build_config, build_repeating_stage, train
+from tools.device_checks.engine import build_config, build_repeating_stage, made_up_batches, train
 from tools.device_checks.outcome import Outcome, judge
 from tools.one_rank import open_engine
 
@@ -35,6 +35,65 @@ def check_collectives(mesh: Mesh) -> Outcome:
     problems = [f"{name} changed the values" for name, result in results.items() if not torch.equal(result, values)]
     found = f"{mesh.platform.describe()['collectives']}: {', '.join(sorted(results))}, barrier"
     return judge("collectives", problems, found, {})
+
+
+def check_control_group(mesh: Mesh) -> Outcome:
+    """Tell Python values through a control group made beside the device's world, with work queued in that.
+
+    A world of one has none of its own (`parallel/control.py`), so this makes what several ranks have.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
+
+    value = {"step": 3, "path": "runs/demo", "loss": 2.5}
+    queued = torch.ones(1 << 20, device=mesh.device)
+    dist.all_reduce(queued)
+    group = dist.new_group(backend=mesh.platform.control_backend)
+    gathered, sent = [None], [value]
+    dist.all_gather_object(gathered, value, group=group)
+    dist.broadcast_object_list(sent, src=0, group=group)
+    dist.barrier(group=group)
+    dist.destroy_process_group(group)
+    told = {
+        "all_gather_object": gathered[0],
+        "broadcast_object_list": sent[0],
+        "gather_objects": gather_objects(value)[0],
+    }
+    told |= {"broadcast_object": broadcast_object(value), "on_rank_zero": on_rank_zero(lambda: value)}
+    problems = [f"{name} changed the value" for name, one in told.items() if one != value]
+    if not bool((queued == 1).all()):
+        problems.append("all_reduce beside it changed the values")
+    found = f"{mesh.platform.control_backend} beside {mesh.platform.backend}: {', '.join(sorted(told))}, barrier"
+    return judge("control group", problems, found, {})
+
+
+def check_empty_batch(mesh: Mesh) -> Outcome:
+    """Take a step of which no token counts between two of which all do: no update, the loss scale stays, no fault."""
+    import torch
+
+    from trainer.stages.next_token import NextTokenObjective
+
+    config = build_config("fp16", precision={"initial_loss_scale": 1024.0})
+    batches, empty = made_up_batches(config), made_up_batches(config)
+    for batch in empty:
+        batch.loss_mask.zero_()
+    with open_engine(config, mesh) as engine:
+        objective = NextTokenObjective()
+        before = engine.train_step(batches, objective, 1e-3)
+        weights = [one.detach().clone() for chunk in engine.chunks for one in chunk.parameters()]
+        nothing = engine.train_step(empty, objective, 1e-3)
+        after = [one for chunk in engine.chunks for one in chunk.parameters()]
+        is_kept = all(torch.equal(one, other) for one, other in zip(weights, after, strict=True))
+        again = engine.train_step(batches, objective, 1e-3)
+    problems = [] if is_kept else ["a step of which nothing counts changed the weights"]
+    if nothing.count or nothing.is_applied or nothing.loss or nothing.next_loss_scale != before.next_loss_scale:
+        problems.append(f"it was taken for a step: {nothing.count} tokens, loss {nothing.loss}")
+    if not (before.is_applied and again.is_applied and again.loss < before.loss):
+        problems.append(f"the steps around it: loss {before.loss:.4f}, then {again.loss:.4f}")
+    found = f"no update; loss {before.loss:.4f} before, {again.loss:.4f} after"
+    return judge("empty batch", problems, found, {"loss_before": before.loss, "loss_after": again.loss})
 
 
 def check_steps(mesh: Mesh, compute: str, fp8: Mapping[str, Any] | None = None) -> Outcome:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from configs.errors import BadInput
+from configs.errors import BadInput, in_one_line
 from trainer.checkpoint.places import Place, find_place
 
 _FILE_BYTES = 4 * 2**30
@@ -46,7 +46,9 @@ class CheckpointTensors:
         try:
             self._metadata = self._reader.read_metadata()
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ModuleNotFoundError) as error:
-            raise BadInput(f"{checkpoint}: .metadata cannot be read ({error}); copy the checkpoint again.") from error
+            raise BadInput(
+                f"{checkpoint}: .metadata cannot be read ({in_one_line(error)}); copy the checkpoint again."
+            ) from error
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.keys = {key for key, entry in self._metadata.state_dict_metadata.items() if _is_tensor(entry)}
 
@@ -70,7 +72,9 @@ class CheckpointTensors:
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise BadInput(f"{self.path}: {place.key} cannot be read ({error}); copy the checkpoint again.") from error
+            raise BadInput(
+                f"{self.path}: {place.key} cannot be read ({in_one_line(error)}); copy the checkpoint again."
+            ) from error
         return target.view(shape)
 
     def read_bytes(self, key: str) -> bytes:

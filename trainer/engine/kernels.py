@@ -23,14 +23,16 @@ _OPTIMIZER = "megatron.core.optimizer"
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
-def replace_kernels(platform: Platform) -> None:
-    """Let Megatron-Core use our kernels; the first call decides for the process."""
-    _replace(is_fusing=platform.fuses_kernels)
+def replace_kernels(platform: Platform) -> tuple[NamePatch, ...]:
+    """Let Megatron-Core use our kernels, and return what is replaced; the first call decides for the process."""
+    return _replace(is_fusing=platform.fuses_kernels)
 
 
 @functools.cache
-def _replace(*, is_fusing: bool) -> None:
-    replace_names(kernel_patches(is_fusing=is_fusing))
+def _replace(*, is_fusing: bool) -> tuple[NamePatch, ...]:
+    patches = tuple(kernel_patches(is_fusing=is_fusing))
+    replace_names(patches)
+    return patches
 
 
 def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
+from trainer.data.tokenizer import find_tokenizer_directory
 from trainer.hf.config_json import load_config_json
 
 FOLDER = "hf"
@@ -51,7 +52,7 @@ def write_companions(target: Path, carried: Path | None, tokenizer: str | None) 
     """Copy to an export what the run carried, and over it the files of the tokenizer that it was trained with."""
     for folder in (carried, Path(tokenizer) if tokenizer is not None else None):
         if folder is not None and folder.is_dir():
-            _copy_companions(folder, target)
+            _copy_companions(folder if folder == carried else find_tokenizer_directory(folder), target)
 
 
 def drop_missing_code(directory: Path) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import BadInput
+from configs.errors import BadInput, in_one_line
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.tensors import CheckpointTensors
@@ -51,7 +51,7 @@ def read_megatron_model(checkpoint: Path) -> ModelConfig:
         model = ModelConfig.model_validate(_model_fields(arguments))
     except (KeyError, ValueError) as error:
         raise BadInput(
-            f"{checkpoint}: its arguments cannot be read ({error}); was it written by Megatron-LM?"
+            f"{checkpoint}: its arguments cannot be read ({in_one_line(error)}); was it written by Megatron-LM?"
         ) from error
     found = check_model(model)
     if found:
@@ -149,7 +149,7 @@ def _read_arguments(checkpoint: Path) -> dict[str, Any]:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False, pickle_module=_HARMLESS)
     except (OSError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise BadInput(
-            f"{checkpoint}: its arguments cannot be read ({error}); was it written by Megatron-LM?"
+            f"{checkpoint}: its arguments cannot be read ({in_one_line(error)}); was it written by Megatron-LM?"
         ) from error
     state = loaded[0] if isinstance(loaded, list) else loaded
     arguments = state.get("args") if isinstance(state, dict) else None

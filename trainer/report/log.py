@@ -5,6 +5,7 @@ Every module logs to `logging.getLogger(__name__)`. Libraries' notes and Python 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import os
@@ -26,6 +27,33 @@ console = Console(highlight=False, soft_wrap=True)
 
 # Keeps what is said before the run directory is known, until `add_rank_file` writes it down.
 _early_records = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+class _Quiet(logging.Handler):
+    """Says once, in a sentence, that its messages cannot be written: the run has causes of its own to end for that."""
+
+    has_spoken = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Take the place of logging's traceback for what the operating system refused."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_spoken:
+            self.has_spoken = True
+            with contextlib.suppress(OSError):  # standard error may be what cannot be written
+                reason = (error.strerror or str(error)).lower()
+                print(f"{self}: cannot be written ({reason}); its messages are lost", file=sys.stderr)
+
+
+class _RankFile(_Quiet, logging.FileHandler):
+    def __str__(self) -> str:
+        return self.baseFilename
+
+
+class _Stream(_Quiet, logging.StreamHandler):
+    def __str__(self) -> str:
+        return str(getattr(self.stream, "name", "console"))
 
 
 def start_console(rank: int) -> None:
@@ -54,7 +82,7 @@ def add_rank_file(run_dir: Path, attempt: int, rank: int) -> Path:
     """
     path = run_dir / "logs" / f"attempt_{attempt}" / f"rank_{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RankFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FILE_FORMAT))
     root = logging.getLogger()
     if _early_records in root.handlers:
@@ -78,10 +106,10 @@ def _console_handler(rank: int) -> logging.Handler:
     if rank == 0 and console.is_terminal:
         handler = RichHandler(console=console, show_path=False, log_time_format=_TIME_FORMAT, markup=False)
     elif rank == 0:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Stream(sys.stdout)
         handler.setFormatter(logging.Formatter(_CONSOLE_FORMAT, _TIME_FORMAT))
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stream(sys.stderr)
         handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank}: %(message)s", _TIME_FORMAT))
         handler.setLevel(logging.ERROR)
     handler.addFilter(_is_for_the_console)

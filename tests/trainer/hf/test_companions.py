@@ -52,6 +52,15 @@ def test_everything_that_belongs_to_a_model_is_carried_and_written(model, tmp_pa
     assert names(out) == CARRIED
 
 
+def test_the_tokenizer_may_lie_in_a_folder_of_the_cache(model, tmp_path):
+    top, out = tmp_path / "models--org--name", tmp_path / "out"
+    (top / "snapshots").mkdir(parents=True)
+    model.rename(top / "snapshots" / "abc")
+    out.mkdir()
+    write_companions(out, None, str(top))
+    assert names(out) == CARRIED
+
+
 def test_a_whole_auto_map_is_left_as_it_is(model):
     before = {name: (model / name).read_text() for name in FILES}
     assert drop_missing_code(model) == []

@@ -1,5 +1,6 @@
 """metrics.jsonl is continuous over resumes and kills; TensorBoard purges; the live line degrades to plain lines."""
 
+import errno
 import io
 import json
 import logging
@@ -143,6 +144,38 @@ def test_the_rank_file_holds_everything_and_the_console_our_messages(tmp_path, c
     assert all(words in written for words in ("library note", "building the model", "built"))
     shown = capsys.readouterr().out
     assert "building the model" in shown and "library note" not in shown
+
+
+class FullDisk(io.StringIO):
+    name = "output.txt"
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_the_log_is_told_once_without_a_traceback(tmp_path, capsys, monkeypatch, clean_logging):
+    folder = tmp_path / "logs" / "attempt_1"
+    folder.mkdir(parents=True)
+    (folder / "rank_0.log").symlink_to("/dev/full")
+    start_console(0)
+    add_rank_file(tmp_path, 1, 0)
+    for _ in range(3):
+        logging.getLogger("trainer.run").info("built")
+    captured = capsys.readouterr()
+    assert captured.out.count("built") == 3
+    said = f"{folder / 'rank_0.log'}: cannot be written (no space left on device); its messages are lost\n"
+    assert captured.err == said
+    monkeypatch.setattr("sys.stdout", FullDisk())
+    start_console(0)
+    for _ in range(3):
+        logging.getLogger("trainer.run").info("built")
+    assert capsys.readouterr().err == said.replace(str(folder / "rank_0.log"), "output.txt")
+
+
+def test_an_error_of_ours_in_a_message_keeps_its_traceback(tmp_path, capsys, clean_logging):
+    start_console(0)
+    logging.getLogger("trainer.run").info("%d", "no number")
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_other_ranks_speak_only_of_errors(capsys, clean_logging):

@@ -26,7 +26,7 @@ def find_notes(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[str]:
             )
     if recipe.eod is None and not _is_end_of_text(tokenizer.eod_token):
         other = next(filter(_is_end_of_text, special_tokens(tokenizer.backend)), None)
-        if other is not None or tokenizer.eod_token in _chat_template(Path(recipe.tokenizer)):
+        if other is not None or tokenizer.eod_token in _chat_template(Path(tokenizer.directory)):
             token = "TOKEN" if other is None else f"'{other}'"
             yield (
                 f"documents end in {tokenizer.eod_token}, the eos token of tokenizer {recipe.tokenizer}, which by its "

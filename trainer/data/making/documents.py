@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.errors import BadInput
+from configs.errors import BadInput, in_one_line
+from trainer.data.making.splits import find_other_splits
 
 Kind = Literal["jsonl", "parquet", "text"]
 
@@ -67,8 +68,8 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
     """Find the input files behind `paths`, in order; a directory gives its files sorted by path.
 
     Returns the files and, by suffix or name, how many files of directories were left out: for not being a known kind of
-    text, or for telling of the data rather than being it. A file named outright is always read, as plain text when its
-    suffix says nothing else. Raises BadInput.
+    text, for telling of the data rather than being it, or for being of another split than train. A file named outright
+    is always read, as plain text when its suffix says nothing else. Raises BadInput.
     """
     files: list[InputFile] = []
     left_out: Counter[str] = Counter()
@@ -83,13 +84,16 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
         visible.sort(key=lambda file: file.relative_to(path).parts)
         found = {file: _classify(str(file)) for file in visible}
         about = _about_data(found)
-        files += [kind for file, kind in found.items() if kind is not None and file not in about]
+        kept = {file: kind for file, kind in found.items() if kind is not None and file not in about}
+        others = find_other_splits(Path(path), kept, {file for file, kind in kept.items() if kind.kind != "text"})
+        files += [kind for file, kind in kept.items() if file not in others]
         left_out.update(file.name for file in about)
+        left_out.update(f"of the {split} split" for split in others.values())
         left_out.update(file.suffix or "no suffix" for file, kind in found.items() if kind is None)
     if not files:
-        others = f" (there: {describe_left_out(left_out)})" if left_out else ""
+        there = f" (there: {describe_left_out(left_out)})" if left_out else ""
         raise BadInput(
-            f"input {', '.join(paths)}: no file to read{others}; give .jsonl, .parquet or text (.txt, .md ...)"
+            f"input {', '.join(paths)}: no file to read{there}; give .jsonl, .parquet or text (.txt, .md ...)"
         )
     return files, left_out
 
@@ -194,7 +198,7 @@ def _decompressed(file: InputFile) -> Iterator[bytes]:
                 try:
                     yield frame.decompress(chunk)
                 except Exception as error:  # zlib.error or zstandard.ZstdError, which share no base class
-                    raise BadInput(f"input {file.path}: corrupted ({error}); copy it again") from error
+                    raise BadInput(f"input {file.path}: corrupted ({in_one_line(error)}); copy it again") from error
                 chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
         if frame is not None:
             raise BadInput(f"input {file.path}: truncated {file.compression} data; copy it again")
@@ -242,7 +246,9 @@ def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
             yield Block((file,), first_row, tuple(rows.column(0).to_pylist()), share)
             first_row += rows.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"input {file.path}: not a readable Parquet file ({error}); copy it again") from error
+        raise BadInput(
+            f"input {file.path}: not a readable Parquet file ({in_one_line(error)}); copy it again"
+        ) from error
 
 
 def _may_be_text(kind: Any) -> bool:
