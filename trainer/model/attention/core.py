@@ -41,16 +41,16 @@ class SdpaCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
-        cp_comm_type: str | None = None,
         pg_collection: Any = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self._method, self._sharing = None, None
         if config.context_parallel_size > 1:
-            assert cp_comm_type is not None
-            neighbours = pg_collection.hcp if cp_comm_type == "a2a+p2p" else (None, None)
-            self._method, self._sharing = METHODS[cp_comm_type], Sharing(self.tiles, pg_collection.cp, *neighbours)
+            exchange = config.cp_comm_type
+            assert isinstance(exchange, str)
+            neighbours = pg_collection.hcp if exchange == "a2a+p2p" else (None, None)
+            self._method, self._sharing = METHODS[exchange], Sharing(self.tiles, pg_collection.cp, *neighbours)
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout

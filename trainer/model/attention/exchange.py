@@ -54,9 +54,9 @@ class GatherTokens(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """Gather the tokens of all ranks."""
         ctx.group = group
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.cat(parts, dim=2)
+        parts = tensor.new_empty(group.size(), *tensor.shape)
+        dist.all_gather_into_tensor(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts.unbind(0), dim=2)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

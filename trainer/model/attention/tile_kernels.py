@@ -88,7 +88,7 @@ class EfficientTiles(CpuTiles):
         differentiate = torch.ops.aten._scaled_dot_product_efficient_attention_backward
         # The kernel wants a multiple of 32 rows, and counts those that are none with no weight.
         log_sum = F.pad(log_sum, (0, -log_sum.shape[2] % 32), value=float("inf"))
-        none = torch.empty(0, dtype=torch.int64)  # the random state of a dropout there is not
+        none = torch.zeros((), dtype=torch.int64)  # the random state of a dropout there is not
         asked = [True, True, True, False]
         mask = _align(mask, query)
         found = differentiate(
