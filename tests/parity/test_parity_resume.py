@@ -30,6 +30,8 @@ LAYOUTS = {
     "dp2": (2, {}),
     "tp2_pp2": (4, {"tp": 2, "pp": 2}),
     "pp2_vpp2_dp2": (4, {"pp": 2, "vpp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "cp2_ulysses": (2, {"cp": 2, "cp_attention": "ulysses"}),
     "ep2": (2, {"ep": 2}),
     "ep4": (4, {"ep": 4}),
     "ep2_tp2": (4, {"ep": 2, "tp": 2, "sp": True}),
@@ -102,7 +104,8 @@ def test_same_layout_bit_for_bit(ranks, stopped_run, name):
 @pytest.mark.parametrize(
     "before, after",
     [("one", "tp2_pp2"), ("tp2_pp2", "dp2"), pytest.param("dp2", "pp2_vpp2_dp2")]
-    + [pytest.param("pp2_vpp2_dp2", after) for after in ("one", "tp2_sp", "pp2")],
+    + [pytest.param("pp2_vpp2_dp2", after) for after in ("one", "tp2_sp", "pp2")]
+    + [("one", "cp2"), ("cp2", "one"), ("cp2", "cp2_ulysses")],
 )
 def test_another_layout(ranks, stopped_run, before, after):
     run_dir, uninterrupted = stopped_run(before)
