@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs.plan.derive import Layout, head_dim, is_gated, num_query_groups, padded_vocab_size
+from configs.plan.logits import num_logit_pieces
 from configs.stages import Config
 
 
@@ -34,7 +35,7 @@ def activation_bytes(
 
     In flight are, in 1F1B, pp - pp_rank microbatches of the stage; in the interleaved schedule
     2 (pp - pp_rank - 1) + (vpp - 1) pp + 1 of its chunks; never more than there are. The last stage adds its final
-    norm and the logits of one microbatch, in the compute format and in fp32.
+    norm and the logits of one microbatch, or of a piece of it, in the compute format and in fp32.
     """
     sizes = _Sizes(
         tokens=config.train.micro_batch_size * config.train.seq_len // layout.cp,
@@ -57,8 +58,15 @@ def activation_bytes(
     if pp_rank == layout.pp - 1:
         total += 2 * sizes.stream(model.hidden_size)
         # gone before the backward pass computes the first layer again
-        working = max(working, (sizes.value_bytes + 4) * sizes.tokens * padded_vocab_size(model) / layout.tp)
+        working = max(working, _logit_bytes(config, layout, sizes))
     return round(total + working)
+
+
+def _logit_bytes(config: Config, layout: Layout, sizes: _Sizes) -> float:
+    """Logits of one piece of a microbatch, in the compute format and in fp32."""
+    vocabulary_part = padded_vocab_size(config.model) // layout.tp
+    piece = -(-sizes.tokens // num_logit_pieces(sizes.tokens, vocabulary_part))
+    return (sizes.value_bytes + 4) * piece * vocabulary_part
 
 
 def _chunk_bytes(config: Config, layout: Layout, sizes: _Sizes, layers: range) -> tuple[float, float]:
@@ -68,11 +76,22 @@ def _chunk_bytes(config: Config, layout: Layout, sizes: _Sizes, layers: range) -
     if recompute.granularity != "full":
         return sum(whole), 0.0
     layer_input = sizes.stream(config.model.hidden_size)
+    gradients = max((_gradient_bytes(config, layout, sizes, layer) for layer in layers), default=0.0)
     if recompute.method == "block":
         count = min(recompute.num_layers, len(whole))
-        return count * layer_input + sum(whole[count:]), max(whole[:count], default=0.0)
+        return count * layer_input + sum(whole[count:]), max(whole[:count], default=0.0) + gradients
     groups = [whole[start : start + recompute.num_layers] for start in range(0, len(whole), recompute.num_layers)]
-    return len(groups) * layer_input, max((sum(group) for group in groups), default=0.0)
+    return len(groups) * layer_input, max((sum(group) for group in groups), default=0.0) + gradients
+
+
+def _gradient_bytes(config: Config, layout: Layout, sizes: _Sizes, layer: int) -> float:
+    """Gradients inside a layer's MLP and of its input and output: what its backward pass holds for a moment."""
+    model = config.model
+    if model.moe is not None and layer >= model.moe.num_dense_layers:
+        inner = _moe_bytes(config, layout, sizes, activation_dropped=False)
+    else:
+        inner = _mlp_bytes(config, layout, sizes, model.ffn_hidden_size)
+    return inner + 2 * sizes.stream(model.hidden_size)
 
 
 def _layer_bytes(config: Config, layout: Layout, sizes: _Sizes, layer: int) -> float:

@@ -66,13 +66,14 @@ class ParityJudge:
         parallel: Mapping[str, Any],
         masks: str = "all",
         train: Mapping[str, Any] | None = None,
+        case: Callable[..., RunRecord] = run_from_seed,
         **sections: Mapping[str, Any],
     ) -> None:
         """Run the layout and require one rank's losses, gradient norms, token counts and trained weights.
 
-        `train` changes the run but not the single rank it is compared with.
+        `train` and `case` change the run but not the single rank it is compared with.
         """
-        run = self.run(world, parallel, masks, **sections | ({"train": train} if train else {}))
+        run = self.run(world, parallel, masks, case, **sections | ({"train": train} if train else {}))
         assert_equal_runs(run, self.reference(masks, **sections))
 
 

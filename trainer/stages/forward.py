@@ -8,6 +8,7 @@ import torch
 
 from trainer.data.batch import Batch
 from trainer.model.attention.documents import PackedDocuments
+from trainer.model.output_loss import compute_token_losses
 
 
 def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
@@ -18,7 +19,7 @@ def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
     """
     documents = batch.documents
     if documents is None:
-        return model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        return model(batch.tokens, batch.position_ids, None, labels=batch.labels, output_processor=compute_token_losses)
     packed = PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=documents.cu_seqlens,
@@ -29,4 +30,6 @@ def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
         num_rows=len(batch.tokens),
     )
     flat = [part.reshape(1, -1) for part in (batch.tokens, batch.position_ids, batch.labels)]
-    return model(flat[0], flat[1], None, labels=flat[2], packed_seq_params=packed)
+    return model(
+        flat[0], flat[1], None, labels=flat[2], packed_seq_params=packed, output_processor=compute_token_losses
+    )
