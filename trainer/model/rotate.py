@@ -40,13 +40,16 @@ def rotate_documents(
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotates the halves of the last dimension, and gradients back; bit for bit Megatron-Core's, without its joins."""
+    """Rotates the halves of the last dimension, and gradients back; bit for bit Megatron-Core's, without its joins.
+
+    Both results are contiguous, as joined ones are: in another layout, what follows adds up in another order.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         (first, second), (sin_first, sin_second) = tokens.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-        rotated = tokens * cos
+        rotated = torch.mul(tokens, cos, out=tokens.new_empty(tokens.shape))
         of_first, of_second = rotated.chunk(2, dim=-1)
         of_first -= second * sin_first
         of_second += first * sin_second
@@ -57,7 +60,7 @@ class _Rotation(torch.autograd.Function):
         (gradient,) = gradients
         cos, sin = ctx.saved_tensors
         (first, second), (sin_first, sin_second) = gradient.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-        result = gradient * cos
+        result = torch.mul(gradient, cos, out=gradient.new_empty(gradient.shape))
         of_first, of_second = result.chunk(2, dim=-1)
         of_first += second * sin_second
         of_second -= first * sin_first

@@ -94,6 +94,22 @@ def test_rotation(ranks, dtype, options):
     assert ranks.run(rotate_rows_both_ways, dtype, options) == [[True, True]]
 
 
+def is_contiguous_after_attention(place: Place) -> list[bool]:
+    """Return whether rotated keys and their gradient are contiguous, which attention permutes."""
+    from trainer.model.rotate import rotate_rows
+
+    keys, found = random(24, 3, 6, 12).requires_grad_(), []
+    sliced = keys[..., :4, :] * 1.0
+    sliced.register_hook(lambda gradient: found.append(gradient.is_contiguous()))
+    rotated = rotate_rows(sliced, random(24, 1, 1, 12))
+    rotated.backward(random(3, 4, 24, 12).permute(2, 0, 1, 3))
+    return [rotated.is_contiguous(), *found]
+
+
+def test_rotation_keeps_the_order_in_which_sums_follow(ranks):
+    assert ranks.run(is_contiguous_after_attention) == [[True, True]]
+
+
 def test_the_largest_logits():
     import torch
 
