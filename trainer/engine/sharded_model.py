@@ -124,7 +124,8 @@ class ShardedModel:
 
     def _set_training(self, is_training: bool) -> None:
         for module in self.modules:
-            module.train(is_training)
+            if module.training != is_training:  # the walk over all submodules takes longer than some kernels
+                module.train(is_training)
 
     def _run(
         self, forward_step: Any, batches: Sequence[Batch], *, forward_only: bool, collect_outputs: bool = False
