@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import platform as host_platform
@@ -13,6 +14,8 @@ import torch
 
 from parallel.platform.base import AttentionKernels
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_LARGEST_MMAP_THRESHOLD = 2**25
 PEER_FAILURE_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
@@ -27,9 +30,10 @@ class CpuPlatform:
     overlaps_communication = False
 
     def activate(self, local_rank: int) -> torch.device:
-        """Apply the CPU patches to torch and Megatron-Core and return the device."""
+        """Apply the CPU patches to torch and Megatron-Core, keep freed memory, and return the device."""
         from parallel.platform.cpu_patches import apply_cpu_patches
 
+        _keep_freed_memory()
         apply_cpu_patches()
         # Here the CPU's generator is the device's own, which Megatron-Core remarks on at every use.
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
@@ -83,3 +87,15 @@ class CpuPlatform:
     def is_peer_failure(self, error: BaseException) -> bool:
         """Return whether gloo says that a peer closed its connection or did not answer in time."""
         return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_FAILURE_WORDS)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees, since the next step asks for it again; other C libraries do as they do.
+
+    Given back, the pages come again one fault at a time, each of them zeroed: thousands a step, as the heap happens to
+    lie. Tensors above 32 MiB, the most that glibc allows to be kept, still go back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, -1)  # never
+        mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def run_bare(config: Config, environment: Environment, platform_name: PlatformName, clock: StepClock) -> float:
-    """Train and return the last step's loss; layouts without pipeline or data parallelism. Collective: all ranks."""
+    """Train and return the last step's loss; layouts without virtual pipeline stages. Collective: all ranks."""
     import torch.distributed as dist
 
+    from parallel.collectives import sum_over_microbatch_ranks
     from parallel.mesh import build_mesh, destroy_mesh, init_world
     from parallel.platform import load_platform
     from parallel.seeding import seed_everything
@@ -42,8 +43,8 @@ def run_bare(config: Config, environment: Environment, platform_name: PlatformNa
     assert reader is not None
     steps = [[batch.to(device) for batch in reader.read_step()] for _ in range(clock.total_steps)]
     reader.close()
-    sums = _train(model, optimizer, steps, config, clock)
-    loss = float(sum(row["total"] for row in sums)) / float(sum(row["num_tokens"] for row in sums))
+    total, num_tokens = sum_over_microbatch_ranks(_train(model, optimizer, steps, config, clock), mesh).tolist()
+    loss = total / num_tokens
     destroy_mesh()
     dist.destroy_process_group()
     return loss
@@ -88,23 +89,23 @@ def _wrap(chunk: Any, config: Config, platform: Platform) -> tuple[Any, Any]:
     return model, optimizer
 
 
-def _train(model: Any, optimizer: Any, steps: list[Any], config: Config, clock: StepClock) -> list[dict[str, Any]]:
-    """Take every step and return the last one's sums by microbatch."""
+def _train(model: Any, optimizer: Any, steps: list[Any], config: Config, clock: StepClock) -> Any:
+    """Take every step and return the last one's loss and tokens, fp64 `[2]`: 0 where another stage has them."""
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(batches: Iterator[Any], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
 
-        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             total = (output.float() * batch.loss_mask).sum()
             num_tokens = batch.loss_mask.sum().int()
-            return total, num_tokens, {"total": total.detach(), "num_tokens": num_tokens}
+            return total, num_tokens, torch.stack([total.detach(), num_tokens]).double()
 
         return chunk(batch.tokens, batch.position_ids, None, labels=batch.labels), loss
 
     forward_backward = get_forward_backward_func()
-    sums: list[dict[str, Any]] = []
+    sums: list[torch.Tensor] = []
     model.train()
     for batches in steps:
         clock.tick()
@@ -120,7 +121,7 @@ def _train(model: Any, optimizer: Any, steps: list[Any], config: Config, clock: 
             forward_only=False,
         )
         _update(optimizer, config.optimizer.clip_grad)
-    return sums
+    return sum(sums, torch.zeros(2, dtype=torch.float64, device=steps[0][0].tokens.device))
 
 
 def _update(optimizer: Any, clip_grad: float) -> None:

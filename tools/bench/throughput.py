@@ -58,6 +58,8 @@ class Case:
 CASES = (
     Case("1 rank", 1, ("parallel.tp=1",), ("fit", "bare", "hf")),
     Case("tp2", 2, ("parallel.tp=2",), ("fit", "bare")),
+    # Four microbatches, as the demo has: with one, a stage would only ever wait for the other.
+    Case("pp2", 2, ("parallel.tp=1", "parallel.pp=2", "train.micro_batch_size=1"), ("fit", "bare")),
 )
 
 

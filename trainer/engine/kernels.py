@@ -1,4 +1,4 @@
-"""Every name of Megatron-Core that is replaced on all platforms by what torch alone can do, in one visible call.
+"""Every name of Megatron-Core that is replaced by what torch alone can do, in one visible call.
 
 The CPU's own replacements are in `parallel.platform.cpu_patches`.
 """
@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 from parallel.platform.base import Platform
 from parallel.replaced_names import NamePatch, replace_names
-from trainer.model.rotate import angles_of_this_rank, compile_rotation, rotate_documents
+from trainer.losses.cross_entropy import find_largest_logits
+from trainer.model.fewer_passes import rms_norm, swiglu, weighted_swiglu
+from trainer.model.rotate import angles_of_this_rank, compile_rotation, rotate_documents, rotate_rows
 from trainer.model.weight_gradients import WeightGradients
 from trainer.optim.adam import GroupStepAdamW, has_fused_adam
 from trainer.optim.grad_norm import compute_l2_norm, compute_l2_norm_at_once, scale_tensors
@@ -19,6 +21,8 @@ from trainer.optim.grad_norm import compute_l2_norm, compute_l2_norm_at_once, sc
 _LINEARS = "megatron.core.tensor_parallel.layers"
 _EMBEDDINGS = "megatron.core.models.common.embeddings"
 _ROTATION = f"{_EMBEDDINGS}.rope_utils"
+_MLP = "megatron.core.transformer.mlp"
+_LOSS = "megatron.core.tensor_parallel.cross_entropy"
 _OPTIMIZER = "megatron.core.optimizer"
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
@@ -47,6 +51,8 @@ def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
     if is_fusing:
         rotate = compile_rotation()
         yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_bshd", rotate, "one kernel instead of seven passes")
+    else:
+        yield from _patches_for_fewer_passes()
     yield NamePatch(f"{_WRITER}:_results_queue", queue.Queue(), "its own starts a process, where a thread writes here")
     if has_fused_adam() is not None:
         return
@@ -59,3 +65,15 @@ def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
     why = "its own asks the host for every norm, and sums millions of squares in one fp32"
     yield NamePatch(f"{_OPTIMIZER}.clip_grads:l2_norm_impl", norm, why)
     yield NamePatch(f"{_OPTIMIZER}.clip_grads:multi_tensor_scale_impl", scale_tensors, why)
+
+
+def _patches_for_fewer_passes() -> Iterator[NamePatch]:
+    """Yield what saves passes over memory where the device gains nothing from compiled kernels; all bit for bit."""
+    yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_bshd", rotate_rows, "its own joins halves four times")
+    why = "its own keeps and joins the halves, and adds an offset of 0 to one of them"
+    yield NamePatch(f"{_MLP}:bias_swiglu_impl", swiglu, why)
+    yield NamePatch(f"{_MLP}:weighted_bias_swiglu_impl", weighted_swiglu, why)
+    yield NamePatch("torch.nn.functional:rms_norm", rms_norm, "torch's own takes eleven passes backwards")
+    why = "its own also looks where the largest logit lies"
+    largest = staticmethod(find_largest_logits)
+    yield NamePatch(f"{_LOSS}:VocabParallelCrossEntropy.calculate_logits_max", largest, why)

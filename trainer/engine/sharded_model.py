@@ -130,7 +130,8 @@ class ShardedModel:
 
     def _set_training(self, is_training: bool) -> None:
         for module in self.modules:
-            module.train(is_training)
+            if module.training != is_training:  # the walk over all submodules takes longer than some kernels
+                module.train(is_training)
 
     def _shares(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return this rank's part of the rows that cp ranks share."""

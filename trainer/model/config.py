@@ -39,7 +39,7 @@ def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> Tra
     fuses, compute = mesh.platform.fuses_kernels, config.precision.compute
     fields |= {
         # Megatron-Core's fused gelu and geglu are the tanh approximation, which is another function.
-        "bias_activation_fusion": fuses and model.activation == "swiglu",
+        "bias_activation_fusion": (fuses or not use_te) and model.activation == "swiglu",  # trainer.engine.kernels
         "bias_dropout_fusion": fuses,
         "apply_rope_fusion": fuses
         and use_te

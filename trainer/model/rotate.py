@@ -1,4 +1,4 @@
-"""Rotary position embedding of packed documents without asking the host, and the rotation as one kernel.
+"""Rotary position embedding of packed documents without asking the host, and the rotation in few passes or one kernel.
 
 Megatron-Core rotates document by document and reads their lengths back from the device twice a layer, where it waits
 for all work queued. Here each token looks up the angles of its own position, which also serves ranks that share a
@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from parallel.sequence_split import segments_of
 
 _NUM_COMPILED = 64
+_rotate_otherwise = rope_utils._apply_rotary_pos_emb_bshd
 
 
 def rotate_by_position(chunk: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -49,6 +50,54 @@ def angles_of_this_rank(angles: torch.Tensor, seq_dim: int, cp_group: Any) -> to
     length = angles.shape[seq_dim]
     segments = segments_of(cp_group.rank(), cp_group.size(), num_rows=1, seq_len=length)
     return torch.cat([angles.narrow(seq_dim, one.start, one.length) for one in segments], dim=seq_dim)
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotates the halves of the last dimension, and gradients back; bit for bit Megatron-Core's, without its joins.
+
+    Both results are contiguous, as joined ones are: in another layout, what follows adds up in another order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        (first, second), (sin_first, sin_second) = tokens.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        rotated = torch.mul(tokens, cos, out=tokens.new_empty(tokens.shape))
+        of_first, of_second = rotated.chunk(2, dim=-1)
+        of_first -= second * sin_first
+        of_second += first * sin_second
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        cos, sin = ctx.saved_tensors
+        (first, second), (sin_first, sin_second) = gradient.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        result = torch.mul(gradient, cos, out=gradient.new_empty(gradient.shape))
+        of_first, of_second = result.chunk(2, dim=-1)
+        of_first += second * sin_second
+        of_second -= first * sin_first
+        return result, None, None
+
+
+def rotate_rows(
+    tokens: torch.Tensor,
+    frequencies: torch.Tensor,
+    rotary_interleaved: bool = False,
+    mla_rotary_interleaved: bool = False,
+    mscale: float = 1.0,
+) -> torch.Tensor:
+    """Rotate the first dimensions of `tokens [seq, batch, heads, dim]` by angles `[seq, 1, 1, rotated]`, in radians.
+
+    Su et al. 2021 (arXiv:2104.09864) eq. 34, with the arguments of Megatron-Core's own function, which goes on serving
+    interleaved dimensions.
+    """
+    if rotary_interleaved or mla_rotary_interleaved:
+        return _rotate_otherwise(tokens, frequencies, rotary_interleaved, mla_rotary_interleaved, mscale)
+    size = frequencies.shape[-1]
+    cos, sin = ((part * mscale).to(tokens.dtype) for part in (torch.cos(frequencies), torch.sin(frequencies)))
+    rotated: torch.Tensor = _Rotation.apply(tokens[..., :size], cos, sin)
+    return rotated if size == tokens.shape[-1] else torch.cat((rotated, tokens[..., size:]), dim=-1)
 
 
 def compile_rotation() -> Any:
