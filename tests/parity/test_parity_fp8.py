@@ -30,6 +30,9 @@ LAYOUTS = {
     "pp2": (2, {"pp": 2}),
     "dp2": (2, {}),
 }
+# Attention adds up in another order, which moves single numbers across a border in the first step already, and blocks
+# along the tokens are cut from other tokens.
+CP_LAYOUTS = {"cp2": (2, {"cp": 2}), "cp2_tp2_sp": (4, {"cp": 2, "tp": 2, "sp": True})}
 
 
 def check(judge, layout, model, recipe, first=1e-5, later=LATER_STEPS):
@@ -46,6 +49,49 @@ def check(judge, layout, model, recipe, first=1e-5, later=LATER_STEPS):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_layout_equals_one_rank(judge, recipe, layout):
     check(judge, LAYOUTS[layout], MODEL, recipe)
+
+
+@pytest.mark.parametrize("layout", CP_LAYOUTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_context_parallel_equals_one_rank(judge, recipe, layout):
+    check(judge, CP_LAYOUTS[layout], MODEL, recipe, OTHER_SCALES)
+
+
+def record_scales(place: Place, config: Config, run_dir: str) -> list[tuple[str, str, float]]:
+    """Return linear, operand and the value that scales it of the first microbatch, in the order of the passes."""
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.load import warm_start
+    from trainer.engine.state import TrainState
+    from trainer.model.fp8.linear import Fp8Linear
+
+    found, plain = [], Fp8Linear._tensor_amax
+
+    def record(self, role, matrix, *, is_recording):
+        amax = plain(self, role, matrix, is_recording=is_recording)
+        found.append((f"{self._site}", role, float(amax)))
+        return amax
+
+    Fp8Linear._tensor_amax = record
+    try:
+        with open_engine(place, config) as engine:
+            warm_start(engine, resolve_checkpoint(run_dir))
+            build_stage(engine).step(TrainState())
+    finally:
+        Fp8Linear._tensor_amax = plain
+    return found
+
+
+def test_ranks_that_share_a_sequence_scale_alike(judge, ranks):
+    """One scale for the tokens of all of them, as one rank has it."""
+    train = {"num_steps": 1, "seq_len": 32, "global_batch_size": 2, "micro_batch_size": 2}
+    sections = {"model": MODEL, "train": train, "precision": {"fp8": {"recipe": "tensorwise", "backend": "emulated"}}}
+    seed = str(judge.seed(MODEL))
+    (expected,) = ranks.run(record_scales, small_config(**sections), seed)
+    found = ranks.run(record_scales, small_config(2, parallel={"cp": 2}, **sections), seed, world=2)
+    assert len(expected) == 24
+    for one in found:
+        assert [place[:2] for place in one] == [place[:2] for place in expected]
+        np.testing.assert_allclose([place[2] for place in one], [place[2] for place in expected], rtol=2e-6)
 
 
 @pytest.mark.parametrize("layout", [(2, {"ep": 2}), (4, {"ep": 2, "tp": 2, "sp": True})], ids=["ep2", "ep2_tp2"])

@@ -54,9 +54,9 @@ class GatherTokens(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """Gather the tokens of all ranks."""
         ctx.group = group
-        parts = tensor.new_empty(group.size(), *tensor.shape)
+        parts = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(parts, tensor.contiguous(), group=group)
-        return torch.cat(parts.unbind(0), dim=2)
+        return torch.cat(parts.chunk(group.size()), dim=2)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

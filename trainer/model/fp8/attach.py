@@ -67,7 +67,8 @@ def attach_fp8(chunks: list[Any], fp8: Fp8Config, model: ModelConfig, mesh: Mesh
     for site, module in linears.items():
         if site.layer not in kept:
             split = _ROW_SPLIT if table[site.layer][site.name].split == "row" else _COLUMN_SPLIT
-            module._forward_impl = Fp8Linear(scheme, site, split, module.tp_group)
+            cp_group = mesh.cp_group if site.expert is None else None
+            module._forward_impl = Fp8Linear(scheme, site, split, module.tp_group, cp_group)
     return Fp8State(scheme, mesh)
 
 

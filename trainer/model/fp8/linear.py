@@ -78,9 +78,14 @@ class Operand:
 class Fp8Linear:
     """One linear layer's FP8 matrix multiplications."""
 
-    def __init__(self, scheme: Scheme, site: Site, split: dict[str, int | None], tp_group: Any) -> None:
-        """`split` says which dimension of x [tokens, in], W [out, in] and dy [tokens, out] lies across `tp_group`."""
-        self.scheme, self.tp_group = scheme, tp_group
+    def __init__(
+        self, scheme: Scheme, site: Site, split: dict[str, int | None], tp_group: Any, cp_group: Any = None
+    ) -> None:
+        """`split` says which dimension of x [tokens, in], W [out, in] and dy [tokens, out] lies across `tp_group`.
+
+        The tokens lie across `cp_group`, but those of an expert come from anywhere: it has none.
+        """
+        self.scheme, self.tp_group, self._cp_group = scheme, tp_group, cp_group
         self._site, self._split = site, split
         self._weight: Operand | None = None
         self._weights_version = -1
@@ -123,8 +128,11 @@ class Fp8Linear:
     def agree(self, role: str, amax: torch.Tensor, block: Block, *, transposed: bool) -> torch.Tensor:
         """Return the largest values over all ranks that hold a part of what shares a scale: every layout scales alike.
 
-        Collective where that is so: all ranks of the tp group must call this.
+        Collective where that is so: all ranks of the tp and cp groups must call this.
         """
+        tokens = 1 if transposed and block != _WHOLE else 0
+        if role != "weight" and block[tokens] is None and self._cp_group is not None and self._cp_group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self._cp_group)
         split = self._split[role]
         if split is not None and transposed and block != _WHOLE:
             split = 1 - split
