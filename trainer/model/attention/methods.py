@@ -1,11 +1,7 @@
-"""The ways in which context-parallel ranks share attention: which exchange, and which tiles are left to each.
+"""The ways in which context-parallel ranks share attention: which exchange, and which tiles are left to each. All exact.
 
-    ring           keys go round (arXiv:2310.01889); any number of ranks and heads
-    all_gather     every rank gets all keys (Llama 3, arXiv:2407.21783 section 3.3.2)
-    ulysses        all-to-all between tokens and heads (arXiv:2309.14509); heads must divide
-    hierarchical   ulysses among `cp_inner` neighbours, a ring across them
-
-All are exact.
+Keys go round (Liu et al. 2023, arXiv:2310.01889), all ranks get all keys (Llama 3, arXiv:2407.21783 section 3.3.2),
+tokens are exchanged for heads (Jacobs et al. 2023, arXiv:2309.14509), or that among neighbours and a ring across them.
 """
 
 from __future__ import annotations
