@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
-from trainer.data.batch import build_batch, without_loss
+from trainer.data.batch import build_batch, share_of, without_loss
 
 EOD = 0
 WINDOWS = np.array([[5, 6, EOD, 7, 8, 9, EOD], [EOD, EOD, 1, 2, 3, 4, 5]])
@@ -48,3 +51,24 @@ def test_to_keeps_everything():
     moved = batch.to(batch.tokens.device)
     assert torch.equal(moved.tokens, batch.tokens) and torch.equal(moved.loss_mask, batch.loss_mask)
     assert moved.documents is not None and moved.documents.max_seqlen == 4 and moved.sample_ids == (4, 5)
+
+
+@pytest.mark.parametrize("document_end_id", [None, 3])
+def test_shares_of_a_batch_are_the_batch(document_end_id):
+    """Every token is on one rank, with its label, position, mask and columns; what is counted adds up."""
+    windows = np.arange(2 * 17).reshape(2, 17) % 7
+    whole = build_batch(windows, (4, 5), document_end_id)
+    whole = replace(
+        whole, columns={"advantages": torch.rand(whole.tokens.shape)}, sequences={"side": torch.tensor([0, 1])}
+    )
+    shares = [share_of(whole, rank, 4) for rank in range(4)]
+    order = [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
+    for name in ("tokens", "labels", "position_ids", "loss_mask"):
+        joined = torch.cat([getattr(share, name) for share in shares], dim=1)
+        assert torch.equal(joined, getattr(whole, name)[:, order]), name
+    joined = torch.cat([share.columns["advantages"] for share in shares], dim=1)
+    assert torch.equal(joined, whole.columns["advantages"][:, order])
+    assert sum(share.num_attended_pairs for share in shares) == whole.num_attended_pairs
+    assert all(share.documents is whole.documents and share.sample_ids == (4, 5) for share in shares)
+    assert all(share.sequences is whole.sequences for share in shares)
+    assert share_of(whole, 0, 1) is whole
