@@ -6,6 +6,7 @@ whatever code its workers had; `python -m launch.local` and `srun` hand it on. T
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -18,11 +19,12 @@ from launch.checks import config_problems, machine_problems, memory_problem, pat
 from launch.cli import Arguments, parse_arguments, usage
 from launch.dry_run import dry_run
 from parallel.environment import Environment
-from parallel.failures import is_peer_loss, let_rank_zero_speak, report
+from parallel.failures import describe_peer_loss, flush_streams, is_peer_loss, let_rank_zero_speak, report
 from parallel.launcher_variables import find_environment
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine, load_platform
 
 _INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(stage_name: str, argv: Sequence[str]) -> int:
@@ -46,13 +48,13 @@ def main(stage_name: str, argv: Sequence[str]) -> int:
         report(str(error), error.exit_code, rank=rank)
         return error.exit_code
     except BrokenPipeError:  # `--help | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush_streams()
         return ExitCode.DONE
     except OSError as error:  # of what a path leads to; that of a run is told by `_train`
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
         let_rank_zero_speak(rank)
-        report(describe_os_error(error), ExitCode.BAD_INPUT, rank=rank)
+        report(describe_os_error(error, "standard output"), ExitCode.BAD_INPUT, rank=rank)
         return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         if rank == 0:
@@ -116,11 +118,8 @@ def _train(config: Config, stage_name: str, environment: Environment, platform_n
         if cause is not None:
             failure = BadInput(f"{cause}; {describe_continuation(config)}")
         elif is_peer_loss(error, load_platform(platform_name).is_peer_failure):
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            failure = PeerLost(
-                f"another rank was lost or did not answer within {config.parallel.timeout_seconds} seconds "
-                f"(parallel.timeout_seconds): {first_line}; {describe_continuation(config)}"
-            )
+            lost = describe_peer_loss(error, config.parallel.timeout_seconds)
+            failure = PeerLost(f"{lost}; {describe_continuation(config)}")
         else:
             traceback.print_exc()
             report(f"{type(error).__name__}: {error}", 1, rank=environment.rank)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.outputs import check_prefix
 from tools.paths import path_text
 
@@ -316,4 +316,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

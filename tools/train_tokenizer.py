@@ -9,14 +9,13 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.outputs import check_directory
 from tools.paths import path_text
 
@@ -143,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)
