@@ -7,6 +7,7 @@ whatever code its workers had; `python -m launch.local` and `srun` hand it on. T
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -15,7 +16,14 @@ from collections.abc import Sequence
 from configs.errors import BadInput, ExitCode, NonFinite, PeerLost, ShardwrightError
 from configs.stages import Config
 from launch.causes import describe_cause, describe_continuation, describe_os_error
-from launch.checks import config_problems, machine_problems, memory_problem, path_problems
+from launch.checks import (
+    config_problems,
+    machine_problems,
+    memory_problem,
+    path_problems,
+    slowness,
+    start_problems,
+)
 from launch.cli import Arguments, parse_arguments, usage
 from launch.dry_run import dry_run
 from parallel.environment import Environment
@@ -23,6 +31,7 @@ from parallel.failures import describe_peer_loss, flush_streams, is_peer_loss, l
 from parallel.launcher_variables import find_environment
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine, load_platform
 
+log = logging.getLogger(__name__)
 _INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -37,11 +46,11 @@ def main(stage_name: str, argv: Sequence[str]) -> int:
             return ExitCode.DONE
         environment = find_environment(os.environ)
         rank = environment.rank
-        config = _load(arguments, stage_name)
+        config, problems = _load(arguments, stage_name)
         if arguments.dry_run:
-            return dry_run(config, stage_name, arguments.world_size, environment)
+            return dry_run(config, problems, stage_name, arguments.world_size, environment)
         platform_name = detect_platform_name()
-        _check(config, environment, platform_name)
+        _check(config, problems, stage_name, environment, platform_name)
         return _train(config, stage_name, environment, platform_name)
     except BadInput as error:
         let_rank_zero_speak(rank)
@@ -68,7 +77,7 @@ def is_training(stage_name: str, argv: Sequence[str], world_size: int) -> bool:
     if arguments.help or arguments.dry_run:
         return False
     environment = Environment(world_size=world_size, local_world_size=world_size)
-    _check(_load(arguments, stage_name), environment, detect_platform_name())
+    _check(*_load(arguments, stage_name), stage_name, environment, detect_platform_name())
     return True
 
 
@@ -80,20 +89,29 @@ def _print_help(stage_name: str) -> None:
     print(field_help(stage_name))
 
 
-def _load(arguments: Arguments, stage_name: str) -> Config:
-    from configs.load import load_config
+def _load(arguments: Arguments, stage_name: str) -> tuple[Config, list[str]]:
+    """Return the config, and what is wrong with it where the rest of it can be judged all the same."""
+    from configs.load import read_config
 
     assert arguments.config_path is not None  # parse_arguments refuses a command line without one
-    return load_config(arguments.config_path, arguments.overrides, stage_name)
+    config, problems = read_config(arguments.config_path, arguments.overrides, stage_name)
+    if config is None:
+        raise BadInput("\n".join(problems))
+    return config, problems
 
 
-def _check(config: Config, environment: Environment, platform_name: PlatformName) -> None:
+def _check(
+    config: Config, problems: list[str], stage_name: str, environment: Environment, platform_name: PlatformName
+) -> None:
     """Raise BadInput with everything that would end the run as soon as it began, one problem a line."""
     from trainer.data.presence import find_data_problems
 
-    problems = config_problems(config, environment.world_size, platform_name, has_te=has_transformer_engine())
+    problems = problems + config_problems(
+        config, environment.world_size, platform_name, has_te=has_transformer_engine()
+    )
     problems += machine_problems(config, platform_name)
-    problems += path_problems(config) or find_data_problems(config)  # a closed path is not looked into
+    # a closed path is not looked into
+    problems += path_problems(config) or [*find_data_problems(config), *start_problems(config, stage_name)]
     if problems:
         raise BadInput("\n".join(problems))
     problem = memory_problem(config, environment, platform_name)
@@ -108,6 +126,9 @@ def _train(config: Config, stage_name: str, environment: Environment, platform_n
         from trainer.report.log import start_console
 
         start_console(environment.rank)
+        slow = slowness(config, platform_name)
+        if slow is not None:
+            log.warning(slow)
         from trainer.run.run import run
 
         return run(config, stage_name, environment, platform_name)

@@ -56,7 +56,7 @@ def test_directories_are_read_in_the_order_of_their_paths(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "c.jsonl"}')
     (tmp_path / "d.txt.zst").write_bytes(zstandard.compress(b"d.txt.zst"))
     assert read([tmp_path]) == ["a/b.md", "a/z.py", "b.txt", "c.jsonl", "d.txt.zst"]
-    assert list_inputs([str(tmp_path)])[1] == {".png": 1}
+    assert list_inputs([str(tmp_path)])[1] == {".png": 1, "hidden": 1}
 
 
 def test_blocks_know_their_lines_and_add_up(tmp_path):
@@ -177,7 +177,7 @@ def test_a_downloaded_dataset_gives_its_records_alone(tmp_path):
     left_out = list_inputs([str(tmp_path)])[1]
     assert left_out == {
         "README.md": 2, "LICENSE.txt": 1, "dataset_infos.json": 1, "dataset_info.json": 1, "state.json": 1,
-        "dataset_dict.json": 1, ".png": 1,
+        "dataset_dict.json": 1, ".png": 1, "hidden": 2,
     }  # fmt: skip
     assert read([tmp_path / "README.md"]) == ["tells of the data"]  # named outright
 

@@ -67,9 +67,9 @@ class Block:
 def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
     """Find the input files behind `paths`, in order; a directory gives its files sorted by path.
 
-    Returns the files and, by suffix or name, how many files of directories were left out: for not being a known kind of
-    text, for telling of the data rather than being it, or for being of another split than train. A file named outright
-    is always read, as plain text when its suffix says nothing else. Raises BadInput.
+    Returns the files and, by suffix or name, how many files of directories were left out: for being hidden, for not
+    being a known kind of text, for telling of the data rather than being it, or for being of another split than train.
+    A file named outright is always read, as plain text when its suffix says nothing else. Raises BadInput.
     """
     files: list[InputFile] = []
     left_out: Counter[str] = Counter()
@@ -79,7 +79,7 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
         if not os.path.isdir(path):
             files.append(_classify(path) or InputFile(path, "text", _compression(path)))
             continue
-        inside = (file for file in Path(path).rglob("*") if file.is_file())
+        inside = [file for file in Path(path).rglob("*") if file.is_file()]
         visible = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
         visible.sort(key=lambda file: file.relative_to(path).parts)
         found = {file: _classify(str(file)) for file in visible}
@@ -87,6 +87,7 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
         kept = {file: kind for file, kind in found.items() if kind is not None and file not in about}
         others = find_other_splits(Path(path), kept, {file for file, kind in kept.items() if kind.kind != "text"})
         files += [kind for file, kind in kept.items() if file not in others]
+        left_out.update({"hidden": len(inside) - len(visible)} if len(visible) < len(inside) else {})
         left_out.update(file.name for file in about)
         left_out.update(f"of the {split} split" for split in others.values())
         left_out.update(file.suffix or "no suffix" for file, kind in found.items() if kind is None)
