@@ -110,8 +110,9 @@ def _check(
         config, environment.world_size, platform_name, has_te=has_transformer_engine()
     )
     problems += machine_problems(config, platform_name)
-    # a closed path is not looked into
-    problems += path_problems(config) or [*find_data_problems(config), *start_problems(config, stage_name)]
+    # What was queued again may still be finishing a checkpoint: under the run's lock it is looked at again anyway.
+    start = [] if environment.is_restart else start_problems(config, stage_name)
+    problems += path_problems(config) or [*find_data_problems(config), *start]  # a closed path is not looked into
     if problems:
         raise BadInput("\n".join(problems))
     problem = memory_problem(config, environment, platform_name)
