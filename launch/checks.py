@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs.errors import BadInput
 from configs.stages import Config
+from launch.causes import describe_os_error
 from parallel.environment import Environment
 from parallel.platform import PlatformName, has_transformer_engine
 from parallel.platform.host_memory import host_memory_bytes
@@ -85,6 +86,8 @@ def start_problems(config: Config, stage_name: str) -> Iterator[str]:
             check(config, stage_name)
         except BadInput as error:
             yield str(error)
+        except OSError as error:  # such as a folder inside that this user may not enter
+            yield describe_os_error(error)
 
 
 def _check_continued(config: Config, stage_name: str) -> None:
