@@ -170,7 +170,8 @@ def _type_text(annotation: Any, metadata: Sequence[Any]) -> str:
         return f"list of {_type_text(get_args(bare)[0], ())}"
     if isinstance(bare, type) and issubclass(bare, Section):
         return "{" + ", ".join(bare.model_fields) + "}"
-    text = "path" if any(isinstance(bound, PathKind) for bound in bounds) else "text"
+    kinds = [bound for bound in bounds if isinstance(bound, PathKind)]
+    text = " | ".join((*kinds[-1].words, "path")) if kinds else "text"
     name = {int: "int", float: "float", bool: "true | false", str: text}.get(bare, str(bare))
     for bound in bounds:
         if isinstance(bound, annotated_types.Ge):

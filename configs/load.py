@@ -68,6 +68,18 @@ def load_config(path: str, overrides: Sequence[str] = (), stage: str = "pretrain
 
     Raises BadInput with one line per problem: all of them at once, unless a file cannot be read.
     """
+    config, problems = read_config(path, overrides, stage)
+    if problems or config is None:
+        raise BadInput("\n".join(problems))
+    return config
+
+
+def read_config(path: str, overrides: Sequence[str], stage: str) -> tuple[Config | None, list[str]]:
+    """Return what `load_config` does and what is wrong with it, so that it can be told with what else is.
+
+    Unknown fields are left out; there is no config where anything more is wrong. Raises BadInput for a file that cannot
+    be read.
+    """
     try:
         values = _read_chain(_config_path(path), ())
     except RecursionError:
@@ -80,13 +92,29 @@ def load_config(path: str, overrides: Sequence[str] = (), stage: str = "pretrain
     try:
         config = STAGE_CONFIGS[stage].model_validate(values)
     except ValidationError as error:
+        is_judged = not problems and _drop_unknown(values, error)
         problems += validation_sentences(error, stage)
-    if problems:
-        raise BadInput("\n".join(problems))
+        if not is_judged:
+            return None, problems
+        config = STAGE_CONFIGS[stage].model_validate(values)
     if config.run.dir is None:
         run = config.run.model_copy(update={"dir": _default_run_dir(config.run.name)})
         config = config.model_copy(update={"run": run})
-    return config
+    return config, problems
+
+
+def _drop_unknown(values: dict[str, Any], error: ValidationError) -> bool:
+    """Take the unknown fields out of `values`, but return False if more than they is wrong."""
+    details = error.errors()
+    if any(detail["type"] != "extra_forbidden" for detail in details):
+        return False
+    for detail in details:
+        *place, name = detail["loc"]
+        section: Any = values
+        for part in place:
+            section = section[part]
+        del section[name]
+    return True
 
 
 def validation_sentences(error: ValidationError, stage: str) -> list[str]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from configs.errors import BadInput
 from configs.stages import Config
+from launch.causes import describe_os_error
 from parallel.environment import Environment
 from parallel.platform import PlatformName, has_transformer_engine
 from parallel.platform.host_memory import host_memory_bytes
+from parallel.platform.processor import lacks_units
 
 _GIB = 2**30
 
@@ -63,6 +65,17 @@ def memory_problem(config: Config, environment: Environment, platform_name: Plat
     )
 
 
+def slowness(config: Config, platform_name: PlatformName) -> str | None:
+    """Return a sentence if this machine computes the config's number format far more slowly than another."""
+    compute = config.precision.compute
+    if platform_name != "cpu" or not lacks_units(compute):
+        return None
+    return (
+        f"precision.compute: this processor has no units for {compute}, and matrix multiplications in it may take over "
+        "100 times longer than in fp32; precision.compute=fp32 is far faster here"
+    )
+
+
 def start_problems(config: Config, stage_name: str) -> Iterator[str]:
     """Yield why the run cannot begin with what the config names, as far as that is on this machine.
 
@@ -73,17 +86,20 @@ def start_problems(config: Config, stage_name: str) -> Iterator[str]:
             check(config, stage_name)
         except BadInput as error:
             yield str(error)
+        except OSError as error:  # such as a folder inside that this user may not enter
+            yield describe_os_error(error)
 
 
 def _check_continued(config: Config, stage_name: str) -> None:
     from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
-    from trainer.checkpoint.manifest import check_continues, read_manifest
+    from trainer.checkpoint.manifest import another_run, check_continues, read_manifest
 
     resume, run_dir = config.checkpoint.resume, str(config.run.dir)
     checkpoint = latest_checkpoint(run_dir)
     if resume == "never" and checkpoint is not None:
         raise BadInput(
-            f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run.dir, or resume=auto."
+            f"checkpoint.resume: never, but {run_dir} holds checkpoints; {another_run(config)}, or "
+            "checkpoint.resume=auto, which continues."
         )
     if resume not in ("auto", "never") and os.path.exists(resume):
         checkpoint = existing_checkpoint(resume, "checkpoint.resume")

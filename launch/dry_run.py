@@ -9,34 +9,40 @@ import math
 
 from configs.errors import BadInput, ExitCode
 from configs.stages import Config
-from launch.checks import config_problems, data_problems, machine_problems, path_problems, start_problems
+from launch.checks import config_problems, data_problems, machine_problems, path_problems, slowness, start_problems
 from parallel.environment import Environment
 from parallel.platform import CLUSTER_PLATFORM, detect_platform_name, has_transformer_engine
 
 
-def dry_run(config: Config, stage_name: str, world_size: int | None, environment: Environment) -> ExitCode:
+def dry_run(
+    config: Config, problems: list[str], stage_name: str, world_size: int | None, environment: Environment
+) -> ExitCode:
     """Print the resolved config and what follows from it; raise BadInput for what no machine could run.
 
-    `world_size` None plans for the launcher's ranks, else for the fewest that the layout has.
+    `problems` are known already. `world_size` None plans for the launcher's ranks, else for the fewest that the layout
+    has.
     """
     from configs.plan.derive import derive_layout
     from configs.plan.show import describe
 
+    is_fewest = world_size is None and environment.launcher == "single"
     if world_size is None:
-        started_by_hand = environment.launcher == "single"
-        world_size = _fewest_ranks(config) if started_by_hand else environment.world_size
+        world_size = _fewest_ranks(config) if is_fewest else environment.world_size
     platform_name = detect_platform_name()
-    problems = config_problems(config, world_size, CLUSTER_PLATFORM, has_te=True)
+    problems = problems + config_problems(config, world_size, CLUSTER_PLATFORM, has_te=True)
     closed = path_problems(config)
     # what may not be looked at is told once, and not looked at
     problems += closed or [*data_problems(config), *start_problems(config, stage_name)]
     if problems:
         raise BadInput("\n".join(problems))
     if environment.rank == 0:
-        print(describe(config, derive_layout(config, world_size)))
+        print(describe(config, derive_layout(config, world_size), is_fewest=is_fewest))
         here = config_problems(config, world_size, platform_name, has_te=has_transformer_engine())
         for problem in here + machine_problems(config, platform_name):
             print(f"cannot run here  {problem}")
+        slow = slowness(config, platform_name)
+        if slow is not None:
+            print(f"slow here        {slow}")
     return ExitCode.DONE
 
 

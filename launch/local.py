@@ -8,6 +8,7 @@ Training on the CPU is forked from here (`launch/fork.py`); other scripts, and r
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -23,7 +24,7 @@ from configs.paths import clean_path
 from launch.fork import ForkedRank, fork_rank, import_trainer, run_script
 from launch.main import is_training
 from parallel.environment import Environment
-from parallel.failures import report
+from parallel.failures import flush_streams, report
 from parallel.launcher_variables import find_free_port
 from parallel.platform import detect_platform_name
 
@@ -39,7 +40,9 @@ _Rank = subprocess.Popen[bytes] | ForkedRank
 def main(argv: Sequence[str]) -> int:
     """Run the command line `argv` and return the exit code for the shell."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+        with contextlib.suppress(BrokenPipeError):  # the reader has seen enough
+            print(_USAGE)
+        flush_streams()
         return ExitCode.DONE if argv else ExitCode.BAD_INPUT
     try:
         num_ranks, entry_point, rest = _parse(argv)

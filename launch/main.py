@@ -6,6 +6,8 @@ whatever code its workers had; `python -m launch.local` and `srun` hand it on. T
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sys
 import traceback
@@ -14,15 +16,24 @@ from collections.abc import Sequence
 from configs.errors import BadInput, ExitCode, NonFinite, PeerLost, ShardwrightError
 from configs.stages import Config
 from launch.causes import describe_cause, describe_continuation, describe_os_error
-from launch.checks import config_problems, machine_problems, memory_problem, path_problems
+from launch.checks import (
+    config_problems,
+    machine_problems,
+    memory_problem,
+    path_problems,
+    slowness,
+    start_problems,
+)
 from launch.cli import Arguments, parse_arguments, usage
 from launch.dry_run import dry_run
 from parallel.environment import Environment
-from parallel.failures import is_peer_loss, let_rank_zero_speak, report
+from parallel.failures import describe_peer_loss, flush_streams, is_peer_loss, let_rank_zero_speak, report
 from parallel.launcher_variables import find_environment
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine, load_platform
 
+log = logging.getLogger(__name__)
 _INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(stage_name: str, argv: Sequence[str]) -> int:
@@ -35,24 +46,24 @@ def main(stage_name: str, argv: Sequence[str]) -> int:
             return ExitCode.DONE
         environment = find_environment(os.environ)
         rank = environment.rank
-        config = _load(arguments, stage_name)
+        config, problems = _load(arguments, stage_name)
         if arguments.dry_run:
-            return dry_run(config, stage_name, arguments.world_size, environment)
+            return dry_run(config, problems, stage_name, arguments.world_size, environment)
         platform_name = detect_platform_name()
-        _check(config, environment, platform_name)
+        _check(config, problems, stage_name, environment, platform_name)
         return _train(config, stage_name, environment, platform_name)
     except BadInput as error:
         let_rank_zero_speak(rank)
         report(str(error), error.exit_code, rank=rank)
         return error.exit_code
     except BrokenPipeError:  # `--help | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush_streams()
         return ExitCode.DONE
     except OSError as error:  # of what a path leads to; that of a run is told by `_train`
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
         let_rank_zero_speak(rank)
-        report(describe_os_error(error), ExitCode.BAD_INPUT, rank=rank)
+        report(describe_os_error(error, "standard output"), ExitCode.BAD_INPUT, rank=rank)
         return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         if rank == 0:
@@ -66,7 +77,7 @@ def is_training(stage_name: str, argv: Sequence[str], world_size: int) -> bool:
     if arguments.help or arguments.dry_run:
         return False
     environment = Environment(world_size=world_size, local_world_size=world_size)
-    _check(_load(arguments, stage_name), environment, detect_platform_name())
+    _check(*_load(arguments, stage_name), stage_name, environment, detect_platform_name())
     return True
 
 
@@ -78,20 +89,30 @@ def _print_help(stage_name: str) -> None:
     print(field_help(stage_name))
 
 
-def _load(arguments: Arguments, stage_name: str) -> Config:
-    from configs.load import load_config
+def _load(arguments: Arguments, stage_name: str) -> tuple[Config, list[str]]:
+    """Return the config, and what is wrong with it where the rest of it can be judged all the same."""
+    from configs.load import read_config
 
     assert arguments.config_path is not None  # parse_arguments refuses a command line without one
-    return load_config(arguments.config_path, arguments.overrides, stage_name)
+    config, problems = read_config(arguments.config_path, arguments.overrides, stage_name)
+    if config is None:
+        raise BadInput("\n".join(problems))
+    return config, problems
 
 
-def _check(config: Config, environment: Environment, platform_name: PlatformName) -> None:
+def _check(
+    config: Config, problems: list[str], stage_name: str, environment: Environment, platform_name: PlatformName
+) -> None:
     """Raise BadInput with everything that would end the run as soon as it began, one problem a line."""
     from trainer.data.presence import find_data_problems
 
-    problems = config_problems(config, environment.world_size, platform_name, has_te=has_transformer_engine())
+    problems = problems + config_problems(
+        config, environment.world_size, platform_name, has_te=has_transformer_engine()
+    )
     problems += machine_problems(config, platform_name)
-    problems += path_problems(config) or find_data_problems(config)  # a closed path is not looked into
+    # What was queued again may still be finishing a checkpoint: under the run's lock it is looked at again anyway.
+    start = [] if environment.is_restart else start_problems(config, stage_name)
+    problems += path_problems(config) or [*find_data_problems(config), *start]  # a closed path is not looked into
     if problems:
         raise BadInput("\n".join(problems))
     problem = memory_problem(config, environment, platform_name)
@@ -106,6 +127,9 @@ def _train(config: Config, stage_name: str, environment: Environment, platform_n
         from trainer.report.log import start_console
 
         start_console(environment.rank)
+        slow = slowness(config, platform_name)
+        if slow is not None:
+            log.warning(slow)
         from trainer.run.run import run
 
         return run(config, stage_name, environment, platform_name)
@@ -116,11 +140,8 @@ def _train(config: Config, stage_name: str, environment: Environment, platform_n
         if cause is not None:
             failure = BadInput(f"{cause}; {describe_continuation(config)}")
         elif is_peer_loss(error, load_platform(platform_name).is_peer_failure):
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            failure = PeerLost(
-                f"another rank was lost or did not answer within {config.parallel.timeout_seconds} seconds "
-                f"(parallel.timeout_seconds): {first_line}; {describe_continuation(config)}"
-            )
+            lost = describe_peer_loss(error, config.parallel.timeout_seconds)
+            failure = PeerLost(f"{lost}; {describe_continuation(config)}")
         else:
             traceback.print_exc()
             report(f"{type(error).__name__}: {error}", 1, rank=environment.rank)

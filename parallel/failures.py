@@ -9,21 +9,43 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from configs.errors import in_one_line
+
 # torch.distributed's own errors, by name so that this file needs no torch.
 _PEER_ERROR_NAMES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
 _OWN_FAULT_WORDS = ("EADDRINUSE", "address already in use")
+_TIME_OUT = re.compile(r"tim(ed?|ing)[ -]?out", re.IGNORECASE)
+# Where in the library's source the error was raised, such as "[/pytorch/third_party/.../pair.cc:547] ".
+_SOURCE_PLACE = re.compile(r"\[?\S*/\S+\.(?:cc|cpp|cu|h|hpp):\d+\]?[,:]?\s*")
 _PATIENCE_SECONDS = 10.0
 
 
 def is_peer_loss(error: BaseException, is_peer_failure: Callable[[BaseException], bool]) -> bool:
     """Return whether `error`, or what it was raised from, says that another rank died or did not answer."""
     return any(_is_one_peer_loss(link, is_peer_failure) for link in error_chain(error))
+
+
+def describe_peer_loss(error: BaseException, timeout_seconds: int) -> str:
+    """Return which of the two befell another rank: it did not answer for `timeout_seconds`, or its connection closed.
+
+    The library's own words follow, without the place in its source.
+    """
+    has_timed_out = any(_TIME_OUT.search(str(link)) for link in error_chain(error))
+    what = (
+        f"another rank did not answer within {timeout_seconds} seconds (parallel.timeout_seconds)"
+        if has_timed_out
+        else "another rank was lost: it ended, or its connection broke"
+    )
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    said = in_one_line(RuntimeError(_SOURCE_PLACE.sub("", first_line))) or type(error).__name__
+    return f"{what} ({said})"
 
 
 def error_chain(error: BaseException) -> Iterator[BaseException]:
@@ -59,14 +81,29 @@ def let_rank_zero_speak(rank: int, seconds: float = _PATIENCE_SECONDS) -> None:
     time.sleep(seconds)
 
 
+def flush_streams() -> bool:
+    """Write out what is buffered for stdout and stderr; return False where one of them takes no more.
+
+    Such a stream (its reader has gone, or the disk under it is full) leads nowhere from then on, or the interpreter
+    would try again at its end and fail with a traceback.
+    """
+    are_whole = True
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before we began
+        try:
+            stream.flush()
+        except OSError:
+            are_whole = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return are_whole
+
+
 def leave(exit_code: int) -> NoReturn:
     """End this process with `exit_code`.
 
     A failed rank leaves without the interpreter's clean-up: destructors of process groups wait for peers that may be
     gone, and `atexit` would join writer processes that have nothing left to write.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     if exit_code == 0:
         sys.exit(0)
     logging.shutdown()

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import BadInput, ExitCode
-from tools.console import run_command
+from tools.console import end_process, run_command
 from tools.paths import path_argument
 
 _PLOT_WIDTH = 60
@@ -171,4 +170,4 @@ def _print_verdict(compared: Sequence[KeyComparison], a: dict[int, Row], b: dict
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import select
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from configs.errors import BadInput, ExitCode, ShardwrightError
-from parallel.failures import is_peer_loss, let_rank_zero_speak
+from parallel.failures import flush_streams, is_peer_loss, let_rank_zero_speak
 from parallel.platform import load_platform
 from tools.ranks import read_environment, refuse_ranks
 
@@ -82,11 +84,14 @@ def run_command(
         if not takes_ranks:
             refuse_ranks()
         command()
+        sys.stdout.flush()
     except ShardwrightError as error:
         let_rank_zero_speak(_rank())
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _has_reader_gone():
+            return 128 + signal.SIGPIPE  # `... | head`: what the shell's own commands end with
         let_rank_zero_speak(_rank())
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return int(ExitCode.BAD_INPUT)
@@ -100,6 +105,23 @@ def run_command(
         print("error: another rank was lost or failed; start the same command again", file=sys.stderr)
         return int(ExitCode.PEER_LOST)
     return int(ExitCode.DONE)
+
+
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """Run a tool's `main` as its script does and end the process, in silence where stdout's reader has gone."""
+    try:
+        code: int | str | None = main()
+    except SystemExit as ended:  # argparse has printed its help, or a wrong option
+        code = ended.code
+    flush_streams()
+    sys.exit(code)
+
+
+def _has_reader_gone() -> bool:
+    """Return whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _rank() -> int:

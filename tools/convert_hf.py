@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import BadInput, ExitCode
 from parallel.environment import Environment
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.paths import path_argument
 from tools.ranks import host_ranks, read_environment
 
@@ -199,4 +199,4 @@ def _tell(what: str, report: ConversionReport) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

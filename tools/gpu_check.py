@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import BadInput
 from configs.fp8 import RECIPES
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.device_checks.outcome import Outcome, run_check
 from tools.outputs import check_file
 from tools.paths import path_argument
@@ -211,4 +211,4 @@ def _version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from configs.errors import BadInput
 from configs.plan.estimate import count_parameters
 from configs.sections.model import ModelConfig
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.paths import path_argument
 
 if TYPE_CHECKING:
@@ -189,4 +189,4 @@ def _megabytes(num_bytes: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -12,14 +12,13 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
-from tools.console import run_command
+from tools.console import end_process, run_command
 from tools.outputs import check_directory
 from tools.paths import path_text
 from tools.preprocess_data import preprocess
@@ -132,4 +131,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

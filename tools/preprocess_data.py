@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.outputs import check_prefix
 from tools.paths import path_text
 
@@ -286,7 +286,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=path_text,
         nargs="+",
         metavar="INPUT",
-        help="JSONL, Parquet, text (one document a file), .zst or .gz of them, directories",
+        help="JSONL, JSON arrays, Parquet, Arrow, text (one document a file), .zst or .gz, directories",
     )
     parser.add_argument(
         "--tokenizer", type=path_text, required=True, metavar="DIR", help="Hugging Face tokenizer directory"
@@ -295,7 +295,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=path_text, required=True, metavar="PREFIX", help="path of the dataset without suffix"
     )
     parser.add_argument(
-        "--text-key", default="text", help="key or column of the text in JSONL and Parquet (default: text)"
+        "--text-key", default="text", help="key or column of the text in JSON, Parquet and Arrow (default: text)"
     )
     parser.add_argument(
         "--skip-missing",
@@ -316,4 +316,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -9,14 +9,13 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.outputs import check_directory
 from tools.paths import path_text
 
@@ -112,12 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=path_text,
         nargs="+",
         metavar="FILE",
-        help="JSONL, Parquet, text, also .zst or .gz; directories",
+        help="JSONL, JSON arrays, Parquet, Arrow, text, also .zst or .gz; directories",
     )
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special one included")
     parser.add_argument(
-        "--text-key", default="text", help="key or column of the text in JSONL and Parquet (default: text)"
+        "--text-key", default="text", help="key or column of the text in JSON, Parquet and Arrow (default: text)"
     )
     parser.add_argument(
         "--skip-missing",
@@ -143,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

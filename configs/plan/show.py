@@ -23,6 +23,7 @@ from configs.plan.flops import flops_per_step
 from configs.stages import STAGE_CONFIGS, Config
 
 _MIB, _GIB = 2**20, 2**30
+_DEVICE_GB = (24, 40, 48, 80, 141, 180)
 
 
 def field_help(stage: str) -> str:
@@ -39,11 +40,14 @@ def field_help(stage: str) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def describe(config: Config, layout: Layout) -> str:
-    """Return the resolved config as YAML and, below it, what follows from it on this layout."""
+def describe(config: Config, layout: Layout, *, is_fewest: bool = False) -> str:
+    """Return the resolved config as YAML and, below it, what follows from it on this layout.
+
+    `is_fewest` says that nobody asked for this number of ranks: it is the least that the layout fits.
+    """
     resolved = yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True, width=120)
     rows = [
-        *_layout_rows(config, layout),
+        *_layout_rows(config, layout, is_fewest),
         *_batch_rows(config, layout),
         *_size_rows(config, layout),
         *_data_rows(config),
@@ -53,8 +57,11 @@ def describe(config: Config, layout: Layout) -> str:
     return f"# Resolved config\n{resolved}\n# What follows from it\n{derived}\n"
 
 
-def _layout_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
+def _layout_rows(config: Config, layout: Layout, is_fewest: bool) -> Iterable[tuple[str, str]]:
     yield "ranks", f"{layout.world_size} = dp {layout.dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}"
+    if is_fewest:
+        ranks = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
+        yield "planned for", f"{ranks}, the fewest of this layout; --world-size N plans for more"
     if layout.vpp > 1:
         yield "virtual stages", f"{layout.vpp} model chunks per pipeline stage (interleaved schedule)"
     if layout.sp:
@@ -92,8 +99,18 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     yield "estimated memory", f"{_size_text(memory.total)} {fullest}"
     for kind in ("weights", "gradients", "optimizer", "activations"):
         yield f"  {kind}", _size_text(getattr(memory, kind))
+    yield "fits in", _fitting_device(memory.total)
     batch = config.train.global_batch_size
     yield "model TFLOPs per step", f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}"
+
+
+def _fitting_device(num_bytes: int) -> str:
+    """Say which of the usual GPUs holds this much and has a tenth left for buffers and fragmentation."""
+    sizes = ", ".join(str(size) for size in _DEVICE_GB)
+    for size in _DEVICE_GB:
+        if num_bytes <= size * _GIB * 0.9:
+            return f"a GPU of {size} GB (of the usual {sizes}), a tenth left for buffers and fragmentation"
+    return f"no GPU of the usual {sizes} GB; what takes less: more ranks (--world-size), a larger parallel.tp or pp"
 
 
 def _data_rows(config: Config) -> Iterable[tuple[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import BadInput
-from configs.load import load_config, resolved_dict
+from configs.load import load_config, read_config, resolved_dict
 from configs.plan.show import field_help
 from configs.sections.base import Section
 from configs.stages import STAGE_CONFIGS, Config
@@ -241,3 +241,11 @@ def test_a_stage_is_validated_by_its_own_class_and_its_keys_are_refused_in_anoth
     with pytest.raises(BadInput, match="did you mean chat.template"):
         load_config(tiny, ["chat.tempalte=short"], "chat")
     assert "chat.template = plain" in field_help("chat") and "chat.template" not in field_help("pretrain")
+
+
+def test_a_config_with_unknown_fields_alone_can_still_be_judged(tiny):
+    config, problems = read_config(tiny, ["foo.bar=1", "train.sequence_length=9", "parallel.tp=3"], "pretrain")
+    assert {problem.split(":")[0] for problem in problems} == {"foo", "train.sequence_length"}
+    assert config is not None and config.parallel.tp == 3
+    config, problems = read_config(tiny, ["train.sequence_length=9", "parallel.tp=x"], "pretrain")
+    assert config is None and len(problems) == 2

@@ -28,6 +28,10 @@ def test_help_names_every_field_with_a_default_and_a_doc(stage: str) -> None:
         assert lines[position + 1].strip() == field.doc != ""
 
 
+def test_words_that_stand_for_a_path_are_shown_as_values() -> None:
+    assert "checkpoint.resume = auto   <auto | never | path>" in field_help("pretrain")
+
+
 @pytest.mark.parametrize("stage", STAGE_CONFIGS)
 def test_every_example_value_in_help_is_accepted(stage: str) -> None:
     """The value offered in "a value that would work" must itself pass the field's rules."""

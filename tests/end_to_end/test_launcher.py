@@ -40,8 +40,10 @@ def test_forked_ranks_train_stop_and_continue(train, recipe, tmp_path):
     assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == ExitCode.DONE
     assert losses(run_dir) == losses(tmp_path / "pool")
     started = (run_dir / "command.txt").read_text().splitlines()
-    assert started[0].startswith("# 2 ranks on 1 host(s), by local")
-    assert " ".join(["launch/pretrain.py", str(recipe), *options]) in started[1]
+    assert len(started) == 4, "the commands of both attempts stay"
+    for when, typed in (started[:2], started[2:]):
+        assert when.endswith(": 2 ranks on 1 host(s), by local, each:")
+        assert " ".join(["launch/pretrain.py", str(recipe), *options]) in typed
     for attempt in (1, 2):
         logs = [(run_dir / "logs" / f"attempt_{attempt}" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
         assert all("run: " in log for log in logs) and "Traceback" not in "".join(logs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_a_run_leaves_everything_behind(train, tmp_path):
     assert (run_dir / "checkpoints" / "latest").resolve().name == "step_00000006"
     assert json.loads((run_dir / "config.json").read_text())["parallel"]["tp"] == 2
     assert json.loads((run_dir / "environment.json").read_text())["layout"]["tp"] == 2
-    assert (run_dir / "command.txt").read_text().startswith("# 2 ranks on 1 host(s), by single, each:\n")
+    assert re.match(r"# 20\S+: 2 ranks on 1 host\(s\), by single, each:\n", (run_dir / "command.txt").read_text())
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("validation_loss/validation")] == [0, 3, 6]

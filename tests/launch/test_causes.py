@@ -11,7 +11,7 @@ import pytest
 from configs.errors import ExitCode, NonFinite
 from configs.load import load_config
 from launch.causes import describe_cause, describe_continuation
-from launch.checks import memory_problem
+from launch.checks import memory_problem, start_problems
 from launch.main import main
 from parallel.environment import Environment
 from parallel.platform import host_memory
@@ -139,7 +139,16 @@ def test_a_peer_that_is_lost_before_the_first_checkpoint_promises_none(run_raise
         """torch.distributed's error of that name."""
 
     code, said = run_raises(DistBackendError("Connection closed by peer"))
-    assert code == ExitCode.PEER_LOST and "Connection closed by peer; no checkpoint has been written" in said
+    assert code == ExitCode.PEER_LOST and "(Connection closed by peer); no checkpoint has been written" in said
+
+
+def test_a_folder_of_the_run_that_may_not_be_entered_is_a_problem_and_no_traceback(config, monkeypatch):
+    def refuse(*anything: object) -> None:
+        raise os_error(errno.EACCES, "runs/a/checkpoints/latest")
+
+    monkeypatch.setattr("trainer.checkpoint.layout.latest_checkpoint", refuse)
+    (told,) = start_problems(config, "pretrain")
+    assert told.startswith("runs/a/checkpoints/latest: permission denied; give this user the permission")
 
 
 def test_a_path_that_may_not_be_looked_into_is_one_sentence(monkeypatch, capsys):

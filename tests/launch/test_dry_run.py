@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import ExitCode
-from launch.main import main
+from configs.errors import BadInput, ExitCode
+from launch.main import is_training, main
+from parallel.platform import processor
 
 ROOT = Path(__file__).parents[2]
 OLD_RUN = ROOT / "tests" / "trainer" / "checkpoint" / "written_by_60ed303.tar.xz"
@@ -64,13 +65,20 @@ def test_what_is_not_on_this_machine_is_told_and_not_refused(folder, capsys):
 def test_the_checkpoint_that_would_be_continued_is_compared(refused, folder):
     (sentence,) = refused("model.num_layers=4")
     assert "step_00000002: holds another architecture: model.num_layers is 2 there and 4 here" in sentence
+    assert sentence.endswith(", or begin another run, such as run.dir=run-2.")
     (sentence,) = refused("run.seed=7")
     assert sentence.startswith("run.seed: 7 differs from the 1234 of ")
+    assert "use 1234, or begin another run, such as run.dir=run-2 (with checkpoint.init_from=" in sentence
+    (sentence,) = refused("train.seq_len=16")
+    assert sentence.startswith("train.seq_len: 16 differs from the 8 of ") and "begin another run" in sentence
     (sentence,) = refused("checkpoint.resume=never")
     assert sentence.startswith("checkpoint.resume: never, but run holds checkpoints")
+    with pytest.raises(BadInput, match="run.seed: 7 differs"):  # and before torch is imported where it is no plan
+        is_training("pretrain", ["tiny.yaml", "run.seed=7"], 1)
     other = ("run.dir=other", "checkpoint.resume=run", "model.tie_embeddings=false")
     (sentence,) = refused(*other)
     assert "model.tie_embeddings is True there and False here" in sentence
+    assert sentence.endswith("such as run.dir=other-2 checkpoint.resume=auto.")
     (sentence,) = refused("run.dir=other", "checkpoint.resume=empty")
     assert sentence.startswith("checkpoint.resume: empty holds no complete checkpoint")
     (sentence,) = refused("run.dir=other", "checkpoint.init_from=empty")
@@ -138,6 +146,46 @@ def test_all_problems_come_at_once(refused):
         "run.seed",
         "checkpoint.init_from",
     ]
+
+
+def test_unknown_fields_and_broken_rules_come_together(refused):
+    found = refused("train.sequence_length=10", "train.eval_every=1", "run.seed=7")
+    assert [sentence.split(":")[0] for sentence in found] == ["train.sequence_length", "train.eval_every", "run.seed"]
+
+
+def test_a_plan_nobody_gave_a_size_says_so_and_what_its_memory_fits(folder, capsys):
+    recipe = [str(ROOT / "configs" / "pretrain" / "llama3_1_8b_fp8.yaml"), "--dry-run"]
+    assert main("pretrain", recipe) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "planned for                 1 rank, the fewest of this layout; --world-size N plans for more" in out
+    assert "fits in                     a GPU of 180 GB (of the usual 24, 40, 48, 80, 141, 180)" in out
+    assert main("pretrain", [*recipe, "--world-size", "64"]) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "planned for" not in out and "a GPU of 80 GB" in out
+    assert main("pretrain", [*recipe, "model.num_layers=80"]) == ExitCode.DONE
+    assert "fits in                     no GPU of the usual" in capsys.readouterr().out
+
+
+def test_a_format_the_processor_has_no_units_for_is_told(folder, capsys, monkeypatch):
+    monkeypatch.setenv("SHARDWRIGHT_PLATFORM", "cpu")
+    monkeypatch.setattr(processor, "_CPUINFO", folder / "cpuinfo")
+    for text, compute, is_slow in (
+        ("flags\t\t: fpu avx512f avx512vl\n", "bf16", True),
+        ("flags\t\t: fpu amx_bf16 avx512_bf16\n", "bf16", False),
+        ("flags\t\t: fpu avx512_bf16\n", "fp16", True),
+        ("flags\t\t: fpu\n", "fp32", False),
+        ("Features\t: fp asimd asimdhp bf16\n", "fp16", False),
+        ("nothing that is known\n", "bf16", False),
+    ):
+        (folder / "cpuinfo").write_text(f"processor\t: 0\n{text}\n")
+        words = ["tiny.yaml", "--dry-run", f"precision.compute={compute}", "run.dir=other"]
+        assert main("pretrain", words) == ExitCode.DONE
+        told = (
+            f"slow here        precision.compute: this processor has no units for {compute}" in capsys.readouterr().out
+        )
+        assert told == is_slow, text
+    (folder / "cpuinfo").unlink()
+    assert not processor.lacks_units("bf16")
 
 
 def test_it_needs_no_torch(folder):

@@ -1,6 +1,7 @@
 """How a failed rank says why: torchrun's error file, recognising a lost peer, leaving at once."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.failures import is_peer_loss, let_rank_zero_speak, report
+from parallel.failures import describe_peer_loss, is_peer_loss, let_rank_zero_speak, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +53,29 @@ def test_other_errors_are_not_a_lost_peer(error):
     assert not is_peer_loss(error, says_closed)
 
 
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4911",
+            "another rank was lost: it ended, or its connection broke (Connection closed by peer [127.0.0.1]:4911)",
+        ),
+        (
+            "[../third_party/gloo/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to complete",
+            "another rank did not answer within 9 seconds (parallel.timeout_seconds) "
+            "(Timed out waiting 9000ms for recv operation to complete)",
+        ),
+        (
+            "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited\nmore",
+            "another rank was lost: it ended, or its connection broke (NCCL error in: remote process exited)",
+        ),
+        ("", "another rank was lost: it ended, or its connection broke (RuntimeError)"),
+    ],
+)
+def test_a_closed_connection_is_no_time_out_and_the_librarys_source_is_not_named(said, sentence):
+    assert describe_peer_loss(RuntimeError(said), 9) == sentence
+
+
 def test_rank_zero_does_not_wait_and_others_do():
     start = time.monotonic()
     let_rank_zero_speak(0, seconds=5.0)
@@ -69,3 +93,13 @@ def test_leave_does_not_wait_for_threads_or_children():
         "leave(5)\n"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=20).returncode == 5
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_leave_says_nothing_of_a_stdout_that_takes_no_more(code):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", f"print('x'); from parallel.failures import leave; leave({code})"],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (code, b"")

@@ -24,10 +24,24 @@ def as_jsonl(documents) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
 
 
+def write_arrow(path, documents, *, is_stream=True) -> None:
+    """Write an Arrow file in batches of 500 rows: as `datasets.save_to_disk` does, or in Arrow's file format."""
+    import pyarrow
+
+    table = pyarrow.table({"n": range(len(documents)), "text": documents})
+    new = pyarrow.ipc.new_stream if is_stream else pyarrow.ipc.new_file
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=500)
+
+
 @pytest.mark.parametrize("block_bytes", [10, 1000, 1 << 20])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "b.json", "b.json.gz", "a.parquet", "a.arrow"]
+)
 def test_every_format_gives_the_same_documents(tmp_path, name, block_bytes):
     content = as_jsonl(DOCUMENTS)
+    if name.startswith("b.json"):
+        content = json.dumps([{"text": text, "n": [{}]} for text in DOCUMENTS], indent=1, ensure_ascii=False).encode()
     file = tmp_path / name
     if name.endswith(".gz"):  # two members, two frames: as `cat a b > c` makes
         content = gzip.compress(content[:5000]) + gzip.compress(content[5000:])
@@ -39,6 +53,8 @@ def test_every_format_gives_the_same_documents(tmp_path, name, block_bytes):
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS, "n": range(len(DOCUMENTS))}), file)
+    elif name.endswith(".arrow"):
+        write_arrow(file, DOCUMENTS)
     else:
         file.write_bytes(content)
     assert read([file], block_bytes=block_bytes) == DOCUMENTS
@@ -56,7 +72,7 @@ def test_directories_are_read_in_the_order_of_their_paths(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "c.jsonl"}')
     (tmp_path / "d.txt.zst").write_bytes(zstandard.compress(b"d.txt.zst"))
     assert read([tmp_path]) == ["a/b.md", "a/z.py", "b.txt", "c.jsonl", "d.txt.zst"]
-    assert list_inputs([str(tmp_path)])[1] == {".png": 1}
+    assert list_inputs([str(tmp_path)])[1] == {".png": 1, "hidden": 1}
 
 
 def test_blocks_know_their_lines_and_add_up(tmp_path):
@@ -177,7 +193,7 @@ def test_a_downloaded_dataset_gives_its_records_alone(tmp_path):
     left_out = list_inputs([str(tmp_path)])[1]
     assert left_out == {
         "README.md": 2, "LICENSE.txt": 1, "dataset_infos.json": 1, "dataset_info.json": 1, "state.json": 1,
-        "dataset_dict.json": 1, ".png": 1,
+        "dataset_dict.json": 1, ".png": 1, "hidden": 2,
     }  # fmt: skip
     assert read([tmp_path / "README.md"]) == ["tells of the data"]  # named outright
 
@@ -188,9 +204,9 @@ def test_a_tree_of_texts_keeps_its_read_me_and_what_was_there_instead_is_told(tm
         (tmp_path / name).write_text(name)
     assert read([tmp_path]) == ["README.md", "code/README.md", "code/a.py"]
     (tmp_path / "saved").mkdir()
-    for name in ("data-00000.arrow", "dataset_info.json"):
+    for name in ("data-00000.tar", "dataset_info.json"):
         (tmp_path / "saved" / name).write_text("{}")
-    with pytest.raises(BadInput, match=r"no file to read \(there: .*1 .arrow"):
+    with pytest.raises(BadInput, match=r"no file to read \(there: .*1 .tar"):
         read([tmp_path / "saved"])
 
 
@@ -225,10 +241,69 @@ def test_columns_that_hold_no_text_are_named_by_type(tmp_path):
         read([tmp_path / "a.parquet"])
 
 
-def test_a_json_array_says_how_to_make_lines_of_it(tmp_path):
-    (tmp_path / "a.json").write_text('[\n {"text": "one"}\n]')
-    with pytest.raises(BadInput, match="a.json:1: not valid JSON .*jq -c"):
+def test_a_json_array_is_read_as_its_objects(tmp_path):
+    write = (tmp_path / "a.json").write_text
+    write('\ufeff [\r\n {"text":\n"one"} ,{"text": "two\\nlines", "n": 1}\n]\n')
+    assert read([tmp_path / "a.json"]) == ["one", "two\nlines"]
+    write("[ ]")
+    assert read([tmp_path / "a.json"]) == []
+    write('[{"text": "one"}, {"text": null}, {"body": 1}]')
+    files, _ = list_inputs([str(tmp_path / "a.json")])
+    blocks = list(iter_blocks(files, "text", 1000))
+    assert [text for block in blocks for text in texts_of(block, "text", skip_missing=True)] == ["one", None, None]
+    write("[" + ",".join(json.dumps({"text": text}) for text in DOCUMENTS) + "]")
+    blocks = list(iter_blocks(files, "text", 1000))
+    assert len(blocks) > 20 and sum(block.num_disk_bytes for block in blocks) == (tmp_path / "a.json").stat().st_size
+    assert sum(block.payload.count(b"\n") + 1 for block in blocks[:9]) + 1 == blocks[9].first_record
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('[{"text": "one"}, 3]', "a.json: element 2 of its array is not a JSON object"),
+        (
+            '[{"text": "one"} {"text": "two"}]',
+            "a.json: not valid JSON: a comma or the end of the array after element 1",
+        ),
+        ('[{"text": "one"}', "a.json: not valid JSON: a comma or the end"),
+        ('[{"text": "one"},]', "element 2 of its array is not a JSON object"),
+        ('[{"text": "one', "element 1 of its array is not valid JSON .*Unterminated string"),
+        ('[{"text": one}]', "element 1 of its array is not valid JSON"),
+        ('[{"text": "one"}]\n[]', "a.json: something follows the array"),
+        ('[{"text": "one"}, {"body": 1}]', "a.json:2: no key 'text'"),
+        ('[{"text": ' + "[" * 100_000 + "]" * 100_000 + "}]", "element 1 of its array is nested too deep"),
+    ],
+)
+def test_what_is_wrong_with_a_json_array_is_told(tmp_path, text, sentence):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(BadInput, match=sentence):
+        read([tmp_path / "a.json"], block_bytes=100)
+
+
+def test_a_json_array_that_is_not_utf_8_is_told(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "\xff"}]')
+    with pytest.raises(BadInput, match="a.json: not UTF-8"):
         read([tmp_path / "a.json"])
+
+
+def test_a_folder_that_datasets_saved_gives_its_train_split_without_caches(tmp_path):
+    for split, documents in (("train", ["one", "two"]), ("test", ["no"])):
+        (tmp_path / split).mkdir()
+        write_arrow(tmp_path / split / "data-00000-of-00001.arrow", documents)
+        write_arrow(tmp_path / split / "cache-0123456789abcdef.arrow", ["mapped"])
+        for name in ("state.json", "dataset_info.json"):
+            (tmp_path / split / name).write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert read([tmp_path]) == ["one", "two"]
+    left_out = list_inputs([str(tmp_path)])[1]
+    assert left_out["of the test split"] == 1 and left_out["cache-0123456789abcdef.arrow"] == 2
+    write_arrow(tmp_path / "a.arrow", DOCUMENTS, is_stream=False)
+    assert read([tmp_path / "a.arrow"]) == DOCUMENTS
+    with pytest.raises(BadInput, match=r"no column 'body'; a --text-key that would work: \['text'\]"):
+        read([tmp_path / "a.arrow"], "body")
+    (tmp_path / "b.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:300])
+    with pytest.raises(BadInput, match="b.arrow: not a readable Arrow file"):
+        read([tmp_path / "b.arrow"])
 
 
 SHARD = "00000-of-00001.parquet"

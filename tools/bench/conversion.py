@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.report import describe_machine
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.outputs import check_file
 from tools.paths import path_argument
 
@@ -168,4 +168,4 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -21,7 +21,7 @@ from typing import Any
 from configs.fp8 import RECIPES
 from parallel.platform import PLATFORM_VARIABLE
 from tools.bench.report import describe_machine
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,4 +140,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -23,7 +23,7 @@ from tools.bench.clock import RunReport
 from tools.bench.compare import Measure, compare
 from tools.bench.report import describe_machine, print_report, write_report
 from tools.bench.turns import Conductor
-from tools.console import Progress, run_command
+from tools.console import Progress, end_process, run_command
 from tools.made_up_data import write_made_up_dataset
 from tools.outputs import check_file
 from tools.paths import path_argument
@@ -176,4 +176,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

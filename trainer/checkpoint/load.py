@@ -51,7 +51,10 @@ def resume(config: Config, mesh: Mesh, stage: Stage, checkpoint: Path) -> TrainS
     )
     hand_out(stage.parts, dist_checkpointing.load(collect(stage.parts, saved), str(checkpoint)))
     if not saved.is_same_layout:
-        log.info("the layout changed since %s: dropout draws new random numbers, all else continues", checkpoint)
+        model = config.model
+        has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
+        exactly = "dropout draws new random numbers, all else continues" if has_dropout else "all continues"
+        log.info("the layout changed since %s: %s", checkpoint, exactly)
     stage.load_state_dict(manifest.stage["state"])
     return replace(TrainState(**manifest.state), num_nonfinite_in_a_row=0)  # a new start gets the full patience
 

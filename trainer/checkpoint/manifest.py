@@ -98,31 +98,57 @@ def advise_another(checkpoint: Path) -> str:
     return f"continue from checkpoint.resume={others[-1]}" if others else "there is no other checkpoint of the run"
 
 
-def check_architecture(manifest: Manifest, model: Mapping[str, Any], where: Path, *, is_warm_start: bool) -> None:
-    """Raise BadInput naming every `model` field in which the checkpoint and the config differ."""
+def another_run(config: Config) -> str:
+    """Return the advice how to leave the run directory's checkpoints alone: what makes it a run of its own."""
+    run, resume = config.run, config.checkpoint.resume
+    is_named = run.dir == os.path.join("runs", run.name)
+    way = f"run.name={run.name}-2" if is_named else f"run.dir={run.dir}-2"
+    return f"begin another run, such as {way}" + ("" if resume in ("auto", "never") else " checkpoint.resume=auto")
+
+
+def check_architecture(
+    manifest: Manifest, model: Mapping[str, Any], where: Path, *, is_warm_start: bool, otherwise: str = ""
+) -> None:
+    """Raise BadInput naming every `model` field in which the checkpoint and the config differ.
+
+    `otherwise` is what to do instead of changing the model.
+    """
     free = FREE_WARM_START_FIELDS if is_warm_start else FREE_MODEL_FIELDS
     compared = {name: value for name, value in model.items() if name not in free}
     differences = list(_differences("model", manifest.config["model"], compared))
     if differences:
         raise BadInput(
             f"{where}: holds another architecture: {'; '.join(differences)}; use the model section of its "
-            f"{MANIFEST}, or another checkpoint."
+            f"{MANIFEST}, or {otherwise or 'another checkpoint'}."
         )
 
 
 def check_continues(manifest: Manifest, config: Config, stage: str, where: Path) -> None:
-    """Raise BadInput if a run of this config cannot continue the checkpoint: its stage, architecture or seed differ."""
+    """Raise BadInput if a run of this config cannot continue the checkpoint.
+
+    Its stage, architecture or seed differ, or the length of its samples.
+    """
+    other = another_run(config)
     if manifest.stage["name"] != stage:
         raise BadInput(
             f"{where}: was saved by the {manifest.stage['name']} stage, this is {stage}; to begin a new stage from its "
-            "weights set checkpoint.init_from to it and run.dir to a new directory."
+            f"weights set checkpoint.init_from to it and {other}."
         )
-    check_architecture(manifest, resolved_dict(config)["model"], where, is_warm_start=False)
+    check_architecture(manifest, resolved_dict(config)["model"], where, is_warm_start=False, otherwise=other)
+    anew = f"{other} (with checkpoint.init_from={where} from its weights)"
     saved_seed = manifest.config["run"]["seed"]
     if saved_seed != config.run.seed:
         raise BadInput(
             f"run.seed: {config.run.seed} differs from the {saved_seed} of {where}, on which the order of the data "
-            f"depends; use {saved_seed}, or begin anew from its weights with checkpoint.init_from."
+            f"depends; use {saved_seed}, or {anew}."
+        )
+    ledger = manifest.stage["state"].get("data")
+    seq_len = config.train.seq_len
+    saved_seq_len = ledger.get("seq_len", seq_len) if ledger is not None and config.data.train else seq_len
+    if saved_seq_len != seq_len:
+        raise BadInput(
+            f"train.seq_len: {seq_len} differs from the {saved_seq_len} of {where}, whose data order cannot go on; use "
+            f"{saved_seq_len}, or {anew}."
         )
 
 

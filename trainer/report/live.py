@@ -17,10 +17,11 @@ class LiveLine:
     """The line a person watches: step, loss, tokens/s, time left; off a terminal, plain lines."""
 
     def __init__(self, num_steps: int, *, start_step: int = 0, log_every: int = 1) -> None:
-        """Show progress from `start_step` to `num_steps`; off a terminal, one line every `log_every` steps."""
+        """Show progress from `start_step` to `num_steps`; off a terminal, the first step and every `log_every`."""
         self._num_steps = num_steps
         self._log_every = log_every
         self._is_wide = console.width >= 110
+        self._first_step = start_step + 1
         self._step_seconds: float | None = None
         self._tokens_per_second: float | None = None
         self._last_time = time.monotonic()
@@ -32,7 +33,7 @@ class LiveLine:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=num_steps, completed=start_step)
+        self._task = self._progress.add_task("the first step is under way", total=num_steps, completed=start_step)
         self._progress.start()
 
     def update(self, row: Mapping[str, float]) -> None:
@@ -51,7 +52,7 @@ class LiveLine:
         )
         if console.is_terminal:
             self._progress.update(self._task, completed=step, description=text)
-        elif step % self._log_every == 0 or step == self._num_steps:
+        elif step % self._log_every == 0 or step in (self._first_step, self._num_steps):
             log.info("step %*d/%d  %s", len(str(self._num_steps)), step, self._num_steps, text)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ from trainer.run.start import Start
 
 log = logging.getLogger(__name__)
 
+_GIT_SECONDS = 5.0
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
 
 
@@ -114,6 +116,8 @@ def open_run_directory(
     except OSError as error:
         raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
     log.info("%s: %s", config.run.name, start.describe())
+    for change in start.changes:
+        log.warning("going on with another config: %s", change)
     on_rank_zero(partial(_begin_on_rank_zero, config, details, run_dir, start, state, launcher))
     if mesh.rank != 0:
         return Reporter(config, mesh, None, None)
@@ -164,12 +168,16 @@ def describe_environment(config: Config, mesh: Mesh, *, has_te: bool) -> dict[st
 
 
 def write_run_files(config: Config, environment: Mapping[str, Any], run_dir: Path, *, launcher: str) -> None:
-    """Write config.json, command.txt and environment.json. Rank 0 alone calls this."""
+    """Write config.json and environment.json anew, and add to command.txt. Rank 0 alone calls this."""
     run_dir.mkdir(parents=True, exist_ok=True)
     _write(run_dir / "config.json", json.dumps(resolved_dict(config), indent=1))
-    started = f"# {len(environment['devices'])} ranks on {len(environment['hosts'])} host(s), by {launcher}, each:\n"
-    _write(run_dir / "command.txt", started + shlex.join([sys.executable, *sys.argv]) + "\n")
-    _write(run_dir / "environment.json", json.dumps(environment, indent=1))
+    ranks, hosts = len(environment["devices"]), len(environment["hosts"])
+    started = f"# {environment['date']}: {ranks} ranks on {hosts} host(s), by {launcher}, each:\n"
+    with open(run_dir / "command.txt", "a", encoding="utf-8") as file:  # earlier attempts' commands stay
+        file.write(started + shlex.join([sys.executable, *sys.argv]) + "\n")
+    commit = _find_commit()
+    found = {**environment, "commit": commit} if commit else environment
+    _write(run_dir / "environment.json", json.dumps(found, indent=1))
 
 
 def start_rank_log(run_dir: Path, mesh: Mesh) -> Path:
@@ -199,6 +207,22 @@ def show_start(config: Config, environment: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _find_commit() -> str | None:
+    """Return the commit of the code where it lies in a git checkout, marked where tracked files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=_GIT_SECONDS)
+        found = git(["git", "rev-parse", "HEAD"])
+        if found.returncode != 0:
+            return None
+        is_changed = git(["git", "diff", "--quiet", "HEAD"]).returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() + (" with changes" if is_changed else "")
 
 
 def _version(package: str) -> str | None:

@@ -49,9 +49,13 @@ class Hooks:
     def on_start(self, state: TrainState) -> None:
         """Measure the validation loss before the first step of a run."""
         if state.step == 0 and self._config.train.num_steps > 0:
+            if self._config.data.validation:
+                log.info("step 0: validation before the first step is under way")
             self._first_validation = self._evaluate(state)
             self._reporter.write_start(state.step, self._first_validation)
         self._vote()
+        if state.step < self._config.train.num_steps and not self.stop_requested():
+            log.info("step %d is under way, the first of this start", state.step + 1)
 
     def stop_requested(self) -> bool:
         """Return whether any rank has been asked to save and exit."""

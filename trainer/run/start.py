@@ -18,6 +18,8 @@ from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
 from trainer.checkpoint.manifest import (
     FREE_WARM_START_FIELDS,
     MANIFEST,
+    Manifest,
+    another_run,
     check_architecture,
     check_continues,
     read_manifest,
@@ -25,6 +27,7 @@ from trainer.checkpoint.manifest import (
 from trainer.hf.companions import carried_config, carried_folder
 from trainer.hf.config_json import check_same_architecture, write_model
 from trainer.hf.source import HfModel
+from trainer.optim.learning_rate import compute_learning_rate
 
 log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
@@ -34,11 +37,13 @@ _QUIET_FIELDS = ("train.log_every", "data.prefetch_steps")
 
 @dataclass(frozen=True)
 class Start:
-    """Where the run begins: at most one of the three is set."""
+    """Where the run begins: at most one of the three paths is set."""
 
     resume_from: Path | None = None
     init_from: Path | None = None
     init_from_hf: Path | None = None
+    changes: tuple[str, ...] = ()
+    """What of the config steers training and is not what the checkpoint to resume from was written with."""
 
     def describe(self) -> str:
         """Return the start in words."""
@@ -90,7 +95,8 @@ def _find(config: Config, stage_name: str) -> Start:
     if settings.resume == "never":
         if resume_from is not None:
             raise BadInput(
-                f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run.dir, or resume=auto."
+                f"checkpoint.resume: never, but {run_dir} holds checkpoints; {another_run(config)}, or "
+                "checkpoint.resume=auto, which continues."
             )
     elif settings.resume != "auto":
         named = existing_checkpoint(settings.resume, "checkpoint.resume")
@@ -101,9 +107,7 @@ def _find(config: Config, stage_name: str) -> Start:
     if resume_from is not None:
         manifest = read_manifest(resume_from)
         check_continues(manifest, config, stage_name, resume_from)
-        for change in describe_changes(manifest.config, resolved_dict(config)):
-            log.warning("continuing %s with another config: %s", resume_from.name, change)
-        return Start(resume_from=resume_from)
+        return Start(resume_from=resume_from, changes=_all_changes(manifest, config))
     if settings.init_from_hf is not None:
         check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
         HfModel(settings.init_from_hf, config.model)  # refuses missing and damaged files
@@ -126,6 +130,19 @@ def describe_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> li
             if path in before and before[path] != value and path not in _QUIET_FIELDS
         ]
     return changes
+
+
+def _all_changes(manifest: Manifest, config: Config) -> tuple[str, ...]:
+    """Return the changed fields, and what they make of the learning rate that comes next."""
+    saved = type(config).model_validate(manifest.config)
+    step = manifest.state["step"]
+    before, after = (
+        compute_learning_rate(step, one.train.num_steps, one.optimizer, one.schedule) for one in (saved, config)
+    )
+    changes = describe_changes(manifest.config, resolved_dict(config))
+    if before != after:
+        changes.append(f"so the learning rate of step {step + 1} is {after:.3g}, it would have been {before:.3g}")
+    return tuple(changes)
 
 
 def _flat(section: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -102,13 +102,13 @@ def test_the_live_line_fits_a_narrow_terminal(monkeypatch):
     assert "left" in "".join(segment.text for segment in text[0])
 
 
-def test_off_a_terminal_the_live_line_is_one_plain_line_every_log_every_steps(caplog):
+def test_off_a_terminal_the_live_line_is_a_plain_line_for_the_first_and_every_log_every_steps(caplog):
     with caplog.at_level(logging.INFO, logger="trainer.report.live"):
         line = LiveLine(10, log_every=4)
         for step in range(1, 11):
             line.update(row(step))
         line.close()
-    assert [re.match(r"step +(\d+)/10", message).group(1) for message in caplog.messages] == ["4", "8", "10"]
+    assert [re.match(r"step +(\d+)/10", message).group(1) for message in caplog.messages] == ["1", "4", "8", "10"]
     assert "loss 2.0000" in caplog.messages[0] and "10 tokens/s" in caplog.messages[0]
     assert "0s left" in caplog.messages[-1]
 

@@ -10,9 +10,11 @@ import pytest
 from configs.errors import BadInput
 from configs.load import resolved_dict
 from tests.small_runs import small_config
+from trainer.checkpoint.manifest import Manifest
+from trainer.engine.state import TrainState
 from trainer.run import start as start_module
 from trainer.run.directory import RunLock
-from trainer.run.start import Start, describe_changes
+from trainer.run.start import Start, describe_changes, find_start
 
 
 def test_what_steers_training_is_told_and_nothing_else():
@@ -28,6 +30,38 @@ def test_what_steers_training_is_told_and_nothing_else():
     assert "train.global_batch_size is 16, it was 8" in changes
     assert [one.split(" is ")[0] for one in changes] == ["data.train", "train.num_steps", "train.global_batch_size"]
     assert describe_changes(before, before) == []
+
+
+def test_what_changes_make_of_the_next_learning_rate_is_told(tmp_path):
+    """The schedule decays over num_steps: more of them raise the rate of the very next step."""
+    schedule = {"kind": "linear", "warmup_steps": 0}
+    before = small_config(train={"num_steps": 10}, optimizer={"lr": 1.0, "min_lr": 0.0}, schedule=schedule)
+    state = TrainState(step=5).as_dict()
+    stage = {"name": "pretrain", "state": {}}
+    manifest = Manifest(5, state, stage, layout={}, config=resolved_dict(before), versions={}, files={})
+    (tmp_path / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    manifest.write(tmp_path / "run" / "checkpoints" / "step_00000005")
+    run = {"dir": str(tmp_path / "run")}
+    after = small_config(train={"num_steps": 50}, optimizer={"lr": 1.0, "min_lr": 0.0}, schedule=schedule, run=run)
+    told = find_start(after, "pretrain").changes
+    assert told == (
+        "train.num_steps is 50, it was 10", "so the learning rate of step 6 is 0.9, it would have been 0.5",
+    )  # fmt: skip
+    constant = {"kind": "constant", "warmup_steps": 0}
+    assert "learning rate of" in " ".join(find_start(small_config(schedule=constant, run=run), "pretrain").changes)
+    assert find_start(small_config(**resolved_dict(before) | {"run": run}), "pretrain").changes == ()
+
+
+def test_nothing_is_told_of_changes_where_the_run_is_refused(tmp_path, caplog):
+    manifest_config = resolved_dict(small_config())
+    state, stage = TrainState(step=5).as_dict(), {"name": "pretrain", "state": {"data": {"seq_len": 7}}}
+    manifest = Manifest(5, state, stage, layout={}, config=manifest_config, versions={}, files={})
+    (tmp_path / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    manifest.write(tmp_path / "run" / "checkpoints" / "step_00000005")
+    config = small_config(train={"num_steps": 50}, run={"dir": str(tmp_path / "run")})
+    with caplog.at_level("INFO"), pytest.raises(BadInput, match="train.seq_len: .* differs from the 7 of"):
+        find_start(config, "pretrain")
+    assert not caplog.messages
 
 
 def test_a_field_the_saved_config_lacks_is_no_change():

@@ -1,4 +1,4 @@
-"""Documents from files: JSONL, Parquet and plain text, also zstd or gzip compressed, in one fixed order.
+"""Documents from files: JSON, Parquet, Arrow and plain text, also zstd or gzip compressed, in one fixed order.
 
 Files are cut into blocks that depend on the files alone, so that many workers, or a second attempt, see the same ones.
 Torch-free. Knows nothing of tokenizers or of what becomes of the text.
@@ -12,17 +12,19 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import BadInput, in_one_line
+from trainer.data.making.json_array import split_array
 from trainer.data.making.splits import find_other_splits
 
-Kind = Literal["jsonl", "parquet", "text"]
+Kind = Literal["jsonl", "parquet", "arrow", "text"]
 
 BLOCK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8; no part of the text
-_PARQUET_ROWS = 512
+_TABLE_ROWS = 512
 _JSONL_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _COMPRESSIONS = {".zst", ".gz"}
 _TEXT_SUFFIXES = set(
@@ -55,7 +57,8 @@ class InputFile:
 class Block:
     """A run of documents small enough to send to a worker.
 
-    `payload` is whole lines of JSONL, the texts of Parquet rows, or nothing: the worker opens plain text files itself.
+    `payload` is whole lines of JSONL, the texts of rows of Parquet or Arrow, or nothing: the worker opens plain text
+    files itself.
     """
 
     files: tuple[InputFile, ...]
@@ -67,9 +70,9 @@ class Block:
 def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
     """Find the input files behind `paths`, in order; a directory gives its files sorted by path.
 
-    Returns the files and, by suffix or name, how many files of directories were left out: for not being a known kind of
-    text, for telling of the data rather than being it, or for being of another split than train. A file named outright
-    is always read, as plain text when its suffix says nothing else. Raises BadInput.
+    Returns the files and, by suffix or name, how many files of directories were left out: for being hidden, for not
+    being a known kind of text, for telling of the data rather than being it, or for being of another split than train.
+    A file named outright is always read, as plain text when its suffix says nothing else. Raises BadInput.
     """
     files: list[InputFile] = []
     left_out: Counter[str] = Counter()
@@ -79,7 +82,7 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
         if not os.path.isdir(path):
             files.append(_classify(path) or InputFile(path, "text", _compression(path)))
             continue
-        inside = (file for file in Path(path).rglob("*") if file.is_file())
+        inside = [file for file in Path(path).rglob("*") if file.is_file()]
         visible = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
         visible.sort(key=lambda file: file.relative_to(path).parts)
         found = {file: _classify(str(file)) for file in visible}
@@ -87,6 +90,7 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
         kept = {file: kind for file, kind in found.items() if kind is not None and file not in about}
         others = find_other_splits(Path(path), kept, {file for file, kind in kept.items() if kind.kind != "text"})
         files += [kind for file, kind in kept.items() if file not in others]
+        left_out.update({"hidden": len(inside) - len(visible)} if len(visible) < len(inside) else {})
         left_out.update(file.name for file in about)
         left_out.update(f"of the {split} split" for split in others.values())
         left_out.update(file.suffix or "no suffix" for file, kind in found.items() if kind is None)
@@ -106,8 +110,9 @@ def describe_left_out(left_out: Counter[str]) -> str:
 def _about_data(found: dict[Path, InputFile | None]) -> set[Path]:
     """Return the files that tell of a directory's records: Hugging Face's descriptions, and read-mes beside them."""
     about = {file for file in found if file.name in _HF_DESCRIPTIONS}
+    about |= {file for file in found if file.suffix == ".arrow" and file.name.startswith("cache-")}  # of `map` alone
     about |= {file for file in found if file.name == "state.json" and file.with_name("dataset_info.json") in about}
-    holders: set[Path] = set()  # directories with JSONL or Parquet in them or below
+    holders: set[Path] = set()  # directories with records in them or below
     for file, kind in found.items():
         if kind is not None and kind.kind != "text" and file not in about:
             holders.update(file.parents)
@@ -131,11 +136,13 @@ def _classify(path: str) -> InputFile | None:
         return InputFile(path, "jsonl", compression)
     if suffix == ".parquet" and not compression:
         return InputFile(path, "parquet")
+    if suffix == ".arrow" and not compression:
+        return InputFile(path, "arrow")
     return InputFile(path, "text", compression) if suffix in _TEXT_SUFFIXES else None
 
 
 def iter_blocks(files: Iterable[InputFile], text_key: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Cut the files into blocks of about `block_bytes`, in order; only JSONL and Parquet are read here."""
+    """Cut the files into blocks of about `block_bytes`, in order; only text files are not read here."""
     waiting: list[InputFile] = []
     num_waiting = 0
     for file in files:
@@ -149,6 +156,8 @@ def iter_blocks(files: Iterable[InputFile], text_key: str, block_bytes: int = BL
             yield from _jsonl_blocks(file, block_bytes)
         elif file.kind == "parquet":
             yield from _parquet_blocks(file, text_key)
+        elif file.kind == "arrow":
+            yield from _arrow_blocks(file, text_key)
     if waiting:
         yield Block(tuple(waiting), 1, b"", num_waiting)
 
@@ -213,9 +222,15 @@ def _new_frame(compression: str) -> Any:
 
 
 def _jsonl_blocks(file: InputFile, block_bytes: int) -> Iterator[Block]:
-    """Cut a JSONL file into blocks that end at line ends."""
+    """Cut a JSONL file into blocks that end at line ends; what begins with a bracket is an array, not lines."""
     rest, first_line = b"", 1
-    for piece in read_pieces(file, block_bytes):
+    pieces = read_pieces(file, block_bytes)
+    first = next(pieces, b"")
+    pieces = chain([first], pieces)
+    if first.removeprefix(BOM).lstrip()[:1] == b"[":
+        yield from _array_blocks(file, pieces, block_bytes)
+        return
+    for piece in pieces:
         cut = piece.rfind(b"\n") + 1
         if not cut:  # a line longer than a block
             rest += piece
@@ -227,6 +242,20 @@ def _jsonl_blocks(file: InputFile, block_bytes: int) -> Iterator[Block]:
         yield Block((file,), first_line, rest or b"\n", file.num_bytes if file.compression else len(rest))
 
 
+def _array_blocks(file: InputFile, pieces: Iterator[bytes], block_bytes: int) -> Iterator[Block]:
+    """Cut a JSON array into blocks of lines, an element each; elements are counted as lines are."""
+    lines: list[bytes] = []
+    first_element, num_waiting, num_told = 1, 0, 0
+    for line in split_array(pieces, f"input {file.path}"):
+        lines.append(line)
+        num_waiting += len(line) + 1
+        if num_waiting >= block_bytes:
+            share = 0 if file.compression else num_waiting
+            yield Block((file,), first_element, b"\n".join(lines), share)
+            first_element, num_waiting, num_told, lines = first_element + len(lines), 0, num_told + share, []
+    yield Block((file,), first_element, b"\n".join(lines) or b"\n", max(0, file.num_bytes - num_told))
+
+
 def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
     """Read the text column of a Parquet file a few hundred rows at a time."""
     import pyarrow
@@ -234,14 +263,9 @@ def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
-        columns = {column.name: column.type for column in table.schema_arrow}
-        advice = f"a --text-key that would work: {[name for name in columns if _may_be_text(columns[name])]}"
-        if text_key not in columns:
-            raise BadInput(f"input {file.path}: no column {text_key!r}; {advice}")
-        if not _may_be_text(columns[text_key]):
-            raise BadInput(f"input {file.path}: column {text_key!r} holds {columns[text_key]}, not text; {advice}")
+        _check_column(file, table.schema_arrow, text_key)
         first_row, num_rows = 1, table.metadata.num_rows
-        for rows in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key]):
+        for rows in table.iter_batches(batch_size=_TABLE_ROWS, columns=[text_key]):
             share = file.num_bytes * rows.num_rows // max(num_rows, 1)
             yield Block((file,), first_row, tuple(rows.column(0).to_pylist()), share)
             first_row += rows.num_rows
@@ -249,6 +273,39 @@ def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
         raise BadInput(
             f"input {file.path}: not a readable Parquet file ({in_one_line(error)}); copy it again"
         ) from error
+
+
+def _arrow_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
+    """Read the text column of an Arrow file, which is a stream, as `datasets` saves it, or Arrow's file format."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(file.path) as source:
+            is_stream = source.read(6) != b"ARROW1"
+            source.seek(0)
+            table = pyarrow.ipc.open_stream(source) if is_stream else pyarrow.ipc.open_file(source)
+            _check_column(file, table.schema, text_key)
+            batches = iter(table) if is_stream else map(table.get_batch, range(table.num_record_batches))
+            first_row, num_told = 1, 0
+            for batch in batches:
+                column, share = batch.column(table.schema.names.index(text_key)), max(0, source.tell() - num_told)
+                num_told += share
+                for start in range(0, batch.num_rows, _TABLE_ROWS):
+                    rows = column.slice(start, _TABLE_ROWS)
+                    yield Block((file,), first_row, tuple(rows.to_pylist()), share if start == 0 else 0)
+                    first_row += len(rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInput(f"input {file.path}: not a readable Arrow file ({in_one_line(error)}); copy it again") from error
+
+
+def _check_column(file: InputFile, schema: Any, text_key: str) -> None:
+    """Raise BadInput unless the table has a column of that name which can hold text."""
+    columns = {column.name: column.type for column in schema}
+    advice = f"a --text-key that would work: {[name for name in columns if _may_be_text(columns[name])]}"
+    if text_key not in columns:
+        raise BadInput(f"input {file.path}: no column {text_key!r}; {advice}")
+    if not _may_be_text(columns[text_key]):
+        raise BadInput(f"input {file.path}: column {text_key!r} holds {columns[text_key]}, not text; {advice}")
 
 
 def _may_be_text(kind: Any) -> bool:
@@ -282,8 +339,7 @@ def _parse_line(line: bytes, where: str, text_key: str, skip_missing: bool) -> s
     except RecursionError as error:
         raise BadInput(f"{where}: nested too deep to be read; drop that line") from error
     except ValueError as error:
-        array = "; a JSON array must become lines, as `jq -c .[]` writes" if line.lstrip()[:1] == b"[" else ""
-        raise BadInput(f"{where}: not valid JSON ({error}); each line must be one JSON object{array}") from error
+        raise BadInput(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
     if not isinstance(record, dict):
         raise BadInput(f'{where}: not a JSON object; each line must be one, like {{{json.dumps(text_key)}: "..."}}')
     if skip_missing and record.get(text_key) is None:
