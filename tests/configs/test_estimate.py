@@ -174,11 +174,12 @@ def test_recomputation_keeps_layer_inputs_alone() -> None:
     per_layer = 34 * tokens * hidden + 4 * 4 * tokens
     outside, logits = outside_layers(tokens, hidden, 512, 1, 1), (4 + 2) * tokens * 512
     full = RecomputeConfig(granularity="full", num_layers=2)
-    # The logits are gone before a group of layers is computed again.
-    expected = 4 * 2 * tokens * hidden + outside - logits + max(2 * per_layer, logits)
+    # The logits are gone before a group of layers is computed again; beside it are the gradients of one layer's MLP.
+    gradients = (16 + 2 * 2) * tokens * hidden
+    expected = 4 * 2 * tokens * hidden + outside - logits + max(2 * per_layer + gradients, logits)
     assert activations(gpt(train={"recompute": full}), 1) == expected
     block = RecomputeConfig(granularity="full", method="block", num_layers=3)
-    expected = 3 * 2 * tokens * hidden + 5 * per_layer + outside - logits + max(per_layer, logits)
+    expected = 3 * 2 * tokens * hidden + 5 * per_layer + outside - logits + max(per_layer + gradients, logits)
     assert activations(gpt(train={"recompute": block}), 1) == expected
     mlp = RecomputeConfig(granularity="selective", modules=("mlp",))
     assert activations(gpt(train={"recompute": mlp}), 1) == layers * (per_layer - 16 * tokens * hidden) + outside

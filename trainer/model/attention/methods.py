@@ -1,4 +1,4 @@
-"""The ways in which context-parallel ranks share attention: which exchange, and which tiles are left to each. All exact.
+"""The ways in which context-parallel ranks share attention: which exchange and tiles each has. All are exact.
 
 Keys go round (Liu et al. 2023, arXiv:2310.01889), all ranks get all keys (Llama 3, arXiv:2407.21783 section 3.3.2),
 tokens are exchanged for heads (Jacobs et al. 2023, arXiv:2309.14509), or that among neighbours and a ring across them.
