@@ -67,7 +67,7 @@ def update_weights(optimizer: Any, config: Config, mesh: Mesh, *, is_loss_finite
     scaler = optimizer.chained_optimizers[0].grad_scaler
     loss_scale = float(scaler.scale) if scaler else 1.0
     can_shrink = scaler is not None and loss_scale > float(scaler.min_scale)
-    if optimizer.prepare_grads():
+    if _prepare_gradients(optimizer):
         next_scale = float(scaler.scale) if scaler else 1.0
         return UpdateResult(False, math.nan, loss_scale, next_scale, is_overflow_expected=can_shrink and is_loss_finite)
     grad_norm = float(optimizer.get_grad_norm())
@@ -83,6 +83,22 @@ def update_weights(optimizer: Any, config: Config, mesh: Mesh, *, is_loss_finite
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
     return UpdateResult(True, grad_norm, loss_scale, loss_scale, is_overflow_expected=False)
+
+
+def _prepare_gradients(optimizer: Any) -> bool:
+    """Unscale the gradients and adjust the loss scale; return whether an infinity was found.
+
+    Under expert parallelism the experts have an optimizer of their own, and Megatron-Core lets each adjust a scale by
+    what itself has found, while the loss is scaled by the first: here all adjust by what any has found.
+    """
+    parts = optimizer.chained_optimizers
+    before = [part.grad_scaler.state_dict() if part.grad_scaler else None for part in parts]
+    found = [part.prepare_grads() for part in parts]
+    if any(found) and not all(found):
+        for part, state in zip(parts, before, strict=True):
+            part.grad_scaler.load_state_dict(state)
+            part.grad_scaler.update(True)
+    return any(found)
 
 
 def init_optimizer_state(optimizer: Any) -> None:

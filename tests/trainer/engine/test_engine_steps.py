@@ -208,6 +208,32 @@ def test_fp16_finds_its_loss_scale(ranks, layout):
     assert all([step.loss for step in results] == [step.loss for step in per_rank[0]] for results in per_rank)
 
 
+def run_for_scales(place: Place, config: Config, num_steps: int) -> list[tuple[list[float], bool]]:
+    """Return after each step the loss scale of every part of the optimizer, and whether it was applied."""
+    from trainer.engine.state import TrainState
+
+    with open_engine(place, config) as engine:
+        stage, state, found = build_stage(engine), TrainState(), []
+        for _ in range(num_steps):
+            state, (result,) = train_steps(stage, state, 1)
+            scales = [float(part.grad_scaler.scale) for part in engine.optimizer.chained_optimizers]
+            found.append((scales, result.is_applied))
+        return found
+
+
+def test_fp16_scales_experts_as_the_rest(ranks):
+    """Under expert parallelism they have an optimizer of their own; an infinity in either is one of both."""
+    model = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "balancing": "none"}}
+    precision = {"compute": "fp16", "initial_loss_scale": 2.0**22, "loss_scale_hysteresis": 1, "loss_scale_window": 4}
+    config = small_config(2, parallel={"ep": 2}, model=model, precision=precision)
+    for found in ranks.run(run_for_scales, config, 20, world=2):
+        assert all(len(scales) == 2 and scales[0] == scales[1] for scales, _ in found), found
+        applied = [is_applied for _, is_applied in found]
+        assert not applied[0] and any(applied)
+        # The loss has been scaled by what the step before left.
+        assert found[0][0][0] == 2.0**21 and found[applied.index(True)][0][0] < 2.0**18
+
+
 def test_fp16_at_its_smallest_scale_is_a_fault(ranks):
     """A loss scale that cannot shrink any further must count as non-finite, not as the search for a scale."""
     scale = 2.0**24
