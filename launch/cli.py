@@ -73,7 +73,7 @@ def parse_arguments(argv: Sequence[str], stage: str) -> Arguments:
 
 
 def _world_size(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise BadInput(f"--world-size: '{text}' is not a number of ranks; a value that would work: 8")
     return int(text)
 

@@ -21,6 +21,7 @@ from types import FrameType
 
 from configs.errors import BadInput, ExitCode
 from configs.paths import clean_path
+from configs.stages import STAGE_CONFIGS
 from launch.fork import ForkedRank, fork_rank, import_trainer, run_script
 from launch.main import is_training
 from parallel.environment import Environment
@@ -113,14 +114,14 @@ def _watch(ranks: Sequence[_Rank], handed_on: set[int], patience_seconds: float)
 
 def _can_be_forked(entry_point: Path, rest: Sequence[str], num_ranks: int) -> bool:
     """Return whether the command trains on the CPU; raises BadInput, before anything slow, where it cannot start."""
-    is_stage = entry_point.resolve().parent == Path(__file__).resolve().parent
+    is_stage = entry_point.resolve().parent == Path(__file__).resolve().parent and entry_point.stem in STAGE_CONFIGS
     return is_stage and detect_platform_name() == "cpu" and is_training(entry_point.stem, rest, num_ranks)
 
 
 def _parse(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
     if len(argv) < 3 or argv[0] != "--nproc-per-node":
         raise BadInput(_USAGE)
-    if not argv[1].isdigit() or int(argv[1]) < 1:
+    if not argv[1].isdecimal() or int(argv[1]) < 1:
         raise BadInput(f"--nproc-per-node: '{argv[1]}' is not a number of ranks; a value that would work: 4")
     works = "a value that would work: launch/pretrain.py"
     try:

@@ -135,7 +135,7 @@ def _whole_number(variables: Mapping[str, str], name: str, default: int | None =
     text = variables.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdigit():
+    if text is None or not text.isdecimal():
         shown = "not set" if text is None else f"'{text}'"
         raise BadInput(f"environment: {name} is {shown}; it must be a whole number such as 0")
     return int(text)

@@ -123,10 +123,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run_a", type=path_argument, help="run directory or metrics.jsonl")
     parser.add_argument("run_b", type=path_argument, help="run directory or metrics.jsonl")
     parser.add_argument(
-        "--rtol", type=float, default=0.0, help="relative difference to accept (default 0: bit for bit)"
+        "--rtol", type=_tolerance, default=0.0, help="relative difference to accept (default 0: bit for bit)"
     )
     parser.add_argument("--keys", nargs="+", default=["loss", "grad_norm"], help="metrics (default: loss grad_norm)")
     return parser.parse_args(argv)
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no relative difference; a value that would work: 1e-5")
+    return value
 
 
 def _print_table(compared: Sequence[KeyComparison], a: dict[int, Row], b: dict[int, Row], rtol: float) -> None:

@@ -68,7 +68,11 @@ def _is_complete(directory: Path, settings: dict[str, int]) -> bool:
         if tokenizer.exists():
             raise BadInput(f"--out {directory}: {tokenizer} is there, and nothing says what made it; {advice}")
         return False
-    found = json.loads(marker.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        _ = found["settings"], found["python"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"--out {directory}: {marker} is damaged; {advice}") from None
     if found["settings"] != settings:
         raise BadInput(f"--out {directory}: a corpus with {found['settings']} is there; {advice}")
     if found.get("is_complete", True):  # earlier versions wrote it at the end alone

@@ -34,6 +34,7 @@ def test_help_wins_over_everything(words):
         (["a.yaml", "--train.num_steps=3"], "without dashes: train.num_steps=3"),
         (["a.yaml", "--dry-run", "--world-size"], "--world-size: ''"),
         (["a.yaml", "--dry-run", "--world-size", "0"], "--world-size: '0'"),
+        (["a.yaml", "--dry-run", "--world-size", "²"], "--world-size: '²'"),  # a digit, and no number
         (["a.yaml", "--world-size", "4"], "goes with --dry-run"),
     ],
 )

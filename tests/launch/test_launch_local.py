@@ -181,12 +181,19 @@ def test_several_ranks_have_one_thread_each_unless_told_otherwise(tmp_path, num_
 
 def test_bad_command_lines_are_refused(capsys):
     assert main(["--nproc-per-node", "x", "launch/pretrain.py"]) == ExitCode.BAD_INPUT
+    assert main(["--nproc-per-node", "²", "launch/pretrain.py"]) == ExitCode.BAD_INPUT
     assert main(["--nproc-per-node", "2", "launch/nothing.py"]) == ExitCode.BAD_INPUT
     assert main(["pretrain"]) == ExitCode.BAD_INPUT
     message = capsys.readouterr().err
     assert "'x' is not a number of ranks" in message and "launch/nothing.py: no such file" in message
     assert "Traceback" not in message
     assert os.environ.get("SHARDWRIGHT_LAUNCHER") is None
+
+
+def test_a_file_of_launch_that_is_no_stage_is_run_as_any_script():
+    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", "1", "launch/checks.py", "x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_entry_points_path_is_read_as_every_other(tmp_path, monkeypatch, capsys):

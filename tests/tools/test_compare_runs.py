@@ -30,6 +30,15 @@ def test_the_last_bit_counts_unless_rtol_is_given(tmp_path, capsys):
     assert main([a, b, "--keys", "lr"]) == 0
 
 
+@pytest.mark.parametrize("rtol", ["nan", "-1", "inf", "x"])
+def test_a_tolerance_that_is_none_is_refused(tmp_path, rtol):
+    """With nan nothing would be beyond it."""
+    a, b = write_run(tmp_path / "a", [3.0, 2.0]), write_run(tmp_path / "b", [3.0, 9.0])
+    with pytest.raises(SystemExit) as ended:
+        main([a, b, "--rtol", rtol])
+    assert ended.value.code == 2
+
+
 def test_a_missing_step_is_a_difference(tmp_path, capsys):
     a, b = write_run(tmp_path / "a", [3.0, 2.0, 1.0]), write_run(tmp_path / "b", [3.0, 2.0])
     assert main([a, b]) == 1

@@ -107,3 +107,12 @@ def test_the_corpus_keeps_byte_order_marks_as_it_always_has(library):
     train, validation, _ = split_library(library)
     file = next(file for file in train + validation if file.path == str(marked))
     assert next(texts_of(Block((file,), 1, b"", 0), "text")).startswith("\ufeff")
+
+
+@pytest.mark.parametrize("content", ['{"settings"', "{}", "[]", '{"settings": {"format": 1}}'])
+def test_a_damaged_marker_is_one_sentence(library, tmp_path, content):
+    out = tmp_path / "corpus"
+    out.mkdir()
+    (out / "corpus.json").write_text(content)
+    with pytest.raises(BadInput, match="corpus.json is damaged; delete it or choose another"):
+        prepare_corpus(str(out), 300, library)

@@ -82,6 +82,8 @@ def _wrap(chunk: Any, config: Config, platform: Platform) -> tuple[Any, Any]:
         [model],
         use_gloo_process_groups=False,
     )
+    for group in optimizer.param_groups:  # what megatron-core leaves to its scheduler
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     chunk.config.grad_scale_func = optimizer.scale_loss
     chunk.config.finalize_model_grads_func = finalize_model_grads
     if is_overlapping:

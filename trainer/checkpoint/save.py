@@ -87,7 +87,7 @@ class CheckpointWriter:
     def save(self, state: TrainState, stage: Stage) -> None:
         """Copy the state to host memory and write it in the background (or at once with `async_save: false`).
 
-        A save that is still under way is finished first.
+        It is visible after `finish`, or `publish_if_written`. A save that is still under way is finished first.
         """
         self.finish()
         partial = self._dir / f"{PARTIAL_PREFIX}{checkpoint_name(state.step)}"
@@ -118,7 +118,6 @@ class CheckpointWriter:
         else:
             self._write(pending, buckets)
             self._pending = pending
-            self.finish()
         self.last_saved_step = state.step
 
     @property

@@ -27,8 +27,9 @@ from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.state import StepResult
 from trainer.engine.sums import BatchSums, add_up, count_ahead
 from trainer.model.fp8.attach import Fp8State
+from trainer.model.router_biases import RouterBiases
 from trainer.model.router_losses import read_router_losses, router_loss_names, scale_router_losses
-from trainer.optim.update import UpdateResult, set_learning_rate, update_weights
+from trainer.optim.update import UpdateResult, set_rates, update_weights
 
 
 class Engine(ShardedModel):
@@ -55,6 +56,7 @@ class Engine(ShardedModel):
         started = time.perf_counter()
         batches = self._shares(batches)
         self._set_training(True)
+        biases = RouterBiases(self.chunks, self.config.model)
         for replica in self.modules:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -64,8 +66,10 @@ class Engine(ShardedModel):
         sums = self._forward(batches, objective, forward_only=False)
         self.mesh.platform.synchronize()
         forward_done = time.perf_counter()
-        set_learning_rate(self.optimizer, learning_rate)
+        set_rates(self.optimizer, learning_rate, self.config.optimizer.weight_decay)
         update = self._update(sums)
+        if not update.is_applied:
+            biases.restore()
         self.mesh.platform.synchronize()
         return StepResult(
             loss=sums.mean,

@@ -35,7 +35,7 @@ def find_megatron_checkpoint(path: Path) -> Path | None:
     if not tracker.is_file():
         return None
     text = tracker.read_text(encoding="utf-8").strip()
-    found = path / (text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text)
+    found = path / (text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text)
     if not (found / ".metadata").is_file():
         raise BadInput(f"{tracker}: names {found.name}, which is no whole torch_dist checkpoint; name another one.")
     return found

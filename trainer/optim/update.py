@@ -50,10 +50,15 @@ def build_optimizer(config: Config, chunks: list[Any], platform: Platform) -> An
     return get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
 
 
-def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+def set_rates(optimizer: Any, learning_rate: float, weight_decay: float) -> None:
+    """Set learning rate and weight decay of every parameter group, times the group's own factors.
+
+    Megatron-Core gives norms and biases a decay factor of 0 and leaves it to a scheduler, which is not used here, to
+    apply it.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
 def update_weights(optimizer: Any, config: Config, mesh: Mesh, *, is_loss_finite: bool) -> UpdateResult:

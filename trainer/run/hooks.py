@@ -79,6 +79,8 @@ class Hooks:
             self._checkpoints.save(state, self._stage)
         extras["seconds_checkpoint"] = time.perf_counter() - started
         self._reporter.write(state, result, extras)
+        if not self._config.checkpoint.async_save:  # a run that continues from a step has the rows up to it
+            self._checkpoints.finish()
         if state.num_nonfinite_in_a_row >= train.max_nonfinite_steps:
             culprits = self._stage.describe_fault()
             self._checkpoints.finish()

@@ -22,8 +22,17 @@ OLD_GRAD_NORMS = [0.6875035112464712, 0.6802670430603815]
 
 
 def resume_old_run(place: Place, folder: str) -> list[dict[str, Any]]:
-    """Train on as the command line does, in the old run's directory, and return the metrics of all steps."""
+    """Train on as the command line does, in the old run's directory, and return the metrics of all steps.
+
+    That version let norms and biases decay too, which was wrong, and is done here alone.
+    """
     from unittest.mock import patch
+
+    from trainer.engine import engine
+
+    def let_all_decay(optimizer: Any, learning_rate: float, weight_decay: float) -> None:
+        for group in optimizer.param_groups:
+            group |= {"lr": learning_rate, "weight_decay": weight_decay}
 
     from parallel.environment import Environment
     from trainer.report.log import start_console
@@ -34,7 +43,7 @@ def resume_old_run(place: Place, folder: str) -> list[dict[str, Any]]:
     try:
         start_console(place.rank)
         environment = Environment(rank=0, world_size=1, master_port=0)
-        with patch.dict(os.environ, environment.as_variables()):
+        with patch.dict(os.environ, environment.as_variables()), patch.object(engine, "set_rates", let_all_decay):
             assert run(load_config("tiny.yaml"), "pretrain", environment, "cpu") == 0
         return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,68 @@ def test_fp16_finds_its_loss_scale(ranks, layout):
         grown = [later / earlier for earlier, later in zip(scales, scales[1:], strict=False)]
         assert 2.0 in grown[first:], "two finite steps in a row double the scale"
     assert all([step.loss for step in results] == [step.loss for step in per_rank[0]] for results in per_rank)
+
+
+def movements(place: Place, config: Config) -> list[tuple[str, float, float]]:
+    """Return of each weight its name, its largest movement in a step, and the largest beside decay, in units of lr."""
+    from trainer.engine.state import TrainState
+
+    with open_engine(place, config) as engine:
+        fill_by_name(engine)
+        before = {name: value.detach().clone() for name, value in engine.chunks[0].named_parameters()}
+        _, (result,) = train_steps(build_stage(engine), TrainState(), 1)
+        found = []
+        for name, value in engine.chunks[0].named_parameters():
+            moved = (value.detach() - before[name]) / result.learning_rate
+            beside = moved + config.optimizer.weight_decay * before[name]
+            found.append((name, float(moved.abs().max()), float(beside.abs().max())))
+        return found
+
+
+def test_norms_and_biases_do_not_decay(ranks):
+    """Adam's first step is lr * g / (|g| + eps), at most lr; decay comes on top (arXiv:1711.05101, algorithm 2)."""
+    optimizer = {"lr": 1e-3, "min_lr": 1e-3, "weight_decay": 2.0, "eps": 1e-12}
+    model = {"qk_norm": True, "qkv_bias": True}
+    (found,) = ranks.run(movements, small_config(optimizer=optimizer, model=model))
+    vectors = [one for one in found if "norm" in one[0] or one[0].endswith("bias")]
+    matrices = [one for one in found if one not in vectors]
+    assert len(vectors) == 4 * 5 + 1 and len(matrices) == 4 * 4 + 1 + (not small_config().model.tie_embeddings)
+    assert all(moved < 1.01 for _, moved, _ in vectors), vectors
+    assert all(beside < 1.01 < moved for _, moved, beside in matrices), matrices
+
+
+def biases_of_steps(place: Place, config: Config) -> list[list[float]]:
+    """Return the routers' biases before any step, after an empty one, one with a NaN, and a good one."""
+    import torch
+
+    def biases(engine):
+        modules = (module for chunk in engine.chunks for module in chunk.modules())
+        return [value for one in modules if getattr(one, "expert_bias", None) is not None for value in one.expert_bias]
+
+    with open_engine(place, config) as engine:
+        stage = build_stage(engine)
+        reader, found = stage.reader, [[float(value) for value in biases(engine)]]
+        for kind in ("empty", "nan", "good"):
+            batches = reader.read_step()
+            if kind == "empty":
+                batches = [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in batches]
+            if kind == "nan":
+                weight = next(parameter for parameter in engine.chunks[0].parameters() if parameter.dim() == 1)
+                kept = weight.detach().clone()
+                weight.data.fill_(math.nan)
+            result = engine.train_step(batches, stage.objective, 1e-3)
+            assert result.is_applied == (kind == "good")
+            if kind == "nan":
+                weight.data.copy_(kept)
+            found.append([float(value) for value in biases(engine)])
+        return found
+
+
+def test_a_step_that_is_not_taken_moves_no_routers_bias(ranks):
+    model = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "balancing": "bias"}}
+    model["moe"]["score_function"] = "sigmoid"
+    (found,) = ranks.run(biases_of_steps, small_config(model=model))
+    assert len(found[0]) == 16 and found[0] == found[1] == found[2] != found[3]
 
 
 def run_for_scales(place: Place, config: Config, num_steps: int) -> list[tuple[list[float], bool]]:

@@ -1,0 +1,50 @@
+"""The order of what happens around a step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.pool import Place
+from tests.small_runs import small_config
+
+
+class Recorder:
+    """Stands for the writer of checkpoints and the reporter: notes what is called."""
+
+    def __init__(self, calls: list[str], owner: str, **attributes: Any) -> None:
+        self._calls, self._owner = calls, owner
+        vars(self).update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **options: self._calls.append(f"{self._owner}.{name}")
+
+
+def calls_after_a_step(place: Place, async_save: bool) -> list[str]:
+    """Return what is called after a step at which the run saves."""
+    from trainer.run import hooks
+
+    calls: list[str] = []
+    config = small_config(checkpoint={"save_every": 2, "async_save": async_save})
+    platform = SimpleNamespace(peak_memory_bytes=lambda: 0)
+    signals = SimpleNamespace(is_received=False, is_agreed=False)
+    writer = Recorder(calls, "checkpoints", is_writing=False)
+    made = hooks.Hooks(
+        config, SimpleNamespace(platform=platform, device=None), SimpleNamespace(),
+        reporter=Recorder(calls, "reporter"), checkpoints=writer, signals=signals,
+    )  # fmt: skip
+    plain, hooks.max_over_ranks = hooks.max_over_ranks, lambda values, device: [float(value) for value in values]
+    try:
+        made.after_step(SimpleNamespace(step=2, num_nonfinite_in_a_row=0), SimpleNamespace(is_applied=True))
+    finally:
+        hooks.max_over_ranks = plain
+    return calls
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_the_row_of_a_step_is_written_before_its_checkpoint_is_visible(ranks, async_save):
+    """A run killed in between would continue after the step and never have its row."""
+    expected = ["checkpoints.publish_if_written", "checkpoints.save", "reporter.write"]
+    assert ranks.run(calls_after_a_step, async_save) == [expected + ["checkpoints.finish"] * (not async_save)]
