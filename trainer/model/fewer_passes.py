@@ -91,7 +91,9 @@ def rms_norm(
 
     Formats of 16 bits, for which torch rounds in other places, go on to torch.
     """
-    if weight is None or eps is None or len(shape) > 1 or {hidden.dtype, weight.dtype} != {torch.float32}:
+    if weight is None or eps is None or hidden.dim() < 2 or {hidden.dtype, weight.dtype} != {torch.float32}:
+        return _rms_norm(hidden, list(shape), weight, eps)
+    if not tuple(shape) == weight.shape == hidden.shape[-1:]:  # several dimensions, or what torch refuses
         return _rms_norm(hidden, list(shape), weight, eps)
     result: torch.Tensor = _RmsNorm.apply(hidden, hidden, weight, eps)
     return result

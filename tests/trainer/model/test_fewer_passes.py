@@ -106,6 +106,24 @@ def is_contiguous_after_attention(place: Place) -> list[bool]:
     return [rotated.is_contiguous(), *found]
 
 
+def test_rms_norm_of_a_vector_and_of_sizes_that_do_not_fit():
+    """What torch takes, and what it refuses."""
+    import torch
+    import torch.nn.functional as F
+
+    from trainer.model.fewer_passes import rms_norm
+
+    def ours(hidden, weight):
+        return rms_norm(hidden, (8,), weight, 1e-5)
+
+    def theirs(hidden, weight):
+        return F.rms_norm(hidden, (8,), weight, 1e-5)
+
+    assert all(run_both(ours, theirs, [random(8), random(8)], residual=False))
+    with pytest.raises(RuntimeError):
+        rms_norm(random(3, 8), (4,), torch.ones(1), 1e-5)
+
+
 def test_rotation_keeps_the_order_in_which_sums_follow(ranks):
     assert ranks.run(is_contiguous_after_attention) == [[True, True]]
 
