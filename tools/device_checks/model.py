@@ -46,8 +46,10 @@ def check_replaced_names(mesh: Mesh) -> Outcome:
     from trainer.optim.adam import has_fused_adam
 
     patches = replace_kernels(mesh.platform)
-    problems = [f"{one.target} is not ours" for one in patches if resolve(one.target)[2] is not one.replacement]
-    rotation = "compiled" if mesh.platform.fuses_kernels else "Megatron-Core's"
+    # A method is looked up as the function in it.
+    ours = [(one.target, getattr(one.replacement, "__func__", one.replacement)) for one in patches]
+    problems = [f"{target} is not ours" for target, function in ours if resolve(target)[2] is not function]
+    rotation = "compiled" if mesh.platform.fuses_kernels else "in few passes"
     adam = has_fused_adam() or "torch's"
     found = f"{len(patches)} names; rotation {rotation}, Adam and gradient norm {adam}"
     return judge("replaced names", problems, found, {"names": float(len(patches))})
