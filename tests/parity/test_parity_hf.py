@@ -11,7 +11,7 @@ import pytest
 
 from configs.sections.model import ModelConfig
 from tests.pool import Place
-from tests.small_runs import build_stage, open_engine, small_config
+from tests.small_runs import build_stage, open_engine, save_checkpoint, small_config
 
 SHARED: dict[str, Any] = {
     "vocab_size": 251, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -105,7 +105,6 @@ def start_and_export(
     import torch
 
     from trainer.checkpoint.load import warm_start
-    from trainer.checkpoint.save import CheckpointWriter
     from trainer.engine.state import TrainState
     from trainer.hf.exporting import ExportSource, export_checkpoint
     from trainer.hf.source import HfModel
@@ -117,8 +116,7 @@ def start_and_export(
         else:
             warm_start(engine, Path(imported) / "checkpoints" / "latest")
         logits = engine.compute_logits(torch.from_numpy(tokens)).numpy()
-        writer = CheckpointWriter(run_dir, config, engine.mesh)
-        writer.save(TrainState(), build_stage(engine))
+        save_checkpoint(engine, TrainState(), build_stage(engine), Path(run_dir))
         checkpoint = Path(run_dir) / "checkpoints" / "latest"
         export_checkpoint(
             ExportSource(checkpoint.resolve(), config.model, carried=Path(source)),
