@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from trainer.model.attention.documents import PackedDocuments
+from trainer.model.attention.heads import repeat_heads, widen
 from trainer.model.attention.methods import METHODS, Attended, Sharing, Split
 from trainer.model.attention.tile_kernels import CpuTiles, EfficientTiles, FlashTiles, TileKernels
 
@@ -119,10 +120,10 @@ class SdpaCoreAttention(MegatronModule):
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
         """Attend over `[batch, heads, seq, dim]`; the last query sees all keys when causal."""
         dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
-        query, key, value = _widen(query, key, value)
+        query, key, value = widen(query, key, value)
         is_grouped = key.shape[1] != query.shape[1]
         if is_grouped and not self.takes_groups:
-            key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
+            key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
         same_length = query.shape[2] == key.shape[2]
         mask = None
         if causal and not same_length and query.shape[2] > 1:
@@ -161,8 +162,8 @@ class FlashCoreAttention(SdpaCoreAttention):
         from torch.nn.attention.varlen import varlen_attn  # a second of imports
 
         dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
-        query, key, value = _widen(query, key, value, multiple=8)
-        key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
+        query, key, value = widen(query, key, value, multiple=8)
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
         bounds, longest = documents.cu_seqlens_q, documents.max_seqlen_q
         window = (-1, 0) if causal else (-1, -1)  # to the left all, to the right none or all
         output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
@@ -182,16 +183,3 @@ CORE_ATTENTIONS: dict[str, type[SdpaCoreAttention]] = {
     "efficient": EfficientCoreAttention,
     "flash": FlashCoreAttention,
 }
-
-
-def _repeat_heads(part: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Return keys or values, whose dimension 1 is the heads, with as many heads as the queries have."""
-    repeats = num_heads // part.shape[1]
-    return part if repeats == 1 else part.repeat_interleave(repeats, dim=1)
-
-
-def _widen(*parts: torch.Tensor, multiple: int = 1) -> list[torch.Tensor]:
-    """Return queries, keys and values of one size: the kernels want that, and zero columns change nothing (MLA)."""
-    widest = max(part.shape[-1] for part in parts)
-    width = -(-widest // multiple) * multiple
-    return [part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1])) for part in parts]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trainer.model.attention.heads import repeat_heads, widen
 from trainer.model.attention.tiles import Tile
 
 _ROWS_A_MASK = 512
@@ -47,7 +48,7 @@ class CpuTiles:
         for block in _cut_masked(tile):
             rows, columns = slice(*block.queries), slice(*block.keys)
             parts = _alike(query, key, value, block)
-            given, out = (_widen(part[:, :, rows], parts[0].shape[-1]) for part in (gradient, output))
+            given, out, _ = widen(gradient[:, :, rows], output[:, :, rows], parts[0])
             found = self._backward(
                 given, *parts, out, log_sum[:, :, rows], _is_plain(block), _mask(block, query), scale
             )
@@ -105,7 +106,7 @@ class FlashTiles:
     ) -> Iterator[tuple[tuple[int, int], torch.Tensor, torch.Tensor]]:
         """Yield queries (from, to), output and log-sum-exp, in the shapes of `CpuTiles`."""
         for block in _cut_windowed(tile):
-            parts = [part.transpose(1, 2) for part in _one_size(query, key, value, block)]
+            parts = [part.transpose(1, 2) for part in _parts(query, key, value, block, multiple=8)]
             left, right = _window(block)
             output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
                 *parts, None, None, parts[0].shape[1], parts[1].shape[1], 0.0, False, False,
@@ -120,8 +121,8 @@ class FlashTiles:
         """Add a tile's part of the gradients to `sums`, as `CpuTiles` does."""
         for block in _cut_windowed(tile):
             rows, columns = slice(*block.queries), slice(*block.keys)
-            parts = _one_size(*inputs, block)
-            given, out = (_widen(part[:, :, rows], parts[0].shape[-1]) for part in (gradient, output))
+            parts = _parts(*inputs, block, multiple=8)
+            given, out, _ = widen(gradient[:, :, rows], output[:, :, rows], parts[0])
             given, *turned, out = (part.transpose(1, 2).contiguous() for part in (given, *parts, out))
             left, right = _window(block)
             none = torch.empty(0, dtype=torch.int64, device=gradient.device)
@@ -209,22 +210,14 @@ def _align(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | Non
     return wide[:, :num_keys].expand(*query.shape[:2], *mask.shape)
 
 
-def _one_size(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile) -> Three:
-    """Return the tile's queries, keys and values, of one size that 8 divides."""
-    width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+def _parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, multiple: int = 1) -> Three:
+    """Return the tile's queries, keys and values, of one size."""
     rows, columns = slice(*tile.queries), slice(*tile.keys)
-    key, value = (_widen(part[:, :, columns], width) for part in (key, value))
-    return _widen(query[:, :, rows], width), key, value
+    query, key, value = widen(query[:, :, rows], key[:, :, columns], value[:, :, columns], multiple=multiple)
+    return query, key, value
 
 
 def _alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile) -> Three:
     """Return the tile's queries, keys and values, of one size and number of heads."""
-    width, groups = max(query.shape[-1], value.shape[-1]), query.shape[1] // key.shape[1]
-    rows, columns = slice(*tile.queries), slice(*tile.keys)
-    key, value = (_widen(part[:, :, columns], width).repeat_interleave(groups, 1) for part in (key, value))
-    return _widen(query[:, :, rows], width), key, value
-
-
-def _widen(part: torch.Tensor, width: int) -> torch.Tensor:
-    """Return queries, keys or values with columns of zeros behind, which change nothing (MLA)."""
-    return part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1]))
+    query, key, value = _parts(query, key, value, tile)
+    return query, repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
