@@ -84,6 +84,11 @@ def read_config(path: str, overrides: Sequence[str], stage: str) -> tuple[Config
         values = _read_chain(_config_path(path), ())
     except RecursionError:
         raise BadInput(f"{path}: nested too deep, or an anchor that holds itself; write it flat") from None
+    return config_of(values, overrides, stage)
+
+
+def config_of(values: dict[str, Any], overrides: Sequence[str], stage: str) -> tuple[Config | None, list[str]]:
+    """Return what `read_config` does, of sections that are already there; they are changed."""
     problems: list[str] = []
     for override in overrides:
         problem = _apply_override(values, override, stage)

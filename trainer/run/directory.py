@@ -117,7 +117,7 @@ def open_run_directory(
         raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
     log.info("%s: %s", config.run.name, start.describe())
     for change in start.changes:
-        log.warning("going on with another config: %s", change)
+        log.warning("%s: %s", "going on with another config" if start.resume_from else "warm start", change)
     on_rank_zero(partial(_begin_on_rank_zero, config, details, run_dir, start, state, launcher))
     if mesh.rank != 0:
         return Reporter(config, mesh, None, None)
