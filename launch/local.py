@@ -19,6 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+if not __package__:  # run as a script: the packages are beside launch/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from configs.errors import BadInput, ExitCode
 from configs.paths import clean_path
 from configs.stages import STAGE_CONFIGS
