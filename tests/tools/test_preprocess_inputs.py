@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -73,6 +74,14 @@ def test_directories_are_read_in_the_order_of_their_paths(tmp_path):
     (tmp_path / "d.txt.zst").write_bytes(zstandard.compress(b"d.txt.zst"))
     assert read([tmp_path]) == ["a/b.md", "a/z.py", "b.txt", "c.jsonl", "d.txt.zst"]
     assert list_inputs([str(tmp_path)])[1] == {".png": 1, "hidden": 1}
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "/dev/zero"])
+def test_what_is_no_file_is_refused_by_name(tmp_path, name):
+    """Nobody may ever write into the pipe, and the device has no end."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(BadInput, match=f"input .*{name}: a (pipe|device), .*; write it to a file first"):
+        list_inputs([str(tmp_path / name)])
 
 
 def test_blocks_know_their_lines_and_add_up(tmp_path):
