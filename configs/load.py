@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput, in_one_line
 from configs.fields import SchemaField, field_at, location_text, schema_fields, value_text
-from configs.paths import clean_path, shortened
+from configs.paths import clean_path, find_special_file, shortened
 from configs.stages import STAGE_CONFIGS, Config
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -172,6 +172,9 @@ def _default_run_dir(name: str) -> str:
 
 def _read_file(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
     named_by = f", which {chain[-1]} names as its base," if chain else ""
+    special = find_special_file(path)
+    if special is not None:
+        raise BadInput(f"{path}{named_by} is {special}, and every rank reads the config; write it to a YAML file first")
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, Loader=_TextLoader)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.pool import Place
-from tests.small_runs import build_stage, open_engine, roughen, small_config
+from tests.small_runs import DOCUMENT_END_ID, SEQ_LEN, VOCAB_SIZE, build_stage, open_engine, roughen, small_config
+from tools.made_up_data import write_made_up_dataset
 
 TOLERANCE = 1e-4
 
@@ -44,9 +46,8 @@ def as_llama(named: dict[str, Any], config: Any) -> dict[str, Any]:
     return out
 
 
-def llama_loss(config: Any, weights: dict[str, Any], batches: list[Any]) -> tuple[float, dict[str, Any]]:
-    """Return the mean loss over the counted tokens and its gradients, in float64."""
-    import torch
+def build_llama(config: Any, weights: dict[str, Any]) -> Any:
+    """Return `transformers`' Llama with these weights, in float64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = config.model
@@ -65,6 +66,14 @@ def llama_loss(config: Any, weights: dict[str, Any], batches: list[Any]) -> tupl
         )
     ).double()
     llama.load_state_dict({name: weight.double() for name, weight in weights.items()})
+    return llama
+
+
+def llama_loss(config: Any, weights: dict[str, Any], batches: list[Any]) -> tuple[float, dict[str, Any]]:
+    """Return the mean loss over the counted tokens and its gradients, in float64."""
+    import torch
+
+    llama = build_llama(config, weights)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         logits = llama(batch.tokens).logits
@@ -108,3 +117,44 @@ def test_the_judge_sees_another_architecture(ranks):
     ((loss, expected, errors),) = ranks.run(compare_with_llama, config)
     assert abs(loss / expected - 1) > 1e-5
     assert max(errors.values()) > 10 * TOLERANCE
+
+
+def validate(place: Place, config: Any, prefix: str, num_samples: int, ends: int | None) -> tuple[float, float, int]:
+    """Return our validation loss of a dataset's first samples, Llama's, and how many rows our last batch lacks.
+
+    Llama sees each document alone, without the token that ends it.
+    """
+    import torch
+
+    from trainer.data.indexed import TokenDataset
+    from trainer.data.reader import ValidationReader
+    from trainer.evaluate.validation import Evaluator
+
+    with open_engine(place, config) as engine:
+        roughen(engine)
+        reader = ValidationReader(
+            TokenDataset(prefix), seq_len=SEQ_LEN, num_samples=num_samples, micro_batch_size=4, dp_rank=0, dp_size=1,
+            vocab_size=VOCAB_SIZE, document_end_id=ends,
+        )  # fmt: skip
+        found = Evaluator({"made-up": reader}).evaluate(engine, build_stage(engine).objective)
+        named = {name: parameter.data for name, parameter in engine.chunks[0].named_parameters()}
+        llama, losses = build_llama(config, as_llama(named, config)), []
+        for window in torch.from_numpy(reader.source.read(np.arange(num_samples))):
+            cuts = [0, *(place + 1 for place in range(SEQ_LEN) if ends is not None and window[place] == ends), SEQ_LEN]
+            for start, end in zip(cuts, cuts[1:], strict=False):
+                counted = window[start:end] != (-1 if ends is None else ends)
+                if end > start:
+                    with torch.no_grad():
+                        scores = llama(window[None, start:end]).logits[0][counted]
+                    wanted = window[start + 1 : end + 1][counted]
+                    losses += torch.nn.functional.cross_entropy(scores, wanted, reduction="none").tolist()
+        return found["validation_loss/made-up"], float(np.mean(losses)), reader.num_microbatches * 4 - num_samples
+
+
+@pytest.mark.parametrize("ends", [None, DOCUMENT_END_ID], ids=["rows", "documents"])
+def test_validation_is_llamas_mean_over_the_tokens(ranks, tmp_path, ends):
+    """Where the last batch is not full, and documents have unequal shares of the loss."""
+    write_made_up_dataset(tmp_path / "data", num_tokens=1500, vocab_size=40)
+    ((loss, expected, missing),) = ranks.run(validate, small_config(), str(tmp_path / "data"), 10, ends)
+    assert missing == 2
+    assert loss == pytest.approx(expected, rel=1e-6)

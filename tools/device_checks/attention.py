@@ -133,7 +133,7 @@ def _build_core_attention(mesh: Mesh, compute: str, case: Case, use_te: bool) ->
     from parallel.seeding import seed_everything
     from trainer.model.build import build_model_chunks
 
-    seed_everything(17, mesh.pp_rank)  # weights are drawn from generators that must have been seeded
+    seed_everything(17, mesh.pp_rank, mesh.ep_size)  # weights are drawn from generators that must have been seeded
     chunk = build_model_chunks(_build_config(compute, case), mesh, use_te=use_te)[0]
     return chunk.decoder.layers[0].self_attention.core_attention
 

@@ -89,7 +89,7 @@ def test_a_rank_waits_for_what_rank_zero_chose(tmp_path, monkeypatch):
         Start(init_from=tmp_path / "nowhere").wait_until_visible(10)
 
 
-def test_a_run_waits_for_its_directory_as_long_as_it_may(tmp_path):
+def test_a_run_waits_for_its_directory_as_long_as_it_may(tmp_path, caplog):
     """One that was queued again waits for what it was before; a first start does not."""
     import subprocess
     import sys
@@ -103,7 +103,10 @@ def test_a_run_waits_for_its_directory_as_long_as_it_may(tmp_path):
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     lock = RunLock(str(tmp_path))
     assert "is being written to by process" in str(lock._take(0))
-    assert lock._take(30) is None
+    assert not caplog.messages
+    with caplog.at_level("INFO"):
+        assert lock._take(30) is None
+    assert "is being written to by process" in caplog.messages[0] and caplog.messages[0].endswith("; waiting for it")
     other.wait()
     lock._lock.release()
     assert not (tmp_path / ".lock").exists()
