@@ -23,7 +23,7 @@ class NextTokenObjective:
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Return the summed cross-entropy over unmasked tokens."""
-        return compute_cross_entropy(output.view_as(batch.loss_mask), batch.loss_mask)
+        return compute_cross_entropy(output, batch.loss_mask)
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Return the number of unmasked tokens."""
