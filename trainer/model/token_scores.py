@@ -43,7 +43,7 @@ class Scoring:
 def score_logits(
     logits: torch.Tensor, labels: torch.Tensor, scoring: Scoring, group: dist.ProcessGroup, *, is_compiled: bool
 ) -> TokenScores:
-    """Return the scores of `labels [batch, seq]` by `logits [seq, batch, vocab/tp]`, which are overwritten if in fp32.
+    """Return the scores of `labels [batch, seq]` by `logits [seq, batch, vocab/tp]`, in fp32 whatever the logits are.
 
     `group` are the ranks that share the vocabulary; all of them get the same scores. Logits of ids that are none are
     the format's smallest number. Collective: all ranks of the group must call this.
@@ -70,7 +70,7 @@ class _VocabularyScores(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         """Exponentiate once, sum over the ranks once."""
         ctx.dtype, ctx.scoring, ctx.is_compiled = logits.dtype, scoring, is_compiled
-        logits, first_id = logits.float(), group.rank() * logits.shape[-1]
+        first_id = group.rank() * logits.shape[-1]
         largest, is_greedy = _find_largest(logits, labels, first_id, scoring, group)
         place = labels - first_id
         is_here = (place >= 0) & (place < logits.shape[-1])
@@ -105,11 +105,11 @@ def _find_largest(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the largest logit of each token and, if asked for, whether the label is the lowest id that has it."""
     if not scoring.is_greedy:
-        largest = logits.amax(dim=-1)
+        largest = logits.amax(dim=-1).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         return largest, None
     mine, place = logits.max(dim=-1)  # of equal ones the first
-    largest = mine.clone()
+    largest = mine.float().clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     chosen = torch.where(mine == largest, place + first_id, torch.iinfo(place.dtype).max)
     dist.all_reduce(chosen, op=dist.ReduceOp.MIN, group=group)
@@ -131,11 +131,12 @@ def _exponentiate(
 
     They are the label's z where it is among these ids, sum exp(z), and sum z exp(z).
     """
-    logits.sub_(largest.unsqueeze(-1))
+    # Not in the place of the logits: torch 2.11's compiler would gather the label's from what is written over them.
+    distances = logits - largest.unsqueeze(-1)
     if temperature != 1.0:
-        logits.div_(temperature)
-    of_label = torch.where(is_here, logits.gather(-1, place).squeeze(-1), 0.0)
-    exps = logits.exp_()
+        distances.div_(temperature)
+    of_label = torch.where(is_here, distances.gather(-1, place).squeeze(-1), 0.0)
+    exps = distances.exp_()
     sums = [of_label, exps.sum(dim=-1)]
     if has_entropy:
         sums.append(_times_log(exps).sum(dim=-1))

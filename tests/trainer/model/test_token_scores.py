@@ -95,6 +95,30 @@ def test_logits_in_16_bits_are_scored_in_fp32(ranks):
     torch.testing.assert_close(found[3].double(), exact.grad, rtol=2**-8, atol=1e-6)
 
 
+def largest_differences(place: Place) -> list[float]:
+    """Return how far the compiled passes are from the others: scores, then the gradient."""
+    import torch.distributed as dist
+
+    from trainer.model.token_scores import Scoring, score_logits
+
+    dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.world_size)
+    logits, labels, *weights = make_case("float32")
+    found = []
+    for is_compiled in (False, True):
+        mine = logits.clone().requires_grad_()
+        scores = score_logits(mine, labels, Scoring(0.6, entropy=True), dist.group.WORLD, is_compiled=is_compiled)
+        ((scores.log_probs * weights[0]) + (scores.entropy * weights[1])).sum().backward()
+        found.append([scores.log_probs.detach(), scores.entropy.detach(), mine.grad])
+    return [float((one - other).abs().max()) for one, other in zip(*found, strict=True)]
+
+
+@pytest.mark.slow
+def test_compiled_passes_are_the_passes(ranks):
+    """The compiler once gathered from logits that it had already written over."""
+    (differences,) = ranks.run(largest_differences, timeout=300)
+    assert max(differences) < 1e-4, differences  # of log-probabilities down to -3e4
+
+
 def compare_with_losses(place: Place) -> list[bool]:
     """Return whether log-probabilities at a temperature of 1 are, bit for bit, minus Megatron-Core's losses."""
     import torch
