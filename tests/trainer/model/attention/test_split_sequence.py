@@ -139,12 +139,14 @@ def test_flash_kernels_are_attention(ranks, name, method, world):
         assert max(launches) > 3 * BATCH if has_documents else len(launches) <= 10
 
 
-def test_a_launch_has_all_documents_of_a_rank():
-    """However many there are, what is left is a rectangle or two between each pair of pieces."""
+def test_launches_do_not_grow_with_documents():
+    """Those of a rank are one launch; of other pieces a ring has one rectangle a row and step, or none."""
     from trainer.model.attention.methods import Split, _plan_ring
 
-    bounds = tuple(range(0, 4097, 8))
-    plan = _plan_ring(Split(1, 4096, bounds), 1, 4, 1, 3)
-    assert [len(step) for step in plan] == [1, 0, 0, 0] and plan[0][0].length == 1024
-    plan = _plan_ring(Split(2, 2048, (0, *range(7, 4097, 8))), 1, 4, 1, 3)
-    assert max(len(step) for step in plan) <= 8
+    for num_rows, every in ((1, 8), (2, 7), (4, 100)):
+        bounds = sorted({*range(0, 4097, 4096 // num_rows), *range(0, 4096, every)})
+        split = Split(num_rows, 4096 // num_rows, tuple(bounds))
+        for place in range(4):
+            own, *others = _plan_ring(split, place, 4, 1, 3)
+            assert [tile.length for tile in own if tile.bounds] == [1024]
+            assert len(own) <= 1 + num_rows and max(map(len, others)) <= num_rows
