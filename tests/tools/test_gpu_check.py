@@ -148,7 +148,7 @@ def run_model_checks(place):
         faults = [
             patch.object(dist, "all_gather_object", lambda *unused, **options: None),
             patch.object(owner, name, None),
-            patch("trainer.stages.forward.forward_language_model", shift_labels),
+            patch("trainer.engine.forward.forward_language_model", shift_labels),
             patch("trainer.engine.engine.scale_router_losses", lambda *unused: None),
             patch.object(Engine, "_update", update_always),
         ]

@@ -7,6 +7,7 @@ run, which take grouped heads as they are and all documents at once. Knows nothi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,8 +22,6 @@ from trainer.model.attention.heads import repeat_heads, widen
 from trainer.model.attention.methods import METHODS, Attended, Sharing, Split
 from trainer.model.attention.tile_kernels import CpuTiles, EfficientTiles, FlashTiles, TileKernels
 
-_WIDEST_HEAD = 256  # that flash attention takes
-
 
 class SdpaCoreAttention(MegatronModule):
     """softmax(Q K^T * scale) V with Megatron-Core's core-attention interface (Vaswani et al. 2017, eq. 1)."""
@@ -31,6 +30,8 @@ class SdpaCoreAttention(MegatronModule):
     """What attends where ranks share a sequence."""
     takes_groups = False
     """Whether the kernels take fewer heads of keys and values than of queries; else these are repeated."""
+    widest_head: float = math.inf
+    """That the kernels take; layers with wider ones are built with memory-efficient attention instead."""
 
     def __init__(
         self,
@@ -47,6 +48,9 @@ class SdpaCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self._method, self._sharing = None, None
+        assert config.kv_channels is not None
+        if max(k_channels or config.kv_channels, v_channels or config.kv_channels) > self.widest_head:
+            self.tiles, self.takes_groups = EfficientTiles(), False
         if config.context_parallel_size > 1:
             exchange = config.cp_comm_type
             assert isinstance(exchange, str)
@@ -151,13 +155,14 @@ class FlashCoreAttention(SdpaCoreAttention):
 
     tiles = FlashTiles()
     takes_groups = True
+    widest_head = 256
 
     def _attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedDocuments
     ) -> torch.Tensor:
         """Attend over `[total, heads, dim]` in one kernel, which reads the boundaries on the device."""
         has_dropout, widest = self.training and self.dropout > 0, max(query.shape[-1], value.shape[-1])
-        if has_dropout or widest > _WIDEST_HEAD or documents.max_seqlen_q is None:
+        if has_dropout or widest > self.widest_head or documents.max_seqlen_q is None:
             return super()._attend_documents(query, key, value, causal, documents)
         from torch.nn.attention.varlen import varlen_attn  # a second of imports
 

@@ -133,6 +133,30 @@ def test_the_module_for_gpus_equals_float64_softmax(ranks, name):
     assert max(errors) < 2e-5, errors
 
 
+def kernels_of_heads(place: Place) -> list[str]:
+    """Return the tiles of the module for GPUs by sizes of heads: those of the config, or of keys and of values."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from trainer.model.attention.core import FlashCoreAttention
+
+    found = []
+    for head_dim, sizes in ((256, {}), (264, {}), (64, {"k_channels": 320, "v_channels": 256}), (512, SMALLER)):
+        config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=head_dim)
+        module = FlashCoreAttention(config, 1, AttnMaskType.causal, "self", **sizes)
+        found.append(f"{type(module.tiles).__name__} {module.takes_groups}")
+    return found
+
+
+SMALLER = {"k_channels": 192, "v_channels": 128}
+
+
+def test_heads_that_flash_attention_does_not_take_have_other_tiles(ranks):
+    """Of latent attention, the sizes that are told count, and not the config's."""
+    flash, efficient = "FlashTiles True", "EfficientTiles False"
+    assert ranks.run(kernels_of_heads) == [[flash, efficient, efficient, flash]]
+
+
 def test_scale_is_used(ranks):
     (errors,) = ranks.run(largest_errors, SHAPES["causal"], 0.7)
     assert max(errors) < 2e-5, errors
