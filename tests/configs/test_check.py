@@ -225,9 +225,7 @@ MODEL_RULES = [
         "model.rope.fraction: yarn rotates whole heads; a value that would work: 1.0",
     ),
     (
-        [
-            "model.rope={scaling: yarn, factor: 2, original_max_position_embeddings: 512, attention_factor: 1.1, mscale: 2}"
-        ],
+        ["model.rope={scaling: yarn, factor: 2, original_max_position_embeddings: 8, attention_factor: 2, mscale: 2}"],
         "model.rope.mscale: has no effect with model.rope.attention_factor; a value that would work: 1",
     ),
 ]
