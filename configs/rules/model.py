@@ -118,9 +118,9 @@ def _check_rope_unused(model: ModelConfig) -> Iterator[str]:
         names = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
         yield from check_unused(rope, path, names, reason)
     elif rope.attention_factor is not None:
-        # Latent attention also scales its softmax, by mscale_all_dim alone.
-        names = ("mscale",) if model.mla is not None else ("mscale", "mscale_all_dim")
-        yield from check_unused(rope, path, names, "with model.rope.attention_factor")
+        yield from check_unused(rope, path, ("mscale",), "with model.rope.attention_factor")
+        if model.mla is None:  # latent attention also scales its softmax, by mscale_all_dim alone
+            yield from check_unused(rope, path, ("mscale_all_dim",), "with model.rope.attention_factor")
 
 
 def _check_moe(model: ModelConfig) -> Iterator[str]:
