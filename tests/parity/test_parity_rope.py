@@ -109,7 +109,7 @@ def test_a_stretched_stage_computes_what_its_export_does(ranks, tmp_path, name):
     assert read_tensors(tmp_path / "hf").keys() == read_tensors(tmp_path / "out").keys()
 
 
-# Most of these tests' documents are shorter than 8 tokens, and some have more.
+# Documents of these tests are shorter and longer than 8 tokens.
 SHORT = {"rope": DYNAMIC | {"original_max_position_embeddings": 8}}
 
 

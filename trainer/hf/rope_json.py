@@ -79,8 +79,10 @@ def longest_context(rope: Mapping[str, Any], context: Any) -> Any:
     With dynamic scaling that is the original length, to be stretched by the factor.
     """
     factor = rope.get("factor")
-    is_number = isinstance(factor, int | float) and math.isfinite(factor) and isinstance(context, int)
-    return int(factor * context) if rope.get("scaling") == "dynamic" and is_number and factor else context
+    if rope.get("scaling") != "dynamic" or not isinstance(factor, int | float) or not isinstance(context, int):
+        return context
+    longest = factor * context
+    return int(longest) if math.isfinite(longest) and longest > 0 else context
 
 
 def write_rope(model: ModelConfig, carried: Mapping[str, Any] | None, family: Family) -> dict[str, Any]:

@@ -143,8 +143,9 @@ def test_a_factor_on_attention_of_latent_attention_keeps_that_of_its_softmax():
         ({"rope_type": "longrope", "long_factor": [2]}, {}, "rope_type 'longrope' is not supported"),
         ({"rope_type": "dynamic"}, {}, "rope_parameters.factor: missing with rope_type dynamic"),
         ({"rope_type": "dynamic", "factor": 1.0}, {}, "model.rope.factor: 1 extends nothing"),
+        ({"rope_type": "dynamic", "factor": -1.0}, {}, "model.rope.factor -1.0"),
+        ({"rope_type": "dynamic", "factor": 1e400}, {}, "model.rope.factor inf"),
         ({"rope_type": "dynamic", "factor": "4"}, {}, "model.rope.factor '4'"),
-        ({"rope_type": "dynamic", "factor": float("inf")}, {}, "model.rope.factor inf"),
         (
             {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 128}, {},
             "original_max_position_embeddings: 128 is not understood with rope_type dynamic",
