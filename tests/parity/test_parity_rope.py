@@ -39,7 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, dict[str, Any]]]] = {
     "latent_yarn_mscale": ("deepseek_v3", TEMPERED | {"interleaved": True}, (1, {})),
     "latent_yarn_attention_factor": (
         "deepseek_v3",
-        YARN | {"interleaved": True, "attention_factor": 1.3, "mscale_all_dim": 1.2, "truncate": False},
+        YARN | {"interleaved": True, "attention_factor": 1.3, "mscale_all_dim": 1.2, "truncate": False,
+                "beta_slow": 0.25},
         (1, {}),
     ),
 }  # fmt: skip

@@ -131,7 +131,8 @@ def _name_norms_as_fused(chunk: GPTModel) -> None:
 def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.device) -> None:
     """Set the frequencies of the scaling kinds that Megatron-Core has no fields for, or only with fixed constants.
 
-    yarn (Peng et al. 2023, arXiv:2309.00071) it computes itself, from `trainer.model.config`.
+    yarn (Peng et al. 2023, arXiv:2309.00071) it computes itself, from `trainer.model.config`; latent attention passes
+    on all of it but `truncate`.
     """
     if model.mla is None:
         head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
@@ -144,7 +145,7 @@ def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.d
         return
     for embedding in embeddings:
         if model.rope.scaling == "yarn":
-            embedding.correction_range_round_to_int = model.rope.truncate  # no argument of latent attention's
+            embedding.correction_range_round_to_int = model.rope.truncate
             continue
         embedding.inv_freq = compute_inverse_frequencies(model.rope, head_dim).to(device)
 

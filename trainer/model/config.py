@@ -173,5 +173,5 @@ def _with_yarn(transformer: TransformerConfig, model: ModelConfig) -> Transforme
         transformer.yarn_beta_slow = rope.beta_slow
         transformer.yarn_mscale = yarn_coefficient(rope)
         transformer.yarn_mscale_all_dim = rope.mscale_all_dim
-        transformer.yarn_correction_range_round_to_int = rope.truncate
+        transformer.yarn_correction_range_round_to_int = True  # trainer.model.build sets it, for latent attention too
     return transformer
