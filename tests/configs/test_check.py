@@ -202,32 +202,6 @@ MODEL_RULES = [
         ["model.rope={scaling: yarn, factor: 2, original_max_position_embeddings: 1024, beta_slow: 40}"],
         "model.rope.beta_fast: 32 must be at least model.rope.beta_slow=40",
     ),
-    (["model.rope={scaling: dynamic, factor: 2}"], "model.rope.original_max_position_embeddings: 4096 exceeds"),
-    (
-        ["model.rope={scaling: dynamic, factor: 0.5, original_max_position_embeddings: 1024}"],
-        "model.rope.factor: 0.5 extends nothing; a value that would work: 8.0",
-    ),
-    (
-        ["model.rope={scaling: dynamic, factor: 2, original_max_position_embeddings: 512, fraction: 0.03125}"],
-        "model.rope.scaling: dynamic stretches what lies between",
-    ),
-    (
-        ["model.rope={scaling: dynamic, factor: 2, original_max_position_embeddings: 512, attention_factor: 1.1}"],
-        "model.rope.attention_factor: has no effect with model.rope.scaling=dynamic; a value that would work: null",
-    ),
-    (
-        ["model.rope={scaling: linear, factor: 2, original_max_position_embeddings: 512}"],
-        "model.rope.original_max_position_embeddings: has no effect with model.rope.scaling=linear",
-    ),
-    (["model.rope={scaling: linear, factor: 2, truncate: false}"], "model.rope.truncate: has no effect with"),
-    (
-        ["model.rope={scaling: yarn, factor: 2, original_max_position_embeddings: 512, fraction: 0.5}"],
-        "model.rope.fraction: yarn rotates whole heads; a value that would work: 1.0",
-    ),
-    (
-        ["model.rope={scaling: yarn, factor: 2, original_max_position_embeddings: 8, attention_factor: 2, mscale: 2}"],
-        "model.rope.mscale: has no effect with model.rope.attention_factor; a value that would work: 1",
-    ),
 ]
 
 MOE_RULES = [
@@ -285,7 +259,6 @@ MLA_RULES = [
     (["model.rope.interleaved=false"], "model.rope.interleaved: latent attention rotates neighbouring pairs"),
     (["model.rope.fraction=0.5"], "model.rope.fraction: model.mla.qk_rope_head_dim says what is rotated"),
     (["model.rope.scaling=linear", "model.rope.factor=2"], "model.rope.scaling: latent attention has no linear"),
-    (["model.rope.scaling=dynamic", "model.rope.factor=2"], "model.rope.scaling: latent attention has no dynamic"),
     (["model.mla.qk_rope_head_dim=7"], "model.mla.qk_rope_head_dim: 7 dimensions cannot be rotated in pairs"),
 ]
 
