@@ -24,8 +24,8 @@ def model_of(rope: str, *overrides: str) -> ModelConfig:
     [
         (
             "scaling: dynamic, factor: 2",
-            "model.rope.original_max_position_embeddings: 4096 exceeds model.max_position_embeddings=2048; a value that "
-            "would work: 2048",
+            "model.rope.original_max_position_embeddings: 4096 exceeds model.max_position_embeddings=2048; a value "
+            "that would work: 2048",
         ),
         (
             "scaling: dynamic, factor: 1, original_max_position_embeddings: 512",
@@ -59,11 +59,11 @@ def model_of(rope: str, *overrides: str) -> ModelConfig:
         ),
         (
             f"scaling: yarn, {STRETCHED}, attention_factor: 1.1, mscale: 2",
-            "model.rope.mscale: has no effect with model.rope.attention_factor; a value that would work: 1",
+            "model.rope.mscale: has no effect with model.rope.attention_factor; a value that would work: 1.0",
         ),
         (
             f"scaling: yarn, {STRETCHED}, attention_factor: 1.1, mscale_all_dim: 2",
-            "model.rope.mscale_all_dim: has no effect with model.rope.attention_factor; a value that would work: 0",
+            "model.rope.mscale_all_dim: has no effect with model.rope.attention_factor; a value that would work: 0.0",
         ),
     ],
 )
