@@ -59,7 +59,7 @@ def _check_mla(model: ModelConfig) -> Iterator[str]:
         yield "model.rope.interleaved: latent attention rotates neighbouring pairs; a value that would work: true"
     if model.rope.fraction != 1.0:
         yield "model.rope.fraction: model.mla.qk_rope_head_dim says what is rotated; a value that would work: 1.0"
-    if model.rope.scaling in ("linear", "llama3"):
+    if model.rope.scaling in ("linear", "dynamic", "llama3"):
         yield f"model.rope.scaling: latent attention has no {model.rope.scaling}; values that would work: none, yarn"
 
 
@@ -75,13 +75,20 @@ def _check_rope(model: ModelConfig) -> Iterator[str]:
         )
     if rope.scaling == "yarn" and rope.interleaved and model.mla is None:
         yield "model.rope.interleaved: yarn rotates the two halves; a value that would work: false"
+    if rope.scaling == "yarn" and rope.fraction != 1.0 and model.mla is None:
+        yield "model.rope.fraction: yarn rotates whole heads; a value that would work: 1.0"
+    if rope.scaling == "dynamic" and rotated == 2:
+        yield (
+            "model.rope.scaling: dynamic stretches what lies between the first and the last of the rotated pairs, here "
+            "is one; values that would work: none, linear, llama3, yarn"
+        )
     yield from _check_rope_unused(model)
     if rope.scaling == "none":
         return
     if rope.factor <= 1.0:
         yield f"model.rope.factor: {rope.factor:g} extends nothing; a value that would work: 8.0"
     original = rope.original_max_position_embeddings
-    if rope.scaling in ("llama3", "yarn") and original > model.max_position_embeddings:
+    if rope.scaling in ("dynamic", "llama3", "yarn") and original > model.max_position_embeddings:
         yield (
             f"model.rope.original_max_position_embeddings: {original} exceeds model.max_position_embeddings="
             f"{model.max_position_embeddings}; a value that would work: {model.max_position_embeddings}"
@@ -108,7 +115,12 @@ def _check_rope_unused(model: ModelConfig) -> Iterator[str]:
     if rope.scaling != "llama3":
         yield from check_unused(rope, path, ("low_freq_factor", "high_freq_factor"), reason)
     if rope.scaling != "yarn":
-        yield from check_unused(rope, path, ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), reason)
+        names = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
+        yield from check_unused(rope, path, names, reason)
+    elif rope.attention_factor is not None:
+        yield from check_unused(rope, path, ("mscale",), "with model.rope.attention_factor")
+        if model.mla is None:  # latent attention also scales its softmax, by mscale_all_dim alone
+            yield from check_unused(rope, path, ("mscale_all_dim",), "with model.rope.attention_factor")
 
 
 def _check_moe(model: ModelConfig) -> Iterator[str]:

@@ -401,14 +401,3 @@ def test_weights_that_cannot_be_shares_are_refused(weights: tuple[float, float])
 
 def test_weights_far_apart_but_drawn_from_are_kept() -> None:
     assert problems_of([*DENSE[1:], "data.train=[{path: a, weight: 1e300}, {path: b, weight: 1e292}]"]) == []
-
-
-def test_long_context_begins_with_weights() -> None:
-    recipe = str(ROOT / "demo" / "long_context.yaml")
-    for words, expected in (
-        (["checkpoint.init_from=null"], 1),
-        ([], 0),
-        (["checkpoint.resume=runs/x", "checkpoint.init_from=null"], 0),
-    ):
-        problems = check_config(load_config(recipe, words, "long_context"), 2, platform="cpu", has_te=False)
-        assert len(problems) == expected and all("checkpoint.init_from: long context" in one for one in problems)

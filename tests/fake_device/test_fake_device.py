@@ -33,6 +33,7 @@ def fp8(recipe: str) -> dict[str, Any]:
 
 BIASED = {"activation": "gelu", "norm": "layernorm", "linear_bias": True}
 YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+DYNAMIC = {"scaling": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
 DOCUMENTS = {"data": {"document_mask": True}}
 # name: (number format, model, other sections, ranks of the world, rank)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "geglu_tied": ("bf16", model(activation="geglu", tie_embeddings=True), {}, 1, 0),
     "biased_dropout": ("bf16", model(**BIASED, hidden_dropout=0.1, attention_dropout=0.1), {}, 1, 0),
     "qk_norm_yarn": ("bf16", model(qk_norm=True, rope=YARN), {}, 1, 0),
+    "dynamic": ("bf16", model(rope=DYNAMIC), {}, 1, 0),
     "latent": ("bf16", LATENT_MODEL, {}, 1, 0),
     "experts": ("bf16", model(moe=MOE), {}, 1, 0),
     "documents": ("bf16", SMALL_MODEL, DOCUMENTS, 1, 0),
@@ -57,6 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "cp2_ring": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2}}, 2, 1),
     "cp2_ring_fp32": ("fp32", SMALL_MODEL, {"parallel": {"cp": 2}}, 2, 0),
     "cp2_ring_documents": ("bf16", SMALL_MODEL, DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
+    "cp2_ring_dynamic_documents": ("bf16", model(rope=DYNAMIC), DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
     "cp2_ring_latent_documents": ("bf16", LATENT_MODEL, DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
     "cp2_ring_wide_heads": ("bf16", model(head_dim=320), {"parallel": {"cp": 2}}, 2, 1),
     "cp2_all_gather": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2, "cp_attention": "all_gather"}}, 2, 1),

@@ -1,4 +1,4 @@
-"""A frozen model's scores and logits, which must agree, and the names of Megatron-Core replaced on the device."""
+"""A frozen model's scores, logits and packed documents, which must agree, and names replaced on the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from tools.device_checks.engine import build_config, made_up_batches
+from tools.device_checks.engine import SMALL_MODEL, build_config, made_up_batches
 from tools.device_checks.outcome import Outcome, judge
 
 if TYPE_CHECKING:
@@ -61,6 +61,45 @@ def _answer_greedily(batch: Batch, logits: torch.Tensor) -> Batch:
     labels = batch.labels.clone()
     labels[:, ::2] = logits.argmax(-1)[:, ::2]
     return dataclasses.replace(batch, labels=labels)
+
+
+def check_rotation(mesh: Mesh) -> Outcome:
+    """Compare the losses of packed documents with each in a row of its own, in the scalings of rotation that they try.
+
+    yarn has a factor on attention, and dynamic an angle for each token by the length of its document.
+    """
+    problems, figures = [], {}
+    for scaling in ("yarn", "dynamic"):
+        worst = figures[scaling] = _rotate_both_ways(mesh, scaling)
+        if not worst <= TOLERANCE:
+            problems.append(f"{scaling}: losses differ by {worst:.1e} nats (limit {TOLERANCE:g})")
+    found = ", ".join(f"{scaling} {worst:.1e}" for scaling, worst in figures.items())
+    return judge("rotation", problems, f"largest difference in nats: {found}", figures)
+
+
+def _rotate_both_ways(mesh: Mesh, scaling: str) -> float:
+    """Return the largest difference of a token's loss in nats, of documents on either side of the original length."""
+    import torch
+
+    from trainer.data.batch import Batch, Documents
+    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.forward import forward_language_model
+
+    rope = {"scaling": scaling, "factor": 4.0, "original_max_position_embeddings": 16}
+    config = build_config("fp32", {**SMALL_MODEL, "rope": rope}, data={"document_mask": True})
+    lengths = (5, 40, 19, 64)  # two rows
+    (whole, *_) = made_up_batches(config)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    documents = Documents.build(torch.tensor([0, *lengths]).cumsum(0))
+    packed = Batch(whole.tokens, whole.labels, positions.view_as(whole.tokens), whole.loss_mask, documents)
+    columns = (whole.tokens, whole.labels, positions, whole.loss_mask)
+    pieces = zip(*(column.flatten().split(lengths) for column in columns), strict=True)
+    model = build_models({"reference": ModelPlan(config, is_trained=False)}, mesh)["reference"]
+    (found,) = model.score([packed], forward_language_model)
+    alone = [model.score([Batch(*(part[None] for part in piece))], forward_language_model)[0] for piece in pieces]
+    worst = float((found.flatten() - torch.cat([losses.flatten() for losses in alone])).abs().max())
+    model.close()
+    return worst
 
 
 def check_replaced_names(mesh: Mesh) -> Outcome:

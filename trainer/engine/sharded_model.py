@@ -21,6 +21,7 @@ from trainer.data.batch import Batch, share_of
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_model_state
+from trainer.model.dynamic_rope import rotated_at
 from trainer.model.fp8.attach import Fp8State
 from trainer.model.token_scores import TokenScores
 
@@ -75,16 +76,17 @@ class ShardedModel:
             next(microbatches)
             return model(share.tokens, share.position_ids, None), _hand_over
 
-        outputs = run_schedule(
-            forward_step,
-            # The interleaved schedule wants a multiple of pp microbatches; the result of one is kept.
-            [None] * (self.mesh.pp_size if self.mesh.vpp_size > 1 else 1),
-            self.modules,
-            seq_len=padded_len,
-            micro_batch_size=batch,
-            forward_only=True,
-            collect_outputs=True,
-        )
+        with rotated_at(seq_len, self.chunks):
+            outputs = run_schedule(
+                forward_step,
+                # The interleaved schedule wants a multiple of pp microbatches; the result of one is kept.
+                [None] * (self.mesh.pp_size if self.mesh.vpp_size > 1 else 1),
+                self.modules,
+                seq_len=padded_len,
+                micro_batch_size=batch,
+                forward_only=True,
+                collect_outputs=True,
+            )
         vocab_size = self.config.model.vocab_size
         logits = torch.empty(batch, seq_len, vocab_size, device=self.mesh.device)
         if self.mesh.is_last_pp_stage:

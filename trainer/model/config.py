@@ -14,6 +14,7 @@ from configs.sections.train import RecomputeConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
 from parallel.precision import model_precision
+from trainer.model.rope import yarn_coefficient
 
 ACTIVATIONS = {
     "swiglu": (True, F.silu),
@@ -41,9 +42,11 @@ def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> Tra
         # Megatron-Core's fused gelu and geglu are the tanh approximation, which is another function.
         "bias_activation_fusion": (fuses or not use_te) and model.activation == "swiglu",  # trainer.engine.kernels
         "bias_dropout_fusion": fuses,
+        # Transformer Engine's knows no attention factor, and one table of angles for all documents.
         "apply_rope_fusion": fuses
         and use_te
         and model.mla is None
+        and model.rope.scaling not in ("dynamic", "yarn")
         and (config.parallel.cp == 1 or cp_attention == "te"),
         "gradient_accumulation_fusion": fuses or compute == "fp32",  # trainer.model.weight_gradients
         # Megatron-Core's fused loss rounds its gradient to bf16, whatever the format of the logits.
@@ -155,7 +158,7 @@ def _mla(model: ModelConfig) -> dict[str, Any]:
         "original_max_position_embeddings": rope.original_max_position_embeddings,
         "beta_fast": rope.beta_fast,
         "beta_slow": rope.beta_slow,
-        "mscale": rope.mscale,
+        "mscale": yarn_coefficient(rope),
         "mscale_all_dim": rope.mscale_all_dim,
     }
 
@@ -168,7 +171,7 @@ def _with_yarn(transformer: TransformerConfig, model: ModelConfig) -> Transforme
         transformer.yarn_original_max_position_embeddings = rope.original_max_position_embeddings
         transformer.yarn_beta_fast = rope.beta_fast
         transformer.yarn_beta_slow = rope.beta_slow
-        transformer.yarn_mscale = rope.mscale
+        transformer.yarn_mscale = yarn_coefficient(rope)
         transformer.yarn_mscale_all_dim = rope.mscale_all_dim
-        transformer.yarn_correction_range_round_to_int = True
+        transformer.yarn_correction_range_round_to_int = True  # trainer.model.build sets it, for latent attention too
     return transformer

@@ -63,8 +63,15 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu",), "head_dim": (4, 8), "qk_head_dim": (3,), "num_experts": (2,), "layer_types":
     (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention"]), "model_type": ("gemma", "llama", "qwen3"),
     "num_local_experts": (2,), "num_mtp_layers": (2,), "rope_parameters": ({"rope_type": "default"}, {"factor": 2.0}),
-    "rope_scaling": ({"type": "linear", "factor": 3.0}, {"type": "dynamic", "factor": 2.0}, YARN, YARN | {"truncate":
-    False}, YARN | {"beta_slow": 2.0, "beta_fast": 9.0}, YARN | {"finetuned": True}, YARN | {"attention_factor": 1.3}),
+    "rope_scaling": (
+        {"type": "linear", "factor": 3.0}, {"type": "dynamic", "factor": 2.0}, YARN, YARN | {"truncate": False},
+        YARN | {"truncate": None}, YARN | {"beta_slow": 2.0, "beta_fast": 9.0}, YARN | {"finetuned": True},
+        YARN | {"attention_factor": 1.3}, YARN | {"attention_factor": 1.3, "mscale": 0.5}, YARN | {"mscale": None},
+        YARN | {"attention_factor": 0.8, "mscale_all_dim": None}, YARN | {"original_max_position_embeddings": None},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]},
+        {"rope_type": "proportional", "factor": 2.0}, {"rope_type": "dynamic", "factor": 1.0},
+    ),
 }  # fmt: skip
 
 

@@ -19,11 +19,11 @@ NUM_CONFIGS = 6000
 def random_model(dice: random.Random) -> dict[str, Any]:
     """Return the fields of a small model, many of them at odds with each other."""
     maybe = dice.choice
-    rope: dict[str, Any] = {"scaling": maybe(["none", "none", "linear", "llama3", "yarn"])}
+    rope: dict[str, Any] = {"scaling": maybe(["none", "none", "linear", "dynamic", "llama3", "yarn"])}
     rope["interleaved"] = maybe([False, False, True])
     if rope["scaling"] != "none":
         rope["factor"] = 4.0
-    if rope["scaling"] in ("llama3", "yarn"):
+    if rope["scaling"] in ("dynamic", "llama3", "yarn"):
         rope["original_max_position_embeddings"] = 64
     model: dict[str, Any] = {
         "num_layers": maybe([2, 3, 4]), "hidden_size": 32, "ffn_hidden_size": maybe([48, 64]),
