@@ -20,7 +20,7 @@ def losses_of_documents(place: Place, config: Any, lengths: tuple[int, ...]) -> 
     import torch
 
     from trainer.data.batch import Batch, Documents
-    from trainer.stages.forward import forward_language_model
+    from trainer.engine.forward import forward_language_model
 
     tokens, labels = torch.randint(0, 250, (2, 2, sum(lengths) // 2), generator=torch.Generator().manual_seed(5))
     positions = torch.cat([torch.arange(length) for length in lengths])
