@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from trainer.model.attention.documents import PackedDocuments
 from trainer.model.attention.heads import repeat_heads, widen
 from trainer.model.attention.methods import METHODS, Attended, Sharing, Split, attend_alone
+from trainer.model.attention.packed_sinks import PackedSinkAttention
 from trainer.model.attention.sinks import build_sinks, shard_sinks
 from trainer.model.attention.tile_kernels import CpuTiles, EfficientTiles, FlashTiles, TileKernels
 
@@ -216,16 +217,16 @@ class FlashCoreAttention(SdpaCoreAttention):
     def _attend_by_tiles(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments | None
     ) -> torch.Tensor:
-        """The kernel of all documents has windows, and no sinks."""
-        if self._window is None or self.softmax_offset is not None or not self._fits(query, value, documents):
+        """Packed documents are one kernel with windows and sinks too."""
+        if documents is None or not self._fits(query, value, documents):
             return super()._attend_by_tiles(query, key, value, documents)
-        assert documents is not None
-        return self._attend_packed(query, key, value, documents, (self._window - 1, 0))
+        window = -1 if self._window is None else self._window - 1
+        return self._attend_packed(query, key, value, documents, (window, 0))
 
-    def _fits(self, query: torch.Tensor, value: torch.Tensor, documents: PackedDocuments | None) -> bool:
+    def _fits(self, query: torch.Tensor, value: torch.Tensor, documents: PackedDocuments) -> bool:
         """Return whether the kernel of all documents can do these."""
         has_dropout, widest = self.training and self.dropout > 0, max(query.shape[-1], value.shape[-1])
-        return not has_dropout and widest <= _WIDEST_HEAD and documents is not None and bool(documents.max_seqlen_q)
+        return not has_dropout and widest <= _WIDEST_HEAD and documents.max_seqlen_q is not None
 
     def _attend_packed(
         self,
@@ -236,12 +237,15 @@ class FlashCoreAttention(SdpaCoreAttention):
         window: tuple[int, int],
     ) -> torch.Tensor:
         """Attend to so many keys to the left and to the right of a query's own; -1 is all of the document's."""
-        from torch.nn.attention.varlen import varlen_attn  # a second of imports
-
         dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
         query, key, value = widen(query, key, value, multiple=8)
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-        bounds, longest = documents.cu_seqlens_q, documents.max_seqlen_q
+        bounds, longest, sink = documents.cu_seqlens_q, documents.max_seqlen_q, self.softmax_offset
+        if sink is not None:
+            output = PackedSinkAttention.apply(query, key, value, sink, bounds, longest, window[0], scale)
+            return output[..., :dim_v].flatten(1)
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports
+
         output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
         assert isinstance(output, torch.Tensor)  # the kernel's statistics were not asked for
         return output[..., :dim_v].flatten(1)

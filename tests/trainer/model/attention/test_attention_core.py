@@ -97,12 +97,58 @@ def attend_varlen(
     return torch.cat(documents).squeeze(1).unflatten(-1, (query.shape[1], -1))
 
 
-def largest_errors_of_flash(place: Place, shape: tuple[Any, ...], window: int | None = None) -> list[float]:
-    """Return the largest errors of the module for GPUs, with its kernel of documents replaced."""
+def weigh(query: Any, key: Any, scale: float, bounds: Any, left: int, right: int) -> Any:
+    """Return the scores of packed tokens `[heads, total, total]`, minus infinity where a query does not see a key."""
+    import torch
+
+    place = torch.arange(len(query))
+    document = torch.searchsorted(bounds, place, right=True)
+    behind = place[:, None] - place
+    seen = (document[:, None] == document) & (behind >= -right) & (behind <= (left if left >= 0 else len(query)))
+    return (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(~seen, float("-inf"))
+
+
+def flash_forward(
+    query: Any, key: Any, value: Any, bounds: Any, *others: Any,
+    scale: float, window_size_left: int, window_size_right: int,
+) -> Any:  # fmt: skip
+    """Stand for the flash kernel of packed documents (arXiv:2307.08691, algorithm 1)."""
+    import torch
+
+    assert query.shape == key.shape == value.shape and query.shape[2] % 8 == 0
+    scores = weigh(query, key, scale, bounds, window_size_left, window_size_right)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value), scores.logsumexp(-1)
+
+
+def flash_backward(
+    gradient: Any, query: Any, key: Any, value: Any, output: Any, log_sum: Any, bounds: Any, *others: Any,
+    scale: float, window_size_left: int, window_size_right: int,
+) -> Any:  # fmt: skip
+    """Stand for its gradient (algorithm 2), which is of softmax where `log_sum` is that of the scores."""
+    import torch
+
+    scores = weigh(query, key, scale, bounds, window_size_left, window_size_right)
+    weights = torch.exp(scores - log_sum[..., None])
+    mean = (gradient * output).sum(-1).t()[..., None]
+    of_scores = weights * (torch.einsum("qhd,khd->hqk", gradient, value) - mean) * scale
+    of_value = torch.einsum("hqk,qhd->khd", weights, gradient)
+    return torch.einsum("hqk,khd->qhd", of_scores, key), torch.einsum("hqk,qhd->khd", of_scores, query), of_value
+
+
+def largest_errors_of_flash(
+    place: Place, shape: tuple[Any, ...], window: int | None = None, has_sinks: bool = False
+) -> list[float]:
+    """Return the largest errors of the module for GPUs, with its kernels of documents replaced."""
     from unittest.mock import patch
 
-    with patch("torch.nn.attention.varlen.varlen_attn", attend_varlen):
-        return largest_errors(place, shape, None, "FlashCoreAttention", window)
+    import torch
+
+    kernels = {"_flash_attention_forward": flash_forward, "_flash_attention_backward": flash_backward}
+    with (
+        patch("torch.nn.attention.varlen.varlen_attn", attend_varlen),
+        patch.multiple(torch.ops.aten, create=True, **kernels),
+    ):
+        return largest_errors(place, shape, None, "FlashCoreAttention", window, has_sinks)
 
 
 def largest_errors(
@@ -188,10 +234,11 @@ def test_windows_and_sinks_equal_float64_softmax(ranks, name):
     assert len(errors) == 4 + has_sinks and max(errors) < 2e-5, errors
 
 
-@pytest.mark.parametrize("window", [8, 40])
-def test_the_kernel_of_documents_has_windows(ranks, window):
-    (errors,) = ranks.run(largest_errors_of_flash, SHAPES["documents"], window)
-    assert max(errors) < 2e-5, errors
+@pytest.mark.parametrize("name", ["documents", "latent_documents"])
+@pytest.mark.parametrize("window, has_sinks", [(8, False), (40, False), (8, True), (None, True)])
+def test_the_kernel_of_documents_has_windows_and_sinks(ranks, name, window, has_sinks):
+    (errors,) = ranks.run(largest_errors_of_flash, SHAPES[name], window, has_sinks)
+    assert len(errors) == 4 + has_sinks and max(errors) < 2e-5, errors
 
 
 def test_scale_is_used(ranks):
