@@ -33,6 +33,7 @@ def random_model(dice: random.Random) -> dict[str, Any]:
         "activation": maybe(["swiglu", "geglu", "gelu", "squared_relu"]), "tie_embeddings": maybe([False, True]),
         "linear_bias": maybe([False, False, True]), "qkv_bias": maybe([False, True]),
         "qk_norm": maybe([False, True]), "hidden_dropout": maybe([0.0, 0.1]), "attention_dropout": maybe([0.0, 0.1]),
+        "window_size": maybe([None, None, 6]), "attention_sinks": maybe([False, False, True]),
     }  # fmt: skip
     if dice.random() < 0.3:
         model |= {"num_query_groups": None, "head_dim": None, "qkv_bias": False, "qk_norm": False}
