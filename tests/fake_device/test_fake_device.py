@@ -105,6 +105,7 @@ MEMORY_CASES = {
     "gelu": large(fields={"activation": "gelu"}),
     "qk_norm": large(fields={"qk_norm": True}),
     "latent": large(fields={"num_query_groups": None, "mla": LARGE_LATENT | {"v_head_dim": 128}}),
+    "window_and_sinks": large(fields={"window_size": 1024, "attention_sinks": True}),
     "two_rows": large(train={"micro_batch_size": 2}),
     "geglu": large(fields={"activation": "geglu", "num_layers": 16}, train={"micro_batch_size": 4}),
     "recompute_long": large(
