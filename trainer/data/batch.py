@@ -50,7 +50,7 @@ class Batch:
     sample_ids: tuple[int, ...] = ()  # global sample number of each row, -1 for padding; for error reports
     cp_size: int = 1  # ranks that share each row; `documents` are those of the whole rows
 
-    def num_attended_pairs(self, windows: Sequence[int | None] = (None,)) -> float:
+    def num_attended_pairs(self, windows: Sequence[int | None]) -> float:
         """Return the `configs.plan.flops.attended_pairs` of what attention sees at once, over layers of these windows.
 
         Of rows that ranks share, this rank's part.

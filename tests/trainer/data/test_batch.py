@@ -21,7 +21,7 @@ def test_plain_batches_count_every_token():
     assert batch.position_ids.tolist() == [list(range(6))] * 2
     assert batch.loss_mask.dtype == torch.float32 and batch.loss_mask.eq(1).all()
     assert batch.documents is None and batch.sample_ids == (10, 11)
-    assert batch.num_attended_pairs() == 2 * 6**2
+    assert batch.num_attended_pairs((None,)) == 2 * 6**2
 
 
 def test_document_masks_end_documents_after_their_last_token():
@@ -29,7 +29,7 @@ def test_document_masks_end_documents_after_their_last_token():
     assert batch.documents is not None and batch.documents.cu_seqlens.dtype == torch.int32
     assert batch.documents.cu_seqlens.tolist() == [0, 3, 6, 7, 8, 12]
     assert batch.documents.max_seqlen == 4
-    assert batch.num_attended_pairs() == 3**2 + 3**2 + 1 + 1 + 4**2
+    assert batch.num_attended_pairs((None,)) == 3**2 + 3**2 + 1 + 1 + 4**2
     # of 3 tokens 2, and of 4 tokens 2: all but a triangle of one, and of two, counted as squares
     assert batch.num_attended_pairs((None, 2)) == 36 + 36 - (1 + 1 + 0 + 0 + 4)
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]]
