@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.context_parallel import resolve_cp_attention, uses_te_attention
+from configs.context_parallel import resolve_cp_attention
 from configs.load import load_config
 from configs.plan.derive import derive_layout
 from configs.plan.show import describe
@@ -192,30 +192,6 @@ MODEL_RULES = [
         "model.rope.factor: has no effect with model.rope.scaling=none; a value that would work: 1",
     ),
     (["model.rope.beta_fast=8"], "model.rope.beta_fast: has no effect with model.rope.scaling=none"),
-    (
-        ["model.window_pattern=[true,false]"],
-        "model.window_pattern: has no effect without model.window_size; a value that would work: [true]",
-    ),
-    (
-        ["model.window_size=9", "model.window_pattern=[false]"],
-        "model.window_pattern: gives no layer the window; a value",
-    ),
-    (
-        ["model.window_size=9", "model.window_pattern=[true,true,false,true,true]"],
-        "model.window_pattern: has 5 entries for model.num_layers=4; a value that would work: [true, true, fals",
-    ),
-    (
-        ["model.window_size=2048"],
-        "model.window_size: 2048 hides nothing within model.max_position_embeddings=2048; a value that would work: nul",
-    ),
-    (
-        ["model.window_size=9", "model.attention_dropout=0.1"],
-        "model.attention_dropout: is not drawn with model.window_size; a value that would work: 0.0",
-    ),
-    (
-        ["model.attention_sinks=true", "model.attention_dropout=0.1"],
-        "model.attention_dropout: is not drawn with model.a",
-    ),
     (["model.rope.scaling=yarn"], "model.rope.original_max_position_embeddings: 4096 exceeds"),
     (["model.rope={scaling: linear}"], "model.rope.factor: 1 extends nothing; a value that would work: 8.0"),
     (
@@ -334,19 +310,6 @@ def test_documents_are_not_for_the_split_of_transformer_engine() -> None:
     assert resolve_cp_attention(config_of(overrides), has_te=True) == "ring"
     assert resolve_cp_attention(config_of([*DENSE, *CP4]), has_te=True) == "te"
     assert resolve_cp_attention(config_of([*DENSE, *CP4]), has_te=False) == "ring"
-
-
-@pytest.mark.parametrize("field", ["window_size=16", "attention_sinks=true"])
-def test_windows_and_sinks_are_not_for_the_ring_of_transformer_engine(field: str) -> None:
-    overrides = [*DENSE, *CP4, f"model.{field}"]
-    assert problems_of(overrides, 4, has_te=True) == []
-    (problem,) = problems_of([*overrides, "parallel.cp_attention=te"], 4, has_te=True)
-    name = field.split("=")[0]
-    assert problem == f"parallel.cp_attention: te cannot do model.{name}; a value that would work: ring"
-    assert resolve_cp_attention(config_of(overrides), has_te=True) == "ring"
-    alone = config_of([*DENSE, f"model.{field}"])
-    assert uses_te_attention(alone, use_te=True) == (name == "window_size")
-    assert not uses_te_attention(alone, use_te=False) and not uses_te_attention(config_of(overrides), use_te=True)
 
 
 def test_a_row_is_cut_into_two_chunks_a_rank() -> None:
