@@ -136,7 +136,7 @@ class ModelConfig(Section):
     window_pattern: Annotated[tuple[bool, ...], Field(min_length=1)] = (True,)
     """Which layers have the window, repeated over all of them: [true, false] is every other one, beginning with it."""
     attention_sinks: bool = False
-    """A learned logit per head, with a value of zero, that takes attention from the keys (arXiv:2508.10925, 2.1)."""
+    """A learned logit per head, with a value of zero, that takes attention from the keys (arXiv:2508.10925)."""
     mla: MlaConfig | None = None
     """Multi-head latent attention instead of MHA/GQA; null for none."""
     moe: MoeConfig | None = None

@@ -1,6 +1,6 @@
 """Attention sinks: a learned logit per head without a key. How they begin, lie over tp ranks and are saved.
 
-GPT-OSS (arXiv:2508.10925, 2.1). What they do to attention is in `trainer.model.attention.partial` and `ring`.
+GPT-OSS (arXiv:2508.10925). What they do to attention is in `trainer.model.attention.partial` and `ring`.
 """
 
 from __future__ import annotations
