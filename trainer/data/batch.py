@@ -57,10 +57,10 @@ class Batch:
         """
         rows, seq_len = self.tokens.shape
         if self.documents is None:
-            lengths = np.full(rows, seq_len * self.cp_size, dtype=np.int64)
+            each = Counter({seq_len * self.cp_size: rows})
         else:
-            lengths = np.diff(np.asarray(self.documents.bounds, dtype=np.int64))
-        each = Counter(lengths.tolist())
+            bounds = self.documents.bounds
+            each = Counter(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
         pairs = sum(
             layers * times * attended_pairs(length, window)
             for window, layers in Counter(windows).items()
