@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput, in_one_line
 from configs.fields import SchemaField, field_at, location_text, schema_fields, value_text
-from configs.paths import clean_path, shortened
+from configs.paths import clean_path, find_special_file, shortened
 from configs.stages import STAGE_CONFIGS, Config
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -84,6 +84,11 @@ def read_config(path: str, overrides: Sequence[str], stage: str) -> tuple[Config
         values = _read_chain(_config_path(path), ())
     except RecursionError:
         raise BadInput(f"{path}: nested too deep, or an anchor that holds itself; write it flat") from None
+    return config_of(values, overrides, stage)
+
+
+def config_of(values: dict[str, Any], overrides: Sequence[str], stage: str) -> tuple[Config | None, list[str]]:
+    """Return what `read_config` does, of sections that are already there; they are changed."""
     problems: list[str] = []
     for override in overrides:
         problem = _apply_override(values, override, stage)
@@ -167,6 +172,9 @@ def _default_run_dir(name: str) -> str:
 
 def _read_file(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
     named_by = f", which {chain[-1]} names as its base," if chain else ""
+    special = find_special_file(path)
+    if special is not None:
+        raise BadInput(f"{path}{named_by} is {special}, and every rank reads the config; write it to a YAML file first")
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, Loader=_TextLoader)

@@ -1,6 +1,6 @@
 """Text that a user typed as a path -> the path meant, or why it can be none. Every path of every command comes here.
 
-Torch-free; asks the disk nothing but, in `find_access_problem`, whether this user may look at a path.
+Torch-free; asks the disk nothing but, in the functions named `find_...`, whether a path can be read.
 """
 
 from __future__ import annotations
@@ -65,6 +65,17 @@ def find_access_problem(path: str, suffixes: Sequence[str] = ("",)) -> str | Non
         if not os.access(file, needed):
             return f"{file} may not be read by this user"
     return None
+
+
+def find_special_file(path: str) -> str | None:
+    """Return, in words, what is at `path` where it is neither a file nor a directory: it can be read once, if ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def shortened(text: str) -> str:

@@ -38,5 +38,9 @@ class PretrainConfig(Config):
     """Pretraining: the shared sections are all it has."""
 
 
-STAGE_CONFIGS: Mapping[str, type[Config]] = {"pretrain": PretrainConfig}
+class LongContextConfig(Config):
+    """Continuation of a trained model on longer samples: the shared sections, and it begins with weights."""
+
+
+STAGE_CONFIGS: Mapping[str, type[Config]] = {"pretrain": PretrainConfig, "long_context": LongContextConfig}
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""

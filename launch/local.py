@@ -16,8 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
+
+if not __package__:  # run as a script: the packages are beside launch/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import BadInput, ExitCode
 from configs.paths import clean_path
@@ -51,6 +55,9 @@ def main(argv: Sequence[str]) -> int:
     except BadInput as error:
         report(str(error), error.exit_code)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing had begun", file=sys.stderr)
+        return 128 + signal.SIGINT
     if num_ranks > 1:  # as torchrun does: ranks that each start a thread a core fight for the cores
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if is_forked:
@@ -151,20 +158,23 @@ def _start_rank(command: Sequence[str], variables: Mapping[str, str], handled: S
 
     It is forked where signals are `handled` here; elsewhere it is a process of its own.
     """
+    end = partial(_end_with_launcher, os.getpid())
     if handled is None:
         environment = os.environ | variables
-        return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
+        return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end)
     rank = fork_rank(variables, handled)
     if rank is None:
         os.setsid()
-        _end_with_launcher()
+        end()
     return rank
 
 
-def _end_with_launcher() -> None:
+def _end_with_launcher(launcher: int) -> None:
     """Ask the kernel, in the new rank, for SIGTERM when the launcher dies without having been able to say so."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it died before we asked, and nobody would ever tell us
+            os._exit(128 + signal.SIGTERM)
 
 
 def _wait_for_failure(ranks: Sequence[_Rank]) -> int | None:

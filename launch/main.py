@@ -28,7 +28,7 @@ from launch.cli import Arguments, parse_arguments, usage
 from launch.dry_run import dry_run
 from parallel.environment import Environment
 from parallel.failures import describe_peer_loss, flush_streams, is_peer_loss, let_rank_zero_speak, report
-from parallel.launcher_variables import find_environment
+from parallel.launcher_variables import find_environment, is_restart
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine, load_platform
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def is_training(stage_name: str, argv: Sequence[str], world_size: int) -> bool:
     arguments = parse_arguments(argv, stage_name)
     if arguments.help or arguments.dry_run:
         return False
-    environment = Environment(world_size=world_size, local_world_size=world_size)
+    environment = Environment(world_size=world_size, local_world_size=world_size, is_restart=is_restart(os.environ))
     _check(*_load(arguments, stage_name), stage_name, environment, detect_platform_name())
     return True
 

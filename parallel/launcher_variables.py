@@ -32,7 +32,12 @@ def find_environment(variables: Mapping[str, str]) -> Environment:
     else:
         environment = Environment(master_port=find_free_port())
     _check_ranks(environment)
-    return replace(environment, is_restart=any(variables.get(name, "0") != "0" for name in _RESTART_COUNTS))
+    return replace(environment, is_restart=is_restart(variables))
+
+
+def is_restart(variables: Mapping[str, str]) -> bool:
+    """Return whether the launcher or the scheduler starts this job again after it was stopped or failed."""
+    return any(variables.get(name, "0") != "0" for name in _RESTART_COUNTS)
 
 
 def is_batch_script(variables: Mapping[str, str]) -> bool:

@@ -10,11 +10,14 @@ import torch
 from parallel.platform.base import Platform
 
 
-def seed_everything(seed: int, pp_rank: int) -> None:
-    """Seed Python, NumPy, torch and Megatron-Core's per-axis trackers; pipeline stages differ, tp ranks by tracker."""
+def seed_everything(seed: int, pp_rank: int, ep_size: int) -> None:
+    """Seed Python, NumPy, torch and Megatron-Core's per-axis trackers; pipeline stages differ, tp ranks by tracker.
+
+    The tracker of experts adds 100 for each ep rank, so stages lie further apart than all ep ranks of one.
+    """
     from megatron.core import tensor_parallel
 
-    stage_seed = seed + 100 * pp_rank
+    stage_seed = seed + 100 * ep_size * pp_rank
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)
     torch.manual_seed(stage_seed)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.pool import RankPool
 
+# Under `nohup make test` it is ignored, which the launchers that tests start would inherit and heed.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Whole runs and parity start ranks and train: all of them are slow but one of each kind, on two ranks at most.
 _COSTLY = ("tests/parity/", "tests/end_to_end/")
 _FAST = {

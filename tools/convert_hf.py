@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from configs.errors import BadInput, ExitCode
 from parallel.environment import Environment
 from tools.console import Progress, end_process, run_command

@@ -18,6 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from configs.errors import BadInput
 from configs.fp8 import RECIPES
 from parallel.platform import PlatformName, detect_platform_name, has_transformer_engine

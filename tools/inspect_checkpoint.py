@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import BadInput
 from configs.plan.estimate import count_parameters
@@ -67,6 +68,8 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _describe_model(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    from pydantic import ValidationError
+
     try:
         count = count_parameters(ModelConfig(**model))
         active = f", {count.active:,} active per token" if count.active != count.total else ""
@@ -80,6 +83,8 @@ def _describe_model(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _default(name: str) -> Any:
     """Return the default of a model field as it stands in a manifest."""
+    from pydantic import BaseModel
+
     default = ModelConfig.model_fields[name].default
     return default.model_dump(mode="json") if isinstance(default, BaseModel) else default
 

@@ -12,10 +12,14 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import BadInput
 from tools.console import end_process, run_command

@@ -18,6 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from configs.errors import BadInput
 from tools.console import Progress, end_process, run_command
 from tools.outputs import check_prefix
@@ -214,9 +217,8 @@ def _summary(meta: DatasetMeta) -> str:
     left_out = [f"{meta.num_empty_documents} empty ones left out"] if meta.num_empty_documents else []
     if meta.num_missing_documents:
         left_out.append(f"{meta.num_missing_documents} records without text left out")
-    return f"{meta.num_documents:,} documents{f' ({", ".join(left_out)})' if left_out else ''}, " + (
-        f"{meta.num_tokens:,} tokens, {meta.dtype}"
-    )
+    beside = f" ({', '.join(left_out)})" if left_out else ""
+    return f"{meta.num_documents:,} documents{beside}, {meta.num_tokens:,} tokens, {meta.dtype}"
 
 
 def verify(files: Sequence[InputFile], recipe: Recipe, prefix: str, *, num_workers: int = 1) -> None:

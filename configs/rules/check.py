@@ -11,6 +11,7 @@ from configs.fp8 import uses_te_layers
 from configs.rules.fp8 import check_fp8
 from configs.rules.layout import check_layout
 from configs.rules.model import check_model
+from configs.rules.stages import check_stage
 from configs.rules.training import check_training
 from configs.stages import Config
 
@@ -23,6 +24,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
     return [
         *check_model(config.model),
         *check_training(config),
+        *check_stage(config),
         *check_fp8(config),
         *check_layout(config, world_size, platform=platform, has_te=uses_te_layers(config, has_te=has_te)),
     ]

@@ -13,7 +13,7 @@ from configs.load import load_config
 from configs.plan.derive import derive_layout
 from configs.plan.show import describe
 from configs.rules.check import check_config
-from configs.stages import Config
+from configs.stages import STAGE_CONFIGS, Config
 
 ROOT = Path(__file__).parents[2] / "configs"
 
@@ -340,19 +340,23 @@ def test_the_layout_suggested_for_a_world_works() -> None:
     assert problems_of([*DENSE, *suggested], 4) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted(path for stage in STAGE_CONFIGS for path in (ROOT / stage).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run_at_the_world_size_their_comment_states(path: Path) -> None:
-    comment = path.read_text(encoding="utf-8")
-    command = re.search(r"torchrun --nnodes (\d+) --nproc-per-node (\d+) .*configs/pretrain/(\S+)", comment)
+    comment, stage = path.read_text(encoding="utf-8"), path.parent.name
+    line = rf"torchrun --nnodes (\d+) --nproc-per-node (\d+) .*launch/{stage}.py configs/{stage}/(\S+)"
+    command = re.search(line, comment)
     assert command is not None and command[3] == path.name
-    config = load_config(str(path))
+    config = load_config(str(path), (), stage)
     needs_te = config.precision.fp8 is not None and config.precision.fp8.backend == "te"
     assert check_config(config, int(command[1]) * int(command[2]), platform="cuda", has_te=needs_te) == []
     assert config.run.name == path.stem
 
 
 def test_there_are_recipes_to_check() -> None:
-    assert {path.stem for path in (ROOT / "pretrain").glob("*.yaml")} >= {"llama3_1_8b", "llama3_1_70b"}
+    assert {path.stem for path in RECIPES} >= {"llama3_1_8b", "llama3_1_70b", "llama3_1_8b_512k", "qwen3_30b_a3b_32k"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.yaml")), ids=lambda path: path.stem)
@@ -397,3 +401,14 @@ def test_weights_that_cannot_be_shares_are_refused(weights: tuple[float, float])
 
 def test_weights_far_apart_but_drawn_from_are_kept() -> None:
     assert problems_of([*DENSE[1:], "data.train=[{path: a, weight: 1e300}, {path: b, weight: 1e292}]"]) == []
+
+
+def test_long_context_begins_with_weights() -> None:
+    recipe = str(ROOT / "demo" / "long_context.yaml")
+    for words, expected in (
+        (["checkpoint.init_from=null"], 1),
+        ([], 0),
+        (["checkpoint.resume=runs/x", "checkpoint.init_from=null"], 0),
+    ):
+        problems = check_config(load_config(recipe, words, "long_context"), 2, platform="cpu", has_te=False)
+        assert len(problems) == expected and all("checkpoint.init_from: long context" in one for one in problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from configs.errors import BadInput
 from configs.fields import path_values, schema_fields
 from configs.load import load_config
-from configs.paths import clean_path, find_access_problem
+from configs.paths import clean_path, find_access_problem, find_special_file
 from configs.rules.paths import check_paths
 from configs.stages import STAGE_CONFIGS
 
@@ -146,3 +147,17 @@ def test_a_link_that_leads_to_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert "cannot be looked at" in str(find_access_problem(str(tmp_path / "loop")))
     assert find_access_problem(str(tmp_path / "nowhere" / "x")) is None
+
+
+def test_what_is_neither_a_file_nor_a_directory_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(tmp_path / "socket"))
+    (tmp_path / "link").symlink_to("pipe")
+    kinds = {"pipe": "a pipe", "link": "a pipe", "socket": "a socket", "/dev/null": "a device", "no": None, ".": None}
+    assert {name: find_special_file(str(tmp_path / name)) for name in kinds} == kinds
+    with pytest.raises(BadInput, match="/dev/null is a device, and every rank reads the config"):
+        load_config("/dev/null")
+    (tmp_path / "run.yaml").write_text("base: /dev/null\n")
+    with pytest.raises(BadInput, match="/dev/null, which .*run.yaml names as its base, is a device"):
+        load_config(str(tmp_path / "run.yaml"))

@@ -65,6 +65,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "cp2_ring_fp32": ("fp32", SMALL_MODEL, {"parallel": {"cp": 2}}, 2, 0),
     "cp2_ring_documents": ("bf16", SMALL_MODEL, DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
     "cp2_ring_latent_documents": ("bf16", LATENT_MODEL, DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
+    "cp2_ring_wide_heads": ("bf16", model(head_dim=320), {"parallel": {"cp": 2}}, 2, 1),
     "cp2_all_gather": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2, "cp_attention": "all_gather"}}, 2, 1),
     "cp2_ulysses": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2, "cp_attention": "ulysses"}}, 2, 1),
     "cp4_hierarchical": (
@@ -178,6 +179,7 @@ def test_a_step_on_a_fake_gpu(outcomes, name):
 def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     """So that it stays ahead of the GPU: nothing within the forward and backward passes waits."""
     reads = outcomes[name]["reads"]
+    assert outcomes[name]["reads_of_policy"].keys() == reads.keys()
     is_waiting = reads.pop(DISPATCHER, 0) > 0
     assert is_waiting == ("experts" in name or name == "ep2")
     assert (reads.pop(PIPELINE, 0) > 0) == (name == "pp2_first")

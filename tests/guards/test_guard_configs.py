@@ -22,7 +22,7 @@ def world_size_of(text):
 @pytest.fixture(scope="session")
 def run_files(root):
     files = [path for path in sorted((root / "configs").rglob("*.yaml")) if path.parent.name not in NOT_RUNS]
-    assert {"pretrain", "demo"} <= {path.parent.name for path in files}
+    assert {"pretrain", "long_context", "demo"} <= {path.parent.name for path in files}
     return files
 
 
@@ -36,7 +36,9 @@ def test_every_run_states_its_size_and_passes_all_checks(run_files, root):
             problems.append(f"{name}: the comment at the top lacks its torchrun line with --nproc-per-node")
             continue
         on_cpu = path.parent.name == "demo"
-        config = load_config(str(path), ())
+        stage = re.search(r"launch/(\w+)\.py", text)
+        assert stage is not None, name
+        config = load_config(str(path), (), stage.group(1))
         found = check_config(config, world_size, platform="cpu" if on_cpu else "cuda", has_te=not on_cpu)
         problems += [f"{name} on {world_size} ranks: {one}" for one in found]
     assert not problems, "\n".join(problems)

@@ -85,6 +85,12 @@ def test_the_checkpoint_that_would_be_continued_is_compared(refused, folder):
     assert sentence.startswith("checkpoint.init_from: empty holds no complete checkpoint")
 
 
+def test_a_job_queued_again_looks_at_its_checkpoint_under_the_lock_alone(folder, monkeypatch):
+    """What it was before may still be finishing one."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_training("pretrain", ["tiny.yaml", "run.seed=7"], 1)
+
+
 def test_a_checkpoint_of_another_stage_is_not_continued(refused, folder):
     path = folder / "run" / "checkpoints" / "latest" / "checkpoint.json"
     content = json.loads(path.read_text())

@@ -206,6 +206,34 @@ def test_the_entry_points_path_is_read_as_every_other(tmp_path, monkeypatch, cap
         assert "the path of the entry point" in said and words in said
 
 
+def test_a_rank_whose_launcher_has_died_already_ends(tmp_path):
+    """Killed between the fork and the rank's first words to the kernel, it would be told of by nobody."""
+    code = (
+        "import os, sys, time\n"
+        "from launch.local import _end_with_launcher\n"
+        "launcher = os.getpid()\n"
+        "if os.fork():\n"
+        "    os._exit(0)\n"
+        "while os.getppid() == launcher:\n"
+        "    time.sleep(0.01)\n"
+        "print('orphaned', flush=True)\n"
+        "_end_with_launcher(launcher)\n"
+        "print('goes on', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == ("orphaned\n", "")
+
+
+def test_ctrl_c_while_the_config_is_checked_ends_the_launcher(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.local.is_training", interrupt)
+    monkeypatch.setenv("SHARDWRIGHT_PLATFORM", "cpu")
+    assert main(["--nproc-per-node", "2", str(ROOT / "launch" / "pretrain.py"), "config"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing had begun\n"
+
+
 def test_the_cause_wins_over_the_lost_peer_that_follows_from_it():
     ranks = [subprocess.Popen([sys.executable, "-c", f"import sys; sys.exit({code})"]) for code in (5, 4)]
     for rank in ranks:

@@ -49,7 +49,9 @@ def run_fp8_products(place):
     def forgetful(left, right, dtype, *, is_forward):
         return multiply_scaled(replace(left, inverse_scale=left.inverse_scale * 2), right, dtype, is_forward=is_forward)
 
-    with open_world("cpu") as mesh:
+    # torch multiplies FP8 in a plain loop on some processors
+    small = ((32, 48, 80), (64, 80, 48))
+    with open_world("cpu") as mesh, patch("tools.device_checks.fp8.SHAPES", small):
         sound = check_multiply(mesh, "tensorwise")
         with patch("trainer.model.fp8.multiply.multiply_scaled", forgetful):
             return sound, check_multiply(mesh, "tensorwise")
@@ -146,7 +148,7 @@ def run_model_checks(place):
         faults = [
             patch.object(dist, "all_gather_object", lambda *unused, **options: None),
             patch.object(owner, name, None),
-            patch("trainer.stages.forward.forward_language_model", shift_labels),
+            patch("trainer.engine.forward.forward_language_model", shift_labels),
             patch("trainer.engine.engine.scale_router_losses", lambda *unused: None),
             patch.object(Engine, "_update", update_always),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -73,6 +74,14 @@ def test_directories_are_read_in_the_order_of_their_paths(tmp_path):
     (tmp_path / "d.txt.zst").write_bytes(zstandard.compress(b"d.txt.zst"))
     assert read([tmp_path]) == ["a/b.md", "a/z.py", "b.txt", "c.jsonl", "d.txt.zst"]
     assert list_inputs([str(tmp_path)])[1] == {".png": 1, "hidden": 1}
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "/dev/zero"])
+def test_what_is_no_file_is_refused_by_name(tmp_path, name):
+    """Nobody may ever write into the pipe, and the device has no end."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(BadInput, match=f"input .*{name}: a (pipe|device), .*; write it to a file first"):
+        list_inputs([str(tmp_path / name)])
 
 
 def test_blocks_know_their_lines_and_add_up(tmp_path):
@@ -287,16 +296,17 @@ def test_a_json_array_that_is_not_utf_8_is_told(tmp_path):
 
 
 def test_a_folder_that_datasets_saved_gives_its_train_split_without_caches(tmp_path):
-    for split, documents in (("train", ["one", "two"]), ("test", ["no"])):
+    for split, documents in (("train", ["one", "two"]), ("test", ["no"]), ("holdout", ["nor this"])):
         (tmp_path / split).mkdir()
         write_arrow(tmp_path / split / "data-00000-of-00001.arrow", documents)
         write_arrow(tmp_path / split / "cache-0123456789abcdef.arrow", ["mapped"])
         for name in ("state.json", "dataset_info.json"):
             (tmp_path / split / name).write_text("{}")
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test", "holdout"]}')
     assert read([tmp_path]) == ["one", "two"]
     left_out = list_inputs([str(tmp_path)])[1]
-    assert left_out["of the test split"] == 1 and left_out["cache-0123456789abcdef.arrow"] == 2
+    assert left_out["of the test split"] == left_out["of the holdout split"] == 1
+    assert left_out["cache-0123456789abcdef.arrow"] == 3
     write_arrow(tmp_path / "a.arrow", DOCUMENTS, is_stream=False)
     assert read([tmp_path / "a.arrow"]) == DOCUMENTS
     with pytest.raises(BadInput, match=r"no column 'body'; a --text-key that would work: \['text'\]"):
@@ -316,6 +326,9 @@ SHARD = "00000-of-00001.parquet"
         ([f"data/train_sft-{SHARD}", f"data/train_gen-{SHARD}"], {f"data/test_sft-{SHARD}": "test"}),
         (["en/train.jsonl", "train1.jsonl.gz"], {"en/dev.jsonl": "validation", "my eval.jsonl": "test"}),
         (["train/00.jsonl", "train/test_of_time.jsonl", "my_train_file.json"], {"val.jsonl": "validation"}),
+        ([f"data/train-{SHARD}", f"part-{SHARD}"], {f"data/unsupervised-{SHARD}": "unsupervised"}),
+        ([f"a/train_sft-{SHARD}", "b.jsonl"], {f"a/held_out-{SHARD}": "held_out", "TEST.jsonl": "test"}),
+        ([f"part-{SHARD}", f"other-{SHARD}"], {}),
         (["training/a.jsonl", "training/b.jsonl", "other.jsonl"], {"evaluation/a.jsonl": "test"}),
         (["latest.jsonl", "validated.jsonl", "tests.jsonl"], {}),
         (["test.jsonl", "dev.jsonl"], {}),  # nothing is of the train split

@@ -36,7 +36,7 @@ def run_bare(config: Config, environment: Environment, platform_name: PlatformNa
     replace_kernels(platform)
     init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
     mesh = build_mesh(platform, device, config)
-    seed_everything(config.run.seed, mesh.pp_rank)
+    seed_everything(config.run.seed, mesh.pp_rank, mesh.ep_size)
     chunk = build_model_chunks(config, mesh, use_te=has_transformer_engine())[0]
     model, optimizer = _wrap(chunk, config, platform)
     reader = open_corpus(config).build_reader(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)

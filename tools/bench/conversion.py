@@ -20,6 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tools.bench.report import describe_machine
 from tools.console import Progress, end_process, run_command
 from tools.outputs import check_file

@@ -23,12 +23,12 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
     from trainer.run.run import run
     from trainer.stages.base import StageContext, StageKind
     from trainer.stages.build import STAGES
-    from trainer.stages.pretrain import build_pretrain
+    from trainer.stages.next_token import build_next_token_stage
     from trainer.stages.training import TrainingStage
 
     def build(context: StageContext) -> TrainingStage:
         """Build pretraining that ticks at the start of each step, which is the first thing the loop calls."""
-        stage = build_pretrain(context)
+        stage = build_next_token_stage("pretrain", context)
         step = stage.step
 
         def clocked_step(state: TrainState) -> StepResult:

@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from configs.fp8 import RECIPES
 from parallel.platform import PLATFORM_VARIABLE
 from tools.bench.report import describe_machine

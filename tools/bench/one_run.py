@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from configs.load import load_config
 from configs.stages import Config
 from parallel.environment import Environment

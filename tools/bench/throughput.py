@@ -18,6 +18,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from parallel.platform import PLATFORM_VARIABLE, PlatformName
 from tools.bench.clock import RunReport
 from tools.bench.compare import Measure, compare

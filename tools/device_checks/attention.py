@@ -34,6 +34,8 @@ class Case:
     window: int | None = None
     """Keys that a query sees, itself among them."""
     has_sinks: bool = False
+    by_tiles: bool = False
+    """As where ranks share a sequence: in two pieces, of which the later one sees the earlier one too."""
 
 
 CASES = (
@@ -46,6 +48,11 @@ CASES = (
     Case("window documents", 8, 2, 64, 64, is_packed=True, window=24),
     Case("window sinks", 8, 2, 64, 64, window=24, has_sinks=True),
     Case("window sinks documents", 8, 2, 64, 64, is_packed=True, window=24, has_sinks=True),
+    Case("wide heads", 4, 2, 320, 320),
+    Case("tiles", 8, 2, 128, 128, by_tiles=True),
+    Case("tiles of documents", 8, 2, 64, 64, is_packed=True, by_tiles=True),
+    Case("tiles of MLA documents", 4, 4, 192, 128, is_packed=True, by_tiles=True),
+    Case("tiles of wide heads", 4, 2, 320, 320, is_packed=True, by_tiles=True),
 )
 
 
@@ -55,7 +62,9 @@ def check_attention(mesh: Mesh, compute: str, *, use_te: bool, seq_len: int = 25
     refusal = mesh.platform.check_precision(compute)
     if refusal:
         return Outcome(name, "skipped", refusal)
-    errors = {case.name: _measure_error(mesh, compute, case, seq_len, use_te) for case in CASES}
+    # Transformer Engine shares a sequence in its own way, and takes no heads wider than 256.
+    cases = [case for case in CASES if not use_te or not (case.by_tiles or case.head_dim > 256)]
+    errors = {case.name: _measure_error(mesh, compute, case, seq_len, use_te) for case in cases}
     limit = TOLERANCES[compute]
     # `not <=`, so that a NaN is a problem too
     problems = [f"{case}: error {error:.1e} above {limit:g}" for case, error in errors.items() if not error <= limit]
@@ -93,9 +102,13 @@ def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: b
     for drawn in sinks:
         core.softmax_offset.data.copy_(drawn)
     on_device = [part.to(mesh.device) for part in (query, key, value)]
-    found = _with_gradients(
-        lambda q, k, v: core(q, k, v, None, packed_seq_params=packed), on_device, slope.to(mesh.device), dtype
-    )
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if case.by_tiles:
+            return _attend_by_tiles(core.tiles, q, k, v, lengths)
+        return core(q, k, v, None, packed_seq_params=packed)
+
+    found = _with_gradients(attend, on_device, slope.to(mesh.device), dtype)
     found += [core.softmax_offset.grad for _ in sinks]
     return max(
         float((one.cpu().double().reshape(other.shape) - other).abs().max() / other.abs().max())
@@ -135,6 +148,23 @@ def _reference(
     return torch.cat(outputs).flatten(-2)
 
 
+def _attend_by_tiles(tiles: Any, query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> torch.Tensor:
+    """Attend on the kernels of shared sequences, here two pieces on one rank, in the shapes of the core attention."""
+    from itertools import accumulate
+
+    from parallel.sequence_split import Segment
+    from trainer.model.attention.ring import RingAttention
+    from trainer.model.attention.tiles import plan_tiles
+
+    half, rest = len(query) // 2, len(query) - len(query) // 2
+    pieces = [Segment(0, 0, half), Segment(half, half, rest)]
+    plan = [plan_tiles(pieces, pieces, (0, *accumulate(lengths)), fewest_packed=tiles.fewest_packed)]
+    is_packed = query.dim() == 3  # [seq, (batch,) heads, dim] -> [batch, heads, seq, dim]
+    parts = [(one.unsqueeze(1) if is_packed else one).permute(1, 2, 0, 3) for one in (query, key, value)]
+    output = RingAttention.apply(*parts, None, plan, None, tiles, query.shape[-1] ** -0.5).permute(2, 0, 1, 3)
+    return output.squeeze(1).flatten(1) if is_packed else output.flatten(2)
+
+
 def _pack(lengths: tuple[int, ...], device: Any) -> Any:
     import torch
 
@@ -157,7 +187,7 @@ def _build_core_attention(mesh: Mesh, compute: str, case: Case, use_te: bool) ->
     from parallel.seeding import seed_everything
     from trainer.model.build import build_model_chunks
 
-    seed_everything(17, mesh.pp_rank)  # weights are drawn from generators that must have been seeded
+    seed_everything(17, mesh.pp_rank, mesh.ep_size)  # weights are drawn from generators that must have been seeded
     chunk = build_model_chunks(_build_config(compute, case), mesh, use_te=use_te)[0]
     return chunk.decoder.layers[0].self_attention.core_attention
 

@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from tools.device_checks.engine import build_config, made_up_batches
 from tools.device_checks.outcome import Outcome, judge
 
 if TYPE_CHECKING:
+    import torch
+
     from parallel.mesh import Mesh
+    from trainer.data.batch import Batch
 
 TOLERANCE = 1e-4
-"""Largest difference of a token's log-probability in nats, in fp32."""
+"""Largest difference of a token's log-probability or entropy in nats, in fp32."""
+TEMPERATURE = 0.7
 
 
 def check_scores(mesh: Mesh) -> Outcome:
-    """Compare the log-probabilities of tokens by a model without an optimizer with those that its logits give.
+    """Compare log-probabilities, entropies and greedy hits by a model without an optimizer with what its logits give.
 
-    The logits come of a forward pass without labels, and are made into log-probabilities in float64 on the host.
+    The logits come of a forward pass without labels, and are made into these in float64 on the host.
     """
     from trainer.engine.build import ModelPlan, build_models
-    from trainer.stages.forward import forward_language_model
+    from trainer.engine.forward import forward_language_model, score_language_model
 
     config = build_config("fp32")
     batches = made_up_batches(config)
     model = build_models({"reference": ModelPlan(config, is_trained=False)}, mesh)["reference"]
     problems, worst = [], 0.0
-    for batch, losses in zip(batches, model.score(batches, forward_language_model), strict=True):
-        logits = model.compute_logits(batch.tokens).cpu().double()  # [batch, seq, vocab]
-        expected = logits.log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1).long()).squeeze(-1)
-        worst = max(worst, float((-losses.cpu().double().view_as(expected) - expected).abs().max()))
+    every_logits = [model.compute_logits(batch.tokens).cpu().double() for batch in batches]  # [batch, seq, vocab]
+    batches = [_answer_greedily(*both) for both in zip(batches, every_logits, strict=True)]
+    asked = functools.partial(score_language_model, temperature=TEMPERATURE, entropy=True, is_greedy=True)
+    found = zip(model.score(batches, forward_language_model), model.score(batches, asked), strict=True)
+    for batch, logits, (losses, scores) in zip(batches, every_logits, found, strict=True):
+        plain, tempered = logits.log_softmax(-1), (logits / TEMPERATURE).log_softmax(-1)
+        labels = batch.labels.unsqueeze(-1)
+        for one, expected in (
+            (-losses, plain.gather(-1, labels).squeeze(-1)),
+            (scores.log_probs, tempered.gather(-1, labels).squeeze(-1)),
+            (scores.entropy, -(tempered.exp() * tempered).sum(-1)),
+        ):
+            worst = max(worst, float((one.cpu().double() - expected).abs().max()))
+        if not scores.is_greedy.cpu().equal(logits.argmax(-1) == batch.labels):
+            problems.append("the labels that have the largest logit are not those that are said to")
     # `not <=`, so that a NaN is a problem too
     if not worst <= TOLERANCE:
-        problems.append(f"log-probabilities differ by {worst:.1e} nats from those of the logits (limit {TOLERANCE:g})")
+        problems.append(f"scores differ by {worst:.1e} nats from those of the logits (limit {TOLERANCE:g})")
     if any(parameter.requires_grad for chunk in model.chunks for parameter in chunk.parameters()):
         problems.append("the weights of a frozen model ask for gradients")
     model.close()
     return judge("scores", problems, f"largest difference {worst:.1e} nats", {"difference": worst})
+
+
+def _answer_greedily(batch: Batch, logits: torch.Tensor) -> Batch:
+    """Return the batch with the ids of the largest logits as every other label."""
+    labels = batch.labels.clone()
+    labels[:, ::2] = logits.argmax(-1)[:, ::2]
+    return dataclasses.replace(batch, labels=labels)
 
 
 def check_replaced_names(mesh: Mesh) -> Outcome:

@@ -75,7 +75,7 @@ def publish(partial: Path, step: int) -> Path:
     if final.exists():
         remove(final)
     os.replace(partial, final)
-    temporary_link = parent / f".{LATEST}-{os.getpid()}"
+    temporary_link = parent / f".{LATEST}.new"  # one name for all: what a kill leaves, the next save takes up
     temporary_link.unlink(missing_ok=True)
     temporary_link.symlink_to(final.name)
     os.replace(temporary_link, parent / LATEST)

@@ -19,7 +19,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -199,9 +198,6 @@ class CheckpointWriter:
     def _discard(self, pending: _Pending) -> None:
         if self._mesh.rank == 0:
             shutil.rmtree(pending.partial, ignore_errors=True)
-        results = filesystem_async._results_queue  # ours (trainer.engine.kernels)
-        while not results.empty():
-            results.get_nowait()
         barrier()
 
     def _describe(self, state: TrainState, stage: Stage) -> dict[str, Any]:

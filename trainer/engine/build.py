@@ -42,7 +42,7 @@ def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, Sharde
     """
     replace_kernels(mesh.platform)
     first = next(iter(plans.values()))
-    seed_everything(first.config.run.seed, mesh.pp_rank)
+    seed_everything(first.config.run.seed, mesh.pp_rank, mesh.ep_size)
     return {role: _build(plan.config, mesh, is_trained=plan.is_trained) for role, plan in plans.items()}
 
 

@@ -53,7 +53,8 @@ def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
         yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_bshd", rotate, "one kernel instead of seven passes")
     else:
         yield from _patches_for_fewer_passes()
-    yield NamePatch(f"{_WRITER}:_results_queue", queue.Queue(), "its own starts a process, where a thread writes here")
+    why = "its own is one for all saves, and starts a process, where a thread writes here"
+    yield NamePatch(f"{_WRITER}:get_write_results_queue", queue.Queue, why)
     if has_fused_adam() is not None:
         return
     why = "its own counts steps by parameter, which cannot be resharded"

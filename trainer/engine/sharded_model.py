@@ -22,6 +22,7 @@ from trainer.engine.fp8_history import build_history_state, load_history, reques
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_model_state
 from trainer.model.fp8.attach import Fp8State
+from trainer.model.token_scores import TokenScores
 
 
 class ShardedModel:
@@ -40,19 +41,22 @@ class ShardedModel:
         return self.modules
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], torch.Tensor]) -> list[torch.Tensor]:
+    def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], Any]) -> list[Any]:
         """Return what `forward(model, batch)` gives for each microbatch: on the last pipeline stage, elsewhere nothing.
 
-        Such a tensor, `[micro_batch, seq]` on all cp ranks, becomes a column of its batch, for the objective of another
-        model.
+        That is a tensor `[micro_batch, seq]` or `TokenScores` of such, here whole on all cp ranks. It becomes a column
+        of its batch, for the objective of another model.
         """
         self._set_training(False)
 
-        def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        def gather(output: torch.Tensor) -> torch.Tensor:
+            return gather_over_cp(output, self.mesh)
+
+        def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[Any, Callable[..., Any]]:
             return forward(model, next(microbatches).to(self.mesh.device)), _hand_over
 
         outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
-        return [gather_over_cp(output, self.mesh) for output in outputs]
+        return [output.map(gather) if isinstance(output, TokenScores) else gather(output) for output in outputs]
 
     @torch.no_grad()
     def compute_logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -153,6 +157,6 @@ class ShardedModel:
         )
 
 
-def _hand_over(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+def _hand_over(output: Any, non_loss_data: bool = False) -> Any:
     """Return the model's output itself where the schedule asks for a loss."""
     return output

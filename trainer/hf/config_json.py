@@ -147,8 +147,8 @@ def compare_models(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     ]
 
 
-def check_same_architecture(model: ModelConfig, directory: Path, free: Collection[str]) -> None:
-    """Raise BadInput with every field in which a run's model is another than the one in `directory`, but the `free`."""
+def check_same_architecture(model: ModelConfig, directory: Path, free: Collection[str]) -> ModelConfig:
+    """Return the model in `directory`. Raises BadInput with every field in which a run's is another, but the `free`."""
     if resolve_checkpoint(directory) is not None:
         raise BadInput(f"checkpoint.init_from_hf: {directory} is a checkpoint; name it as checkpoint.init_from.")
     directory = find_model_directory(directory)
@@ -160,6 +160,7 @@ def check_same_architecture(model: ModelConfig, directory: Path, free: Collectio
             f"checkpoint.init_from_hf: {directory} is another architecture ({'; '.join(differences)}); "
             f"python tools/convert_hf.py model {directory} prints the section that fits."
         )
+    return theirs
 
 
 def _check_expressed(model: ModelConfig, config: Mapping[str, Any], family: Family) -> None:

@@ -94,8 +94,12 @@ class RunLock:
             missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
             directory.mkdir(parents=True, exist_ok=True)
             self._made = missing
-            while (holder := self._lock.take()) is not None and time.monotonic() < deadline:
+            holder = self._lock.take()
+            if holder is not None and patience_seconds > 0:
+                log.info("run.dir: %s is being written to by %s; waiting for it", directory, holder)
+            while holder is not None and time.monotonic() < deadline:
                 time.sleep(1.0)
+                holder = self._lock.take()
         except OSError as error:
             return f"run.dir: {directory} cannot be written to ({error}); choose another path."
         if holder is None:
@@ -117,7 +121,7 @@ def open_run_directory(
         raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
     log.info("%s: %s", config.run.name, start.describe())
     for change in start.changes:
-        log.warning("going on with another config: %s", change)
+        log.warning("%s: %s", "going on with another config" if start.resume_from else "warm start", change)
     on_rank_zero(partial(_begin_on_rank_zero, config, details, run_dir, start, state, launcher))
     if mesh.rank != 0:
         return Reporter(config, mesh, None, None)
@@ -233,6 +237,6 @@ def _version(package: str) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")  # one name for all: what a kill leaves, the next start takes up
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -23,6 +23,7 @@ from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
+from trainer.run.weights import load_weights
 
 if TYPE_CHECKING:
     from trainer.engine.sharded_model import ShardedModel
@@ -79,7 +80,7 @@ def _run_locked(config: Config, stage_name: str, environment: Environment, mesh:
             state = _load(config, mesh, start, stage, models[POLICY])
             for role, plan in plans.items():
                 if plan.start is not None:
-                    _load_weights(models[role], plan.start)
+                    load_weights(models[role], plan.start)
             if state.step < config.train.num_steps:
                 on_all_ranks(lambda: stage.start(state))
             state = _fit(config, environment, mesh, start, stage, state, signals)
@@ -103,21 +104,8 @@ def _load(config: Config, mesh: Mesh, start: Start, stage: Stage, policy: Sharde
         return resume(config, mesh, stage, start.resume_from)
     weights = start.init_from or start.init_from_hf
     if weights is not None:
-        _load_weights(policy, str(weights))
+        load_weights(policy, str(weights))
     return TrainState()
-
-
-def _load_weights(model: ShardedModel, place: str) -> None:
-    """Put in place the weights of a checkpoint, a run directory or a Hugging Face model."""
-    from trainer.checkpoint.layout import existing_checkpoint, resolve_checkpoint
-    from trainer.checkpoint.load import warm_start
-    from trainer.hf.source import HfModel
-    from trainer.hf.warm_start import load_hf_weights
-
-    if on_rank_zero(lambda: resolve_checkpoint(place) is None and (Path(place) / "config.json").is_file()):
-        load_hf_weights(model, on_all_ranks(partial(HfModel, place, model.config.model)))
-    else:
-        warm_start(model, on_rank_zero(partial(existing_checkpoint, place, "weights")))
 
 
 def _fit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from typing import Any
 from configs.errors import BadInput
 from configs.fields import value_text
 from configs.load import resolved_dict
+from configs.plan.derive import head_dim
+from configs.sections.model import ModelConfig
 from configs.stages import Config
 from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
 from trainer.checkpoint.manifest import (
+    FREE_MODEL_FIELDS,
     FREE_WARM_START_FIELDS,
+    IMPORT_STAGE,
     MANIFEST,
     Manifest,
     another_run,
@@ -43,7 +47,8 @@ class Start:
     init_from: Path | None = None
     init_from_hf: Path | None = None
     changes: tuple[str, ...] = ()
-    """What of the config steers training and is not what the checkpoint to resume from was written with."""
+    """What of the config steers training and is not what the checkpoint to resume from was written with; of a warm
+    start, in what the model is used otherwise than its weights were trained."""
 
     def describe(self) -> str:
         """Return the start in words."""
@@ -109,20 +114,53 @@ def _find(config: Config, stage_name: str) -> Start:
         check_continues(manifest, config, stage_name, resume_from)
         return Start(resume_from=resume_from, changes=_all_changes(manifest, config))
     if settings.init_from_hf is not None:
-        check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
+        theirs = check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
         HfModel(settings.init_from_hf, config.model)  # refuses missing and damaged files
-        return Start(init_from_hf=Path(settings.init_from_hf))
+        changes = describe_new_use(theirs, theirs.max_position_embeddings, config)
+        return Start(init_from_hf=Path(settings.init_from_hf), changes=changes)
     if settings.init_from is None:
         return Start()
     init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
-    check_architecture(read_manifest(init_from), resolved_dict(config)["model"], init_from, is_warm_start=True)
-    return Start(init_from=init_from)
+    manifest = read_manifest(init_from)
+    check_architecture(manifest, resolved_dict(config)["model"], init_from, is_warm_start=True)
+    before = ModelConfig.model_validate(manifest.config["model"])
+    is_imported = manifest.stage["name"] == IMPORT_STAGE
+    trained_len = before.max_position_embeddings if is_imported else manifest.config["train"]["seq_len"]
+    return Start(init_from=init_from, changes=describe_new_use(before, trained_len, config))
 
 
-def describe_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+def describe_new_use(before: ModelConfig, trained_len: int, config: Config) -> tuple[str, ...]:
+    """Return in what a warm start uses the model otherwise than `before`, and whether it reaches beyond what it knows.
+
+    `trained_len` is the longest sample in tokens that the weights were trained on.
+    """
+    seq_len, stretched = config.train.seq_len, FREE_WARM_START_FIELDS - FREE_MODEL_FIELDS
+    there, here = (model.model_dump(include=stretched) for model in (before, config.model))
+    changes = describe_changes({"model": there}, {"model": here}, ("model",))
+    if seq_len > trained_len and config.model.rope == before.rope:
+        base = _stretched_base(before, seq_len / trained_len)
+        changes.append(
+            f"train.seq_len is {seq_len}, it was {trained_len}, and model.rope has met no positions beyond; a value to "
+            f"try: model.rope.base={base:.0f}"
+        )
+    return tuple(changes)
+
+
+def _stretched_base(model: ModelConfig, times: float) -> float:
+    """Return the base with which the slowest rotation is as far after `times` the context as it was before.
+
+    NTK-aware scaling (arXiv:2309.00071, eq. 15).
+    """
+    dim = model.mla.qk_rope_head_dim if model.mla is not None else head_dim(model) * model.rope.fraction
+    return model.rope.base * times ** (dim / max(dim - 2, 1))
+
+
+def describe_changes(
+    saved: Mapping[str, Any], present: Mapping[str, Any], sections: Sequence[str] = _STEERING_SECTIONS
+) -> list[str]:
     """Return each field of the config that steers training and differs from the saved one: what, from what, to what."""
     changes = []
-    for section in _STEERING_SECTIONS:
+    for section in sections:
         before, after = _flat(saved.get(section) or {}, section), _flat(present[section], section)
         changes += [
             f"{path} is {value_text(value)}, it was {value_text(before[path])}"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from trainer.stages.base import StageKind
-from trainer.stages.pretrain import build_pretrain
+from functools import partial
 
-STAGES: dict[str, StageKind] = {"pretrain": StageKind(build_pretrain)}
+from trainer.stages.base import StageKind
+from trainer.stages.next_token import build_next_token_stage
+
+STAGES: dict[str, StageKind] = {
+    "pretrain": StageKind(partial(build_next_token_stage, "pretrain")),
+    "long_context": StageKind(partial(build_next_token_stage, "long_context")),
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trainer.checkpoint.layout import apply_retention, checkpoint_name, checkpoints_dir, publish, set_aside_after
@@ -31,6 +33,24 @@ def test_what_was_just_published_stays_beside_higher_numbers(make, tmp_path):
     apply_retention(published, 1, None)
     assert published.is_dir() and (checkpoints_dir(tmp_path) / "latest").resolve() == published.resolve()
     assert names(tmp_path) == [checkpoint_name(6), checkpoint_name(30)]
+
+
+def test_a_link_that_a_kill_left_goes_with_the_next(make, tmp_path, monkeypatch):
+    make(10)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("os.getpid", lambda: 1)
+        patched.setattr("pathlib.Path.symlink_to", killed_after(Path.symlink_to))
+        make(20)
+    make(30)
+    assert sorted(path.name for path in checkpoints_dir(tmp_path).iterdir() if path.is_symlink()) == ["latest"]
+
+
+def killed_after(call):
+    def call_and_die(*args):
+        call(*args)
+        raise KeyboardInterrupt
+
+    return call_and_die
 
 
 def test_what_latest_names_stays(make, tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import BadInput, in_one_line
+from configs.paths import find_special_file
 from trainer.data.making.json_array import split_array
 from trainer.data.making.splits import find_other_splits
 
@@ -79,6 +80,9 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
     for path in paths:
         if not os.path.exists(path):
             raise BadInput(f"input {path}: no such file or directory")
+        special = find_special_file(path)
+        if special is not None:
+            raise BadInput(f"input {path}: {special}, and inputs are read several times; write it to a file first")
         if not os.path.isdir(path):
             files.append(_classify(path) or InputFile(path, "text", _compression(path)))
             continue

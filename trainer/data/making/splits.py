@@ -1,11 +1,12 @@
 """Which files of a downloaded Hugging Face dataset are not for training: as its README.md says, else as they are named.
 
 Words and fields are those of `datasets.load_dataset` (Hub documentation: "File names and splits", "Data files
-Configuration"). Torch-free; opens no data.
+Configuration") and of `save_to_disk`. Torch-free; opens no data.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLITS = {word: split for split, words in _WORDS.items() for word in words}
-_NAMED = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join(_SPLITS)})(?=[-._ 0-9/]|$)")
+_NAMED = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join(_SPLITS)})(?=[-._ 0-9/]|$)", re.IGNORECASE)
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")  # a split of any name: `unsupervised-00000-of-00001.parquet`
 _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
@@ -28,21 +30,44 @@ def find_other_splits(directory: Path, files: Iterable[Path], records: set[Path]
     of their own.
     """
     listed = list(_read_configs(directory / "README.md"))
+    saved = {folder: split for holder in {file.parent.parent for file in records} for folder, split in _saved(holder)}
     splits: dict[Path, str] = {}
     for file in files:
         name = file.relative_to(directory).as_posix()
         found = {split for pattern, split in listed if pattern.fullmatch(name)}
         if not found and file in records:
-            found = {_find_split(name)} - {""}
+            found = {saved.get(file.parent) or _find_split(name)} - {""}
         if found:
             splits[file] = "train" if "train" in found else min(found)
+    with_shards = {file.parent for file, split in splits.items() if split == "train" and _shard_name(file)}
+    splits |= _find_sharded(records - splits.keys(), with_shards)
     return {file: split for file, split in splits.items() if split != "train" and "train" in splits.values()}
 
 
 def _find_split(name: str) -> str:
     """Return the split that a path names, `test` of `data/test_sft-0.parquet`, empty if none; folders come first."""
     word = _NAMED.search(name)
-    return _SPLITS[word.group(1)] if word else ""
+    return _SPLITS[word.group(1).lower()] if word else ""
+
+
+def _saved(holder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each folder in `holder` that `DatasetDict.save_to_disk` made, and its split."""
+    try:
+        splits = json.loads((holder / "dataset_dict.json").read_bytes())["splits"]
+        yield from ((holder / split, _find_split(split) or split) for split in splits)
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # there is none, or it is of another kind; the names remain
+
+
+def _find_sharded(files: set[Path], folders: set[Path]) -> dict[Path, str]:
+    """Return those of `files` that lie in `folders`, beside shards of the train split, and are shards, by split."""
+    return {file: split for file in files if file.parent in folders and (split := _shard_name(file))}
+
+
+def _shard_name(file: Path) -> str:
+    """Return what a shard is one of, `train` of `train-00000-of-00002.parquet`; empty for what is no shard."""
+    shard = _SHARD.fullmatch(file.name)
+    return shard.group(1) if shard else ""
 
 
 def _read_configs(card: Path) -> Iterator[tuple[re.Pattern[str], str]]:

@@ -8,6 +8,7 @@ run, which take grouped heads as they are and all documents at once. Knows nothi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,11 +22,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from trainer.model.attention.documents import PackedDocuments
 from trainer.model.attention.heads import repeat_heads, widen
 from trainer.model.attention.methods import METHODS, Attended, Sharing, Split, attend_alone
-from trainer.model.attention.packed_sinks import PackedSinkAttention
 from trainer.model.attention.sinks import build_sinks, shard_sinks
 from trainer.model.attention.tile_kernels import CpuTiles, EfficientTiles, FlashTiles, TileKernels
-
-_WIDEST_HEAD = 256  # that flash attention takes
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -39,6 +37,8 @@ class SdpaCoreAttention(MegatronModule):
     """What attends where ranks share a sequence, or queries do not see all keys before them, and these alone."""
     takes_groups = False
     """Whether the kernels take fewer heads of keys and values than of queries; else these are repeated."""
+    widest_head: float = math.inf
+    """That the kernels take; layers with wider ones are built with memory-efficient attention instead."""
 
     def __init__(
         self,
@@ -55,6 +55,9 @@ class SdpaCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self._method, self._sharing = None, None
+        assert config.kv_channels is not None
+        if max(k_channels or config.kv_channels, v_channels or config.kv_channels) > self.widest_head:
+            self.tiles, self.takes_groups = EfficientTiles(), False
         if config.context_parallel_size > 1:
             exchange = config.cp_comm_type
             assert isinstance(exchange, str)
@@ -204,6 +207,7 @@ class FlashCoreAttention(SdpaCoreAttention):
 
     tiles = FlashTiles()
     takes_groups = True
+    widest_head = 256
 
     def _attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, documents: PackedDocuments
@@ -217,16 +221,17 @@ class FlashCoreAttention(SdpaCoreAttention):
     def _attend_by_tiles(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments | None
     ) -> torch.Tensor:
-        """Packed documents are one kernel with windows and sinks too."""
-        if documents is None or not self._fits(query, value, documents):
+        """The kernel of all documents has windows, and no sinks."""
+        has_sinks = self._window is None or self.softmax_offset is not None
+        if has_sinks or documents is None or not self._fits(query, value, documents):
             return super()._attend_by_tiles(query, key, value, documents)
-        window = -1 if self._window is None else self._window - 1
-        return self._attend_packed(query, key, value, documents, (window, 0))
+        assert self._window is not None
+        return self._attend_packed(query, key, value, documents, (self._window - 1, 0))
 
     def _fits(self, query: torch.Tensor, value: torch.Tensor, documents: PackedDocuments) -> bool:
         """Return whether the kernel of all documents can do these."""
         has_dropout, widest = self.training and self.dropout > 0, max(query.shape[-1], value.shape[-1])
-        return not has_dropout and widest <= _WIDEST_HEAD and documents.max_seqlen_q is not None
+        return not has_dropout and widest <= self.widest_head and documents.max_seqlen_q is not None
 
     def _attend_packed(
         self,
@@ -237,15 +242,12 @@ class FlashCoreAttention(SdpaCoreAttention):
         window: tuple[int, int],
     ) -> torch.Tensor:
         """Attend to so many keys to the left and to the right of a query's own; -1 is all of the document's."""
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports
+
         dim_v, scale = value.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
         query, key, value = widen(query, key, value, multiple=8)
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-        bounds, longest, sink = documents.cu_seqlens_q, documents.max_seqlen_q, self.softmax_offset
-        if sink is not None:
-            output = PackedSinkAttention.apply(query, key, value, sink, bounds, longest, window[0], scale)
-            return output[..., :dim_v].flatten(1)
-        from torch.nn.attention.varlen import varlen_attn  # a second of imports
-
+        bounds, longest = documents.cu_seqlens_q, documents.max_seqlen_q
         output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
         assert isinstance(output, torch.Tensor)  # the kernel's statistics were not asked for
         return output[..., :dim_v].flatten(1)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.pool import Place
+from tests.trainer.model.attention.flash_kernels import stated_flash_kernels
 
 # name: (query length, key length, batch, query heads, key heads, key size, value size, document lengths or None)
 SHAPES: dict[str, tuple[Any, ...]] = {
@@ -97,57 +98,13 @@ def attend_varlen(
     return torch.cat(documents).squeeze(1).unflatten(-1, (query.shape[1], -1))
 
 
-def weigh(query: Any, key: Any, scale: float, bounds: Any, left: int, right: int) -> Any:
-    """Return the scores of packed tokens `[heads, total, total]`, minus infinity where a query does not see a key."""
-    import torch
-
-    place = torch.arange(len(query))
-    document = torch.searchsorted(bounds, place, right=True)
-    behind = place[:, None] - place
-    seen = (document[:, None] == document) & (behind >= -right) & (behind <= (left if left >= 0 else len(query)))
-    return (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(~seen, float("-inf"))
-
-
-def flash_forward(
-    query: Any, key: Any, value: Any, bounds: Any, *others: Any,
-    scale: float, window_size_left: int, window_size_right: int,
-) -> Any:  # fmt: skip
-    """Stand for the flash kernel of packed documents (arXiv:2307.08691, algorithm 1)."""
-    import torch
-
-    assert query.shape == key.shape == value.shape and query.shape[2] % 8 == 0
-    scores = weigh(query, key, scale, bounds, window_size_left, window_size_right)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value), scores.logsumexp(-1)
-
-
-def flash_backward(
-    gradient: Any, query: Any, key: Any, value: Any, output: Any, log_sum: Any, bounds: Any, *others: Any,
-    scale: float, window_size_left: int, window_size_right: int,
-) -> Any:  # fmt: skip
-    """Stand for its gradient (algorithm 2), which is of softmax where `log_sum` is that of the scores."""
-    import torch
-
-    scores = weigh(query, key, scale, bounds, window_size_left, window_size_right)
-    weights = torch.exp(scores - log_sum[..., None])
-    mean = (gradient * output).sum(-1).t()[..., None]
-    of_scores = weights * (torch.einsum("qhd,khd->hqk", gradient, value) - mean) * scale
-    of_value = torch.einsum("hqk,qhd->khd", weights, gradient)
-    return torch.einsum("hqk,khd->qhd", of_scores, key), torch.einsum("hqk,qhd->khd", of_scores, query), of_value
-
-
 def largest_errors_of_flash(
     place: Place, shape: tuple[Any, ...], window: int | None = None, has_sinks: bool = False
 ) -> list[float]:
     """Return the largest errors of the module for GPUs, with its kernels of documents replaced."""
     from unittest.mock import patch
 
-    import torch
-
-    kernels = {"_flash_attention_forward": flash_forward, "_flash_attention_backward": flash_backward}
-    with (
-        patch("torch.nn.attention.varlen.varlen_attn", attend_varlen),
-        patch.multiple(torch.ops.aten, create=True, **kernels),
-    ):
+    with patch("torch.nn.attention.varlen.varlen_attn", attend_varlen), stated_flash_kernels():
         return largest_errors(place, shape, None, "FlashCoreAttention", window, has_sinks)
 
 
@@ -234,11 +191,35 @@ def test_windows_and_sinks_equal_float64_softmax(ranks, name):
     assert len(errors) == 4 + has_sinks and max(errors) < 2e-5, errors
 
 
-@pytest.mark.parametrize("name", ["documents", "latent_documents"])
-@pytest.mark.parametrize("window, has_sinks", [(8, False), (40, False), (8, True), (None, True)])
-def test_the_kernel_of_documents_has_windows_and_sinks(ranks, name, window, has_sinks):
-    (errors,) = ranks.run(largest_errors_of_flash, SHAPES[name], window, has_sinks)
+@pytest.mark.parametrize("name", [name for name in WINDOWS if name not in ("hides_nothing",)])
+def test_the_module_for_gpus_has_windows_and_sinks(ranks, name):
+    shape, window, has_sinks = WINDOWS[name]
+    (errors,) = ranks.run(largest_errors_of_flash, SHAPES.get(shape, shape), window, has_sinks)
     assert len(errors) == 4 + has_sinks and max(errors) < 2e-5, errors
+
+
+def kernels_of_heads(place: Place) -> list[str]:
+    """Return the tiles of the module for GPUs by sizes of heads: those of the config, or of keys and of values."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from trainer.model.attention.core import FlashCoreAttention
+
+    found = []
+    for head_dim, sizes in ((256, {}), (264, {}), (64, {"k_channels": 320, "v_channels": 256}), (512, SMALLER)):
+        config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=head_dim)
+        module = FlashCoreAttention(config, 1, AttnMaskType.causal, "self", **sizes)
+        found.append(f"{type(module.tiles).__name__} {module.takes_groups}")
+    return found
+
+
+SMALLER = {"k_channels": 192, "v_channels": 128}
+
+
+def test_heads_that_flash_attention_does_not_take_have_other_tiles(ranks):
+    """Of latent attention, the sizes that are told count, and not the config's."""
+    flash, efficient = "FlashTiles True", "EfficientTiles False"
+    assert ranks.run(kernels_of_heads) == [[flash, efficient, efficient, flash]]
 
 
 def test_scale_is_used(ranks):

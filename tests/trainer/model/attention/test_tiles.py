@@ -20,7 +20,7 @@ def wrong_cases(place: Place, seed: int) -> list[str]:
     from trainer.model.attention.tiles import plan_tiles
 
     def seen_by_flash(tile):
-        """Windows are counted from the last query and the last key; -1 is all."""
+        """Windows are counted from the last query and the last key; -1 is all. Documents see each itself."""
         num_queries, num_keys = tile.queries[1] - tile.queries[0], tile.keys[1] - tile.keys[0]
         own = torch.arange(num_queries)[:, None] + num_keys - num_queries
         columns, (left, right) = torch.arange(num_keys), _window(tile)
@@ -28,7 +28,12 @@ def wrong_cases(place: Place, seed: int) -> list[str]:
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool)
         if left >= 0:
             seen &= columns >= own - left
-        return seen & (columns <= own + right) if right >= 0 else seen
+        if right >= 0:
+            seen &= columns <= own + right
+        if tile.bounds:
+            document = torch.searchsorted(torch.tensor(tile.bounds), columns, right=True)
+            seen &= document[:, None] == document
+        return seen
 
     def seen_by_mask(tile):
         rows = torch.arange(tile.queries[1] - tile.queries[0])[:, None]
@@ -38,6 +43,7 @@ def wrong_cases(place: Place, seed: int) -> list[str]:
         seen = columns <= rows + tile.lead
         return seen & (columns > rows + tile.lead - tile.window) if tile.window is not None else seen
 
+    ways = [(_cut_windowed, seen_by_flash, fewest) for fewest in (None, 2)] + [(_cut_masked, seen_by_mask, None)]
     draw, wrong = random.Random(seed), []
     for _ in range(NUM_CASES):
         cp, rows = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
@@ -56,9 +62,14 @@ def wrong_cases(place: Place, seed: int) -> list[str]:
         for queries in shares:
             for keys in (*shares, whole):
                 mine, theirs = (torch.cat([place_of[one.start : one.end] for one in part]) for part in (queries, keys))
-                for cut, seen_of in ((_cut_windowed, seen_by_flash), (_cut_masked, seen_by_mask)):
+                ways = (
+                    (_cut_windowed, seen_by_flash, 2),
+                    (_cut_windowed, seen_by_flash, None),
+                    (_cut_masked, seen_by_mask, None),
+                )
+                for cut, seen_of, fewest in ways:
                     met = torch.zeros(len(mine), len(theirs), dtype=torch.int)
-                    for tile in plan_tiles(queries, keys, bounds, window):
+                    for tile in plan_tiles(queries, keys, bounds, window, fewest):
                         for part in cut(tile):
                             seen = seen_of(part)
                             assert seen.any(1).all(), "a query that sees nothing has no softmax"

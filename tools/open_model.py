@@ -1,0 +1,95 @@
+"""A checkpoint's or a Hugging Face model's weights on the ranks of a launcher, in any layout, without an optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import BadInput
+from configs.stages import Config
+from parallel.environment import Environment
+from parallel.platform import detect_platform_name, has_transformer_engine, load_platform
+
+if TYPE_CHECKING:
+    from trainer.engine.sharded_model import ShardedModel
+
+
+def read_config_of(place: Path, overrides: Sequence[str], *, seq_len: int, world_size: int) -> Config:
+    """Return the config with which the model in `place` takes sequences of `seq_len` tokens on so many ranks.
+
+    Architecture, number format and tokenizer are the checkpoint's, the layout is one of data parallelism alone;
+    `overrides` such as `parallel.cp=2` change that. Raises BadInput for what cannot be.
+    """
+    from configs.load import config_of
+    from configs.rules.check import check_config
+
+    values, stage = _read_place(place)
+    model = values["model"]
+    model["max_position_embeddings"] = max(model["max_position_embeddings"], seq_len)
+    values["train"] = {"num_steps": 0, "seq_len": seq_len, "micro_batch_size": 1, "global_batch_size": world_size}
+    config, problems = config_of(values, overrides, stage)
+    if config is not None:
+        has_te = has_transformer_engine()
+        problems += check_config(config, world_size, platform=detect_platform_name(), has_te=has_te)
+    if problems or config is None:
+        raise BadInput("\n".join(problems))
+    return config
+
+
+def _read_place(place: Path) -> tuple[dict[str, Any], str]:
+    """Return the sections that say what the model is, and the stage that they are of."""
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.manifest import read_manifest
+    from trainer.hf.config_json import load_config_json, read_model
+    from trainer.hf.directories import find_model_directory
+
+    checkpoint = resolve_checkpoint(place)
+    if checkpoint is not None:
+        saved = read_manifest(checkpoint).config
+        compute = {"compute": saved["precision"]["compute"]}
+        return {
+            "model": saved["model"],
+            "precision": compute,
+            "data": {"tokenizer": saved["data"]["tokenizer"]},
+        }, "pretrain"
+    if not (place / "config.json").is_file() and not (place / "snapshots").is_dir():
+        raise BadInput(
+            f"{place}: holds no complete checkpoint and no Hugging Face model; give a run such as runs/demo."
+        )
+    directory = find_model_directory(place)
+    model = read_model(load_config_json(directory), directory / "config.json").model_dump()
+    return {"model": model, "data": {"tokenizer": str(directory)}}, "pretrain"
+
+
+@contextlib.contextmanager
+def open_model(config: Config, place: Path, environment: Environment) -> Iterator[ShardedModel]:
+    """Join the ranks and yield the model with its weights. Collective: all ranks of the world must call this."""
+    import torch.distributed as dist
+
+    from parallel.mesh import build_mesh, destroy_mesh, init_world
+
+    os.environ.update(environment.as_variables())
+    platform = load_platform(detect_platform_name())
+    problem = platform.check_precision(config.precision.compute)
+    if problem:
+        raise BadInput(problem)
+    device = platform.activate(environment.local_rank)
+    init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
+    try:
+        mesh = build_mesh(platform, device, config)
+        # These import Megatron-Core, which must happen after the platform is active.
+        from trainer.engine.build import POLICY, ModelPlan, build_models
+        from trainer.run.weights import load_weights
+
+        model = build_models({POLICY: ModelPlan(config, is_trained=False)}, mesh)[POLICY]
+        try:
+            load_weights(model, str(place))
+            yield model
+        finally:
+            model.close()
+    finally:
+        destroy_mesh()
+        dist.destroy_process_group()
