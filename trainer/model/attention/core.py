@@ -222,8 +222,8 @@ class FlashCoreAttention(SdpaCoreAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments | None
     ) -> torch.Tensor:
         """The kernel of all documents has windows, and no sinks."""
-        has_sinks = self._window is None or self.softmax_offset is not None
-        if has_sinks or documents is None or not self._fits(query, value, documents):
+        is_window_alone = self._window is not None and self.softmax_offset is None
+        if not is_window_alone or documents is None or not self._fits(query, value, documents):
             return super()._attend_by_tiles(query, key, value, documents)
         assert self._window is not None
         return self._attend_packed(query, key, value, documents, (self._window - 1, 0))
