@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from configs.fields import value_text
-from configs.plan.derive import head_dim, num_query_groups
+from configs.plan.derive import head_dim, layer_windows, num_query_groups
 from configs.sections.base import Section
 from configs.sections.model import ModelConfig, MoeConfig
 
 
 def check_model(model: ModelConfig) -> list[str]:
     """Return every rule the architecture breaks, one sentence each with the field and a value that would work."""
-    return [*_check_attention(model), *_check_mla(model), *_check_rope(model), *_check_moe(model)]
+    parts = (_check_attention, _check_window, _check_mla, _check_rope, _check_moe)
+    return [problem for check in parts for problem in check(model)]
 
 
 def check_unused(section: Section, path: str, names: Iterable[str], reason: str) -> Iterator[str]:
@@ -42,6 +43,28 @@ def _check_attention(model: ModelConfig) -> Iterator[str]:
         )
     if model.linear_bias and model.qkv_bias:
         yield "model.qkv_bias: model.linear_bias already gives it; a value that would work: false"
+
+
+def _check_window(model: ModelConfig) -> Iterator[str]:
+    window, longest = model.window_size, model.max_position_embeddings
+    if window is None:
+        yield from check_unused(model, "model", ("window_pattern",), "without model.window_size")
+    elif len(model.window_pattern) > model.num_layers:
+        works = value_text(model.window_pattern[: model.num_layers])
+        yield (
+            f"model.window_pattern: has {len(model.window_pattern)} entries for model.num_layers={model.num_layers}; a "
+            f"value that would work: {works}"
+        )
+    elif not any(layer_windows(model)):
+        yield "model.window_pattern: gives no layer the window; a value that would work: [true]"
+    if window is not None and window >= longest:
+        yield (
+            f"model.window_size: {window} hides nothing within model.max_position_embeddings={longest}; a value that "
+            "would work: null"
+        )
+    if model.attention_dropout > 0 and (window is not None or model.attention_sinks):
+        field = "window_size" if window is not None else "attention_sinks"
+        yield f"model.attention_dropout: is not drawn with model.{field}; a value that would work: 0.0"
 
 
 def _check_mla(model: ModelConfig) -> Iterator[str]:

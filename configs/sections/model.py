@@ -135,6 +135,12 @@ class ModelConfig(Section):
     """Dropout probability on the residual branches."""
     attention_dropout: Fraction = 0.0
     """Dropout probability on the attention weights."""
+    window_size: PositiveInt | None = None
+    """Keys that a query sees, itself among them (`sliding_window` in HF configs); null for all before it."""
+    window_pattern: Annotated[tuple[bool, ...], Field(min_length=1)] = (True,)
+    """Which layers have the window, repeated over all of them: [true, false] is every other one, beginning with it."""
+    attention_sinks: bool = False
+    """A learned logit per head, with a value of zero, that takes attention from the keys (arXiv:2508.10925)."""
     mla: MlaConfig | None = None
     """Multi-head latent attention instead of MHA/GQA; null for none."""
     moe: MoeConfig | None = None

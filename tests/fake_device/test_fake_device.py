@@ -35,6 +35,7 @@ BIASED = {"activation": "gelu", "norm": "layernorm", "linear_bias": True}
 YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 DYNAMIC = {"scaling": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
 DOCUMENTS = {"data": {"document_mask": True}}
+SINKS = model(window_size=48, window_pattern=[True, False], attention_sinks=True)
 # name: (number format, model, other sections, ranks of the world, rank)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "bf16": ("bf16", SMALL_MODEL, {}, 1, 0),
@@ -56,6 +57,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "pp2_first": ("bf16", SMALL_MODEL, {"parallel": {"pp": 2}}, 2, 0),
     "pp2_vpp2_last": ("bf16", model(num_layers=4), {"parallel": {"pp": 2, "vpp": 2}}, 2, 1),
     "ep2": ("bf16", model(moe=MOE), {"parallel": {"ep": 2}}, 2, 1),
+    "window_sinks": ("bf16", SINKS, {}, 1, 0),
+    "window_sinks_fp32": ("fp32", SINKS, {}, 1, 0),
+    "window_sinks_documents": ("bf16", SINKS, DOCUMENTS, 1, 0),
+    "window_documents": ("bf16", model(window_size=48), DOCUMENTS, 1, 0),
+    "latent_window": ("bf16", LATENT_MODEL | {"window_size": 48}, {}, 1, 0),
+    "cp2_ring_window_sinks_tp2_sp": ("bf16", SINKS, DOCUMENTS | {"parallel": {"cp": 2, "tp": 2, "sp": True}}, 4, 3),
     "cp2_ring": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2}}, 2, 1),
     "cp2_ring_fp32": ("fp32", SMALL_MODEL, {"parallel": {"cp": 2}}, 2, 0),
     "cp2_ring_documents": ("bf16", SMALL_MODEL, DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
@@ -102,6 +109,7 @@ MEMORY_CASES = {
     "gelu": large(fields={"activation": "gelu"}),
     "qk_norm": large(fields={"qk_norm": True}),
     "latent": large(fields={"num_query_groups": None, "mla": LARGE_LATENT | {"v_head_dim": 128}}),
+    "window_and_sinks": large(fields={"window_size": 1024, "attention_sinks": True}),
     "two_rows": large(train={"micro_batch_size": 2}),
     "geglu": large(fields={"activation": "geglu", "num_layers": 16}, train={"micro_batch_size": 4}),
     "recompute_long": large(

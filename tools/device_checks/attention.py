@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parallel.mesh import Mesh
 
 TOLERANCES = {"fp32": 5e-5, "bf16": 2e-2, "fp16": 3e-3}
-"""Largest error of the output and of the three gradients relative to the largest value of each."""
+"""Largest error of the output and of each gradient relative to the largest value of each."""
 BATCH_SIZE = 2
 DOCUMENT_LENGTHS = (1, 37, 64, 90)
 """Of one packed row, in tokens; not multiples of any kernel's block."""
@@ -31,6 +31,9 @@ class Case:
     head_dim: int
     head_dim_v: int
     is_packed: bool = False
+    window: int | None = None
+    """Keys that a query sees, itself among them."""
+    has_sinks: bool = False
     by_tiles: bool = False
     """As where ranks share a sequence: in two pieces, of which the later one sees the earlier one too."""
 
@@ -41,6 +44,10 @@ CASES = (
     Case("documents", 8, 2, 64, 64, is_packed=True),
     Case("MLA", 4, 4, 192, 128),
     Case("MLA documents", 4, 4, 192, 128, is_packed=True),
+    Case("window", 8, 2, 64, 64, window=24),
+    Case("window documents", 8, 2, 64, 64, is_packed=True, window=24),
+    Case("window sinks", 8, 2, 64, 64, window=24, has_sinks=True),
+    Case("window sinks documents", 8, 2, 64, 64, is_packed=True, window=24, has_sinks=True),
     Case("wide heads", 4, 2, 320, 320),
     Case("tiles", 8, 2, 128, 128, by_tiles=True),
     Case("tiles of documents", 8, 2, 64, 64, is_packed=True, by_tiles=True),
@@ -67,7 +74,7 @@ def check_attention(mesh: Mesh, compute: str, *, use_te: bool, seq_len: int = 25
 
 
 def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: bool) -> float:
-    """Return the largest relative error over the output and the gradients of query, key and value."""
+    """Return the largest relative error over the output and the gradients of query, key, value and sinks."""
     import torch
 
     from parallel.precision import DTYPES
@@ -84,8 +91,16 @@ def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: b
     key = draw(*rows, case.num_groups, case.head_dim)
     value = draw(*rows, case.num_groups, case.head_dim_v)
     slope = draw(*rows, case.num_heads * case.head_dim_v)
-    expected = _with_gradients(lambda q, k, v: _reference(q, k, v, lengths), [query, key, value], slope, torch.float64)
+    sinks = [draw(case.num_heads)] if case.has_sinks else []
+    expected = _with_gradients(
+        lambda *inputs: _reference(*inputs, lengths=lengths, window=case.window),
+        [query, key, value, *sinks],
+        slope,
+        torch.float64,
+    )
     packed = _pack(lengths, mesh.device) if case.is_packed else None
+    for drawn in sinks:
+        core.softmax_offset.data.copy_(drawn)
     on_device = [part.to(mesh.device) for part in (query, key, value)]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -94,6 +109,7 @@ def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: b
         return core(q, k, v, None, packed_seq_params=packed)
 
     found = _with_gradients(attend, on_device, slope.to(mesh.device), dtype)
+    found += [core.softmax_offset.grad for _ in sinks]
     return max(
         float((one.cpu().double().reshape(other.shape) - other).abs().max() / other.abs().max())
         for one, other in zip(found, expected, strict=True)
@@ -108,8 +124,13 @@ def _with_gradients(attend: Any, inputs: list[torch.Tensor], slope: torch.Tensor
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def _reference(query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> torch.Tensor:
-    """Attend causally in each document of `[seq, (batch,) heads, dim]` by the definition (arXiv:1706.03762, eq. 1)."""
+def _reference(
+    query: Any, key: Any, value: Any, sinks: Any = None, *, lengths: tuple[int, ...], window: int | None
+) -> torch.Tensor:
+    """Attend causally in each document of `[seq, (batch,) heads, dim]` by the definition (arXiv:1706.03762, eq. 1).
+
+    A query sees `window` keys; `sinks [heads]` are logits of keys whose value is zero.
+    """
     import torch
 
     repeats = query.shape[-2] // key.shape[-2]
@@ -118,8 +139,11 @@ def _reference(query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> to
     for length in lengths:
         q, k, v = (part[start : start + length].movedim(0, -2) for part in (query, key, value))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [(batch,) heads, seq, seq]
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        outputs.append((scores.masked_fill(future, float("-inf")).softmax(-1) @ v).movedim(-2, 0))
+        behind = torch.arange(length)[:, None] - torch.arange(length)
+        scores = scores.masked_fill((behind < 0) | (behind >= (window or length)), float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+        outputs.append((scores.softmax(-1)[..., :length] @ v).movedim(-2, 0))
         start += length
     return torch.cat(outputs).flatten(-2)
 
@@ -175,6 +199,8 @@ def _build_config(compute: str, case: Case) -> Config:
         "ffn_hidden_size": 128,
         "num_attention_heads": case.num_heads,
         "vocab_size": 128,
+        "window_size": case.window,
+        "attention_sinks": case.has_sinks,
     }
     if case.head_dim_v == case.head_dim:
         model |= {"num_query_groups": case.num_groups, "head_dim": case.head_dim}

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput
 from configs.fields import location_text
-from configs.plan.derive import head_dim, num_query_groups
+from configs.plan.derive import head_dim, layer_windows, num_query_groups
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.layout import resolve_checkpoint
@@ -193,6 +193,7 @@ def _inference_fields(model: ModelConfig) -> dict[str, Any]:
     for name in _TRAINING_ONLY | {f"moe.{field}" for field in _TRAINING_ONLY_MOE}:
         flat.pop(name, None)
     flat["num_query_groups"] = num_query_groups(model)
+    flat["window_pattern"] = [window is not None for window in layer_windows(model)]
     flat["head_dim"] = head_dim(model) if model.mla is None else None
     if model.rope.scaling == "dynamic":
         flat.pop("max_position_embeddings")  # config.json says the original length in its place

@@ -33,9 +33,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "MistralForCausalLM": {"sliding_window": None, "head_dim": 12},
     "Qwen2ForCausalLM": {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1},
-    "Qwen3ForCausalLM": {"head_dim": 16, "use_sliding_window": False, "sliding_window": None},
+    "Qwen3ForCausalLM": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "MixtralForCausalLM": {"num_local_experts": 4, "sliding_window": None},
     "Qwen3MoeForCausalLM": {
+        "use_sliding_window": True, "sliding_window": 7,
         "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "norm_topk_prob": True, "head_dim": 16,
         "mlp_only_layers": [], "decoder_sparse_step": 1,
     },
@@ -61,7 +62,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (0.5, 1.0), "rotary_pct": (0.25,), "activation_function": ("gelu",), "n_embd": (16,),
     "qk_norm": (True,), "attention_dropout": (0.0,), "swiglu_limit": (0.1,), "router_scale": (3.0,), "kv_heads": (1,),
     "hidden_activation": ("gelu",), "head_dim": (4, 8), "qk_head_dim": (3,), "num_experts": (2,), "layer_types":
-    (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention"]), "model_type": ("gemma", "llama", "qwen3"),
+    (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention"], ["sliding_attention", "full_attention"]),
+    "model_type": ("gemma", "llama", "qwen3"),
     "num_local_experts": (2,), "num_mtp_layers": (2,), "rope_parameters": ({"rope_type": "default"}, {"factor": 2.0}),
     "rope_scaling": (
         {"type": "linear", "factor": 3.0}, {"type": "dynamic", "factor": 2.0}, YARN, YARN | {"truncate": False},

@@ -62,6 +62,12 @@ class Attended:
 Attend = Callable[[Attended, Split, Sharing], torch.Tensor]
 
 
+def attend_alone(what: Attended, split: Split, kernels: TileKernels) -> torch.Tensor:
+    """Attend on one rank, which has all keys of `split` and as many of its last queries as are given."""
+    plan = (_plan_last(split, what.query.shape[2], kernels.fewest_packed),)
+    return RingAttention.apply(what.query, what.key, what.value, what.sink, plan, None, kernels, what.scale)
+
+
 def attend_ring(what: Attended, split: Split, sharing: Sharing) -> torch.Tensor:
     """Attend while keys and values go round. Collective: all ranks that share the sequence must call this."""
     plan = _plan_ring(split, sharing.whole.rank(), sharing.whole.size(), 1, sharing.kernels.fewest_packed)
@@ -125,6 +131,14 @@ def _plan_ring(
     size = num_places * ranks_a_place
     steps = range(num_places)
     return tuple(_plan(split, ranks_of(place), ranks_of(place - step), size, fewest_packed) for step in steps)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_last(split: Split, num_queries: int, fewest_packed: int | None) -> tuple[Tile, ...]:
+    """Return the tiles of the last queries with all keys."""
+    total = split.num_rows * split.seq_len
+    queries = [Segment(0, total - num_queries, num_queries)]
+    return tuple(plan_tiles(queries, [Segment(0, 0, total)], split.bounds, split.window, fewest_packed))
 
 
 @functools.lru_cache(maxsize=256)
