@@ -166,10 +166,12 @@ def score_rows(place: Place, config: Config, run_dir: str) -> list[Any] | None:
     return [*scores[0], losses[0], *state_scores(logits, labels)]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, "experts"])
 def test_scores_of_a_frozen_model_are_those_of_its_logits(ranks, judge, name):
-    world, parallel = LAYOUTS[name]
-    parts = ranks.run(score_rows, small_config(world, parallel=parallel), str(judge.seed({})), world=world)
+    world, parallel = LAYOUTS.get(name, (1, {}))
+    model = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64}} if name == "experts" else {}
+    config = small_config(world, parallel=parallel, model=model)
+    parts = ranks.run(score_rows, config, str(judge.seed(model)), world=world)
     parts = [part for part in parts if part is not None]
     assert len(parts) == world // parallel.get("pp", 1)
     for log_probs, entropy, is_greedy, _, *expected in parts:

@@ -54,7 +54,10 @@ class ShardedModel:
             return gather_over_cp(output, self.mesh)
 
         def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[Any, Callable[..., Any]]:
-            return forward(model, next(microbatches).to(self.mesh.device)), _hand_over
+            output = forward(model, next(microbatches).to(self.mesh.device))
+            # Megatron-Core looks at the tensor's device where there are experts.
+            shown = output.log_probs if isinstance(output, TokenScores) else output
+            return shown, lambda shown, non_loss_data: output
 
         outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
         return [output.map(gather) if isinstance(output, TokenScores) else gather(output) for output in outputs]
@@ -159,6 +162,6 @@ class ShardedModel:
         )
 
 
-def _hand_over(output: Any, non_loss_data: bool = False) -> Any:
+def _hand_over(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
     """Return the model's output itself where the schedule asks for a loss."""
     return output

@@ -61,12 +61,12 @@ def compute_token_scores(
 
 
 def _compute_in_pieces(
-    compute: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor | None, ...]],
+    compute: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]],
     hidden_states: torch.Tensor,
     labels: torch.Tensor,
     output_layer: Any,
     weight: torch.Tensor,
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """Return what `compute` gives of hidden states and their labels, `[batch, seq/cp]` each or None."""
     pieces = num_logit_pieces(labels.numel(), weight.shape[0])
     if pieces == 1:

@@ -27,7 +27,8 @@ class TokenScores(NamedTuple):
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenScores:
         """Return the scores that there are, changed alike."""
-        return TokenScores(*(None if one is None else change(one) for one in self))
+        entropy, is_greedy = (None if one is None else change(one) for one in (self.entropy, self.is_greedy))
+        return TokenScores(change(self.log_probs), entropy, is_greedy)
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,8 @@ def _plan(
     split: Split, queries: tuple[int, ...], keys: tuple[int, ...], size: int, fewest_packed: int | None
 ) -> tuple[Tile, ...]:
     """Return the tiles of the queries of some ranks with the keys of some."""
-    held = (_held_by(split, ranks, size) for ranks in (queries, keys))
-    return tuple(plan_tiles(*held, split.bounds, split.window, fewest_packed))
+    mine, theirs = _held_by(split, queries, size), _held_by(split, keys, size)
+    return tuple(plan_tiles(mine, theirs, split.bounds, split.window, fewest_packed))
 
 
 def _held_by(split: Split, ranks: Sequence[int], size: int) -> list[Segment]:
