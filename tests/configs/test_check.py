@@ -52,8 +52,6 @@ def problems_of(overrides: list[str], world_size: int = 1, platform: str = "cuda
         (MLA, 1),
         ([*MLA, "parallel.tp=4", "parallel.sp=true"], 4),
         (["train.num_steps=0", "train.seq_len=64"], 1),
-        ([*DENSE, "data.packing=best_fit", "data.document_mask=true", "parallel.cp=2"], 2),
-        ([*DENSE, "data.train=[{path: a, long_document_tokens: 9, long_document_share: 1.0}]"], 1),
     ],
 )
 def test_valid_runs_have_no_problem(overrides: list[str], world_size: int) -> None:
@@ -124,23 +122,6 @@ TRAINING_RULES = [
     (
         ["data.validation=[{path: a/c}, {path: b/c}]"],
         "data.validation: several sources are logged under the file name c",
-    ),
-    (["data.packing=best_fit"], "data.document_mask: false would let the documents that data.packing=best_fit puts"),
-    (
-        ["data.train=[{path: a}, {path: b, long_document_share: 0.5}]"],
-        "data.train[1].long_document_tokens: is needed beside long_document_share; a value that would work: 64 (or",
-    ),
-    (
-        ["data.train=[{path: a, long_document_tokens: 99}]"],
-        "data.train[0].long_document_share: is needed beside long_document_tokens; a value that would work: 0.7 (or",
-    ),
-    (
-        ["data.train=[{path: a, long_document_tokens: 99, long_document_share: 1e-14}]"],
-        "data.train: the weights are too large to be added, or too far apart",
-    ),
-    (
-        ["data.validation=[{path: c, long_document_tokens: 9}]", "train.eval_every=5"],
-        "data.validation[0].long_document_tokens: has no effect on what is only evaluated; a value that would work: n",
     ),
     (["train.eval_every=5"], "train.eval_every: has no effect without data.validation"),
     (["train.batch_ramp={start: 16, increment: 1, num_samples: 9}"], "train.batch_ramp.start: 16 is not below"),

@@ -49,10 +49,10 @@ def test_next_to_nothing_of_lengths_as_documents_have_them_is_wasted(row_len):
 
 
 def test_lengths_that_leave_holes_need_no_more_rows_than_is_proven():
-    """At most 11/9 of the fewest, and 6/9 (Dosa et al. 2013); here the fewest are known: each row was cut in two."""
+    """At most 11/9 of the fewest, and 4 (Johnson et al. 1974); here the fewest are known: each row was cut in two."""
     cuts = np.random.default_rng(2).integers(1, 1000, 2000)
     lengths = np.concatenate([cuts, 1000 - cuts])
-    assert pack(lengths, 1000).num_rows <= 11 / 9 * 2000 + 6 / 9
+    assert pack(lengths, 1000).num_rows <= 11 / 9 * 2000 + 4
 
 
 def test_nothing_to_pack_is_no_row():
