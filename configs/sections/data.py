@@ -28,7 +28,8 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """Directory of the Hugging Face tokenizer the data was made with; its vocabulary hash is checked."""
     train: tuple[SourceConfig, ...] = ()
-    """Blend of training sources."""
+    """Blend of training sources. With long_document_tokens and long_document_share (0 to 1), so much of what is drawn
+    of a source comes from its documents of at least that many tokens."""
     validation: tuple[SourceConfig, ...] = ()
     """Validation sources; each is evaluated on its own and logged under its file name."""
     packing: Literal["concat", "best_fit"] = "concat"
