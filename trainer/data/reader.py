@@ -16,7 +16,7 @@ from configs.errors import BadInput
 from trainer.data.batch import Batch, build_batch, build_packed_batch, without_loss
 from trainer.data.blend import Blend
 from trainer.data.indexed import TokenDataset
-from trainer.data.packed_source import SOURCES
+from trainer.data.packed_source import POSITIONS, SOURCES
 
 _VALIDATION_SEED = 0  # the same validation samples whatever the seed of the run, so that runs can be compared
 
@@ -135,7 +135,7 @@ class BatchReader:
         rows = np.arange(size).reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]  # [microbatch, mbs]
         read = self._blend.read(assignment, rows.reshape(-1))
         samples = read.reshape(*rows.shape, *read.shape[1:])
-        check_ids(samples, self._vocab_size, f"data.train: a token of the samples {assignment.first_sample} to +{size}")
+        check_ids(read, self._vocab_size, f"data.train: a token of the samples {assignment.first_sample} to +{size}")
         ids = rows + assignment.first_sample
         return [
             _build(own, tuple(id_row.tolist()), self._document_end_id) for own, id_row in zip(samples, ids, strict=True)
@@ -198,7 +198,8 @@ def _build(samples: np.ndarray, sample_ids: tuple[int, ...], document_end_id: in
 
 def check_ids(samples: np.ndarray, vocab_size: int, what: str) -> None:
     """Refuse token ids the model has no embedding for: split over tp, an embedding would take them for nothing."""
-    largest = int(samples.max(initial=0))
+    ids = samples[:, :POSITIONS] if samples.ndim == 3 else samples  # packed rows hold positions too
+    largest = int(ids.max(initial=0))
     if largest >= vocab_size:
         raise BadInput(
             f"{what} is {largest}, and model.vocab_size={vocab_size} has no such id; set model.vocab_size to the size "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -195,6 +196,24 @@ def test_ids_outside_the_vocabulary_are_refused(make_dataset):
     )
     with pytest.raises(BadInput, match="data.train: a token of .* is [0-9]+, and model.vocab_size=100 has no such id"):
         reader.read_step()
+
+
+@pytest.mark.parametrize("vocab_size", [250, 251])
+def test_positions_are_no_ids_and_the_last_label_is_one(make_dataset, vocab_size):
+    dataset = make_dataset("a", [301], 1)
+    dataset.documents[0][:] = [*[7] * 300, 250]  # 250 is the last label alone
+    reader = ValidationReader(
+        dataset,
+        seq_len=300,
+        num_samples=1,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=vocab_size,
+        packing="best_fit",
+    )
+    with pytest.raises(BadInput, match="is 250, and") if vocab_size == 250 else nullcontext():
+        reader.check()
 
 
 def test_validation_never_repeats_a_small_source(make_dataset):
