@@ -11,11 +11,24 @@ from configs.stages import Config
 def resolve_cp_attention(config: Config, *, has_te: bool) -> str:
     """Return the method that `parallel.cp_attention` means on a machine with or without Transformer Engine.
 
-    Transformer Engine splits each document for itself, so that rows of documents, split as a whole, are for ours.
+    Transformer Engine splits each document for itself, so that rows of documents, split as a whole, are for ours; so
+    are windows and sinks, which its ring has not.
     """
+    model = config.model
     if config.parallel.cp_attention != "auto":
         return config.parallel.cp_attention
-    return "te" if uses_te_layers(config, has_te=has_te) and not config.data.document_mask else "ring"
+    is_plain = not config.data.document_mask and model.window_size is None and not model.attention_sinks
+    return "te" if uses_te_layers(config, has_te=has_te) and is_plain else "ring"
+
+
+def uses_te_attention(config: Config, *, use_te: bool) -> bool:
+    """Return whether Transformer Engine's layers keep their own core attention; `use_te` says whether they are used.
+
+    Its sinks know no packed documents and no ring of ranks, so that all sinks are ours.
+    """
+    if not use_te or config.model.attention_sinks:
+        return False
+    return config.parallel.cp == 1 or resolve_cp_attention(config, has_te=use_te) == "te"
 
 
 def check_cp_attention(config: Config, *, has_te: bool) -> Iterator[str]:
@@ -33,6 +46,9 @@ def check_cp_attention(config: Config, *, has_te: bool) -> Iterator[str]:
             "parallel.cp_attention: te splits each document for itself, and data.document_mask packs documents of any "
             "length; a value that would work: ring"
         )
+    if method == "te" and (model.window_size is not None or model.attention_sinks):
+        field = "window_size" if model.window_size is not None else "attention_sinks"
+        yield f"parallel.cp_attention: te cannot do model.{field}; a value that would work: ring"
     if model.attention_dropout > 0 and method != "te":
         yield (
             f"model.attention_dropout: {model.attention_dropout} is not drawn alike on the ranks of parallel.cp="

@@ -1,6 +1,6 @@
 """How well a model uses long contexts: perplexity by position, and passkey retrieval by length and depth.
 
-Run: [torchrun --nproc-per-node N] tools/eval_long_context.py MODEL --data PREFIX --lengths 1024 4096 --out DIR
+Run: [torchrun --nproc-per-node N] tools/eval_long_context.py MODEL --data PREFIX --lengths 1024,4096 --out DIR
 [parallel.cp=N ...]. Writes long_context.json, passkeys.png and perplexity.png, and TensorBoard events, in DIR.
 """
 
@@ -57,7 +57,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="fields such as parallel.cp=2 or model.rope.*"
     )
     parser.add_argument("--data", type=path_text, required=True, metavar="PREFIX", help="dataset with long documents")
-    parser.add_argument("--lengths", type=int, nargs="+", required=True, metavar="N", help="context lengths in tokens")
+    parser.add_argument(
+        "--lengths", type=_read_lengths, required=True, metavar="N,N", help="context lengths in tokens: 1024,4096"
+    )
     parser.add_argument("--documents", type=int, default=16, metavar="N", help="documents for perplexity (default: 16)")
     parser.add_argument("--depths", type=int, default=5, metavar="N", help="places of the pass key (default: 5)")
     parser.add_argument("--keys", type=int, default=4, metavar="N", help="texts a length and depth (default: 4)")
@@ -67,9 +69,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("documents", 1), ("depths", 1), ("keys", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name}: {getattr(arguments, name)} is too few; a value that would work: {least}")
-    if min(arguments.lengths) < 1 or len(set(arguments.lengths)) < len(arguments.lengths):
-        parser.error("--lengths: must be different numbers of tokens; values that would work: 1024 4096")
     return arguments
+
+
+def _read_lengths(text: str) -> list[int]:
+    """Return the numbers of a list such as 1024,4096 in their order."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words) or len(set(words)) < len(words):
+        raise argparse.ArgumentTypeError(f"{text} is no list of different lengths; one that would work: 1024,4096")
+    return sorted(int(word) for word in words)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -79,7 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from trainer.evaluate.passkey import PasskeyMaker
 
     check_directory(arguments.out, "runs/demo/evaluation")
-    environment, lengths = read_environment(), sorted(arguments.lengths)
+    environment, lengths = read_environment(), arguments.lengths
     for length in lengths:  # each must suit the layout
         config = read_config_of(arguments.model, arguments.overrides, seq_len=length, world_size=environment.world_size)
     if config.data.tokenizer is None:
@@ -103,7 +111,7 @@ def _measure(
     """Measure every bucket and cell. Collective: all ranks of the world must call this."""
     from trainer.evaluate.long_context import measure_passkeys, measure_perplexity
 
-    lengths = sorted(arguments.lengths)
+    lengths = arguments.lengths
     depths = [place / max(arguments.depths - 1, 1) for place in range(arguments.depths)]
     pairs = [(length, depth) for length in lengths for depth in depths]
     costs = [float(length) * arguments.keys for length, _ in pairs]

@@ -74,8 +74,8 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
 
 
 def _model_checks(mesh: Mesh) -> Iterator[Check]:
-    """Yield what a model must do on any device, beside learning: names replaced, scores, nothing to learn from."""
-    from tools.device_checks.model import check_replaced_names, check_scores
+    """Yield what a model must do on any device, beside learning: names replaced, scores, rotation, nothing to learn."""
+    from tools.device_checks.model import check_replaced_names, check_rotation, check_scores
     from tools.device_checks.routers import check_router_gradient
     from tools.device_checks.steps import check_empty_batch
 
@@ -83,6 +83,7 @@ def _model_checks(mesh: Mesh) -> Iterator[Check]:
     yield "scores", lambda: check_scores(mesh)
     yield "router losses", lambda: check_router_gradient(mesh)
     yield "empty batch", lambda: check_empty_batch(mesh)
+    yield "rotation", lambda: check_rotation(mesh)
 
 
 def _fp8_checks(mesh: Mesh) -> Iterator[Check]:

@@ -9,9 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.errors import BadInput
 from tools.console import end_process, run_command
-from tools.outputs import check_prefix
 from tools.paths import path_text
 
 
@@ -58,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1000000)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
-    return run_command(lambda: print(make_passkeys(a.filler, a.tokenizer, a.out, longest=a.longest, num_tokens=a.tokens, seed=a.seed)))
+    return run_command(
+        lambda: print(make_passkeys(a.filler, a.tokenizer, a.out, longest=a.longest, num_tokens=a.tokens, seed=a.seed))
+    )
 
 
 if __name__ == "__main__":

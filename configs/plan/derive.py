@@ -74,6 +74,12 @@ def num_query_groups(model: ModelConfig) -> int:
     return model.num_query_groups if model.num_query_groups is not None else model.num_attention_heads
 
 
+def layer_windows(model: ModelConfig) -> tuple[int | None, ...]:
+    """Return for each layer how many keys a query sees, itself among them; None for all before it."""
+    pattern = model.window_pattern
+    return tuple(model.window_size if pattern[layer % len(pattern)] else None for layer in range(model.num_layers))
+
+
 def is_gated(model: ModelConfig) -> bool:
     """Return whether the MLP's first linear layer is twice as wide, one half gating the other (arXiv:2002.05202)."""
     return model.activation in ("swiglu", "geglu")

@@ -145,6 +145,8 @@ def _layer_weights(model: ModelConfig, layer: int) -> Iterator[_Weight]:
     for linear in layer_linears(model, layer):
         yield from _linear_weights(model, linear)
     yield from (_norm(model, size) for size in _norm_sizes(model))
+    if model.attention_sinks:
+        yield _Weight(model.num_attention_heads, model.num_attention_heads, "tp")
     if model.moe is not None and layer >= model.moe.num_dense_layers and model.moe.balancing == "bias":
         yield _Weight(model.moe.num_experts, model.moe.num_experts, is_trained=False)
 

@@ -5,7 +5,7 @@ Source: Chowdhery et al. 2022 (arXiv:2204.02311, appendix B).
 
 from __future__ import annotations
 
-from configs.plan.derive import head_dim
+from configs.plan.derive import head_dim, layer_windows
 from configs.plan.tensors import Linear, layer_linears
 from configs.sections.model import ModelConfig
 from configs.stages import Config
@@ -18,24 +18,33 @@ def active_part(model: ModelConfig, linear: Linear, count: int) -> int:
     return count * model.moe.top_k // linear.num_experts
 
 
+def attended_pairs(length: int, window: int | None) -> int:
+    """Return twice the queries and keys that meet in `length` tokens under a causal mask: the whole square, or a band.
+
+    Without a window the square is length^2; what a window of so many keys hides of its half is a smaller triangle.
+    """
+    return length**2 if window is None else length**2 - max(0, length - window) ** 2
+
+
 def model_flops(model: ModelConfig, num_tokens: int, num_attended_pairs: int) -> float:
     """Return the FLOPs of forward and backward: 3 x the forward matrix multiplications.
 
     Two FLOPs per token and parameter that multiplies it (active experts, router and the output layer over the true
-    vocabulary; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of the squared lengths of
-    what attention sees at once (samples, or documents): 2 heads (d_qk + d_v) FLOPs a pair and layer, of which half is
-    counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so do we. Recomputation
-    is not counted: this is model, not hardware, FLOPs.
+    vocabulary; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of `attended_pairs` over
+    the layers and over what attention sees at once (samples, or documents): 2 heads (d_qk + d_v) FLOPs a pair, of which
+    half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so do we.
+    Recomputation is not counted: this is model, not hardware, FLOPs.
     """
     multiplied = model.vocab_size * model.hidden_size
     for layer in range(model.num_layers):
         multiplied += sum(active_part(model, linear, linear.num_weights) for linear in layer_linears(model, layer))
     value_dim = model.mla.v_head_dim if model.mla is not None else head_dim(model)
-    core = model.num_attention_heads * (head_dim(model) + value_dim) * model.num_layers
+    core = model.num_attention_heads * (head_dim(model) + value_dim)
     return 3.0 * (2 * multiplied * num_tokens + core * num_attended_pairs)
 
 
 def flops_per_step(config: Config, global_batch: int) -> float:
     """Return the model FLOPs of a step of `global_batch` samples that are attended whole, over all ranks."""
-    seq_len = config.train.seq_len
-    return model_flops(config.model, global_batch * seq_len, global_batch * seq_len**2)
+    seq_len, model = config.train.seq_len, config.model
+    pairs = sum(attended_pairs(seq_len, window) for window in layer_windows(model))
+    return model_flops(model, global_batch * seq_len, global_batch * pairs)

@@ -12,6 +12,7 @@ from configs.load import resolved_dict
 from configs.plan.derive import (
     Layout,
     chunk_layers,
+    layer_windows,
     num_microbatches,
     padded_vocab_size,
     ramp_batch_sizes,
@@ -101,6 +102,9 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
         yield f"  {kind}", _size_text(getattr(memory, kind))
     yield "fits in", _fitting_device(memory.total)
     batch = config.train.global_batch_size
+    if model.window_size is not None:
+        windowed = sum(window is not None for window in layer_windows(model))
+        yield "sliding window", f"{model.window_size:,} keys in {windowed} of {model.num_layers} layers"
     yield "model TFLOPs per step", f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}"
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from configs.fields import value_text
-from configs.plan.derive import head_dim, num_query_groups
+from configs.plan.derive import head_dim, layer_windows, num_query_groups
 from configs.sections.base import Section
 from configs.sections.model import ModelConfig, MoeConfig
 
 
 def check_model(model: ModelConfig) -> list[str]:
     """Return every rule the architecture breaks, one sentence each with the field and a value that would work."""
-    return [*_check_attention(model), *_check_mla(model), *_check_rope(model), *_check_moe(model)]
+    parts = (_check_attention, _check_window, _check_mla, _check_rope, _check_moe)
+    return [problem for check in parts for problem in check(model)]
 
 
 def check_unused(section: Section, path: str, names: Iterable[str], reason: str) -> Iterator[str]:
@@ -44,6 +45,28 @@ def _check_attention(model: ModelConfig) -> Iterator[str]:
         yield "model.qkv_bias: model.linear_bias already gives it; a value that would work: false"
 
 
+def _check_window(model: ModelConfig) -> Iterator[str]:
+    window, longest = model.window_size, model.max_position_embeddings
+    if window is None:
+        yield from check_unused(model, "model", ("window_pattern",), "without model.window_size")
+    elif len(model.window_pattern) > model.num_layers:
+        works = value_text(model.window_pattern[: model.num_layers])
+        yield (
+            f"model.window_pattern: has {len(model.window_pattern)} entries for model.num_layers={model.num_layers}; a "
+            f"value that would work: {works}"
+        )
+    elif not any(layer_windows(model)):
+        yield "model.window_pattern: gives no layer the window; a value that would work: [true]"
+    if window is not None and window >= longest:
+        yield (
+            f"model.window_size: {window} hides nothing within model.max_position_embeddings={longest}; a value that "
+            "would work: null"
+        )
+    if model.attention_dropout > 0 and (window is not None or model.attention_sinks):
+        field = "window_size" if window is not None else "attention_sinks"
+        yield f"model.attention_dropout: is not drawn with model.{field}; a value that would work: 0.0"
+
+
 def _check_mla(model: ModelConfig) -> Iterator[str]:
     """Refuse the fields of ordinary attention: latent attention has projections, norms and rotation of its own."""
     mla = model.mla
@@ -59,7 +82,7 @@ def _check_mla(model: ModelConfig) -> Iterator[str]:
         yield "model.rope.interleaved: latent attention rotates neighbouring pairs; a value that would work: true"
     if model.rope.fraction != 1.0:
         yield "model.rope.fraction: model.mla.qk_rope_head_dim says what is rotated; a value that would work: 1.0"
-    if model.rope.scaling in ("linear", "llama3"):
+    if model.rope.scaling in ("linear", "dynamic", "llama3"):
         yield f"model.rope.scaling: latent attention has no {model.rope.scaling}; values that would work: none, yarn"
 
 
@@ -75,13 +98,20 @@ def _check_rope(model: ModelConfig) -> Iterator[str]:
         )
     if rope.scaling == "yarn" and rope.interleaved and model.mla is None:
         yield "model.rope.interleaved: yarn rotates the two halves; a value that would work: false"
+    if rope.scaling == "yarn" and rope.fraction != 1.0 and model.mla is None:
+        yield "model.rope.fraction: yarn rotates whole heads; a value that would work: 1.0"
+    if rope.scaling == "dynamic" and rotated == 2:
+        yield (
+            "model.rope.scaling: dynamic stretches what lies between the first and the last of the rotated pairs, here "
+            "is one; values that would work: none, linear, llama3, yarn"
+        )
     yield from _check_rope_unused(model)
     if rope.scaling == "none":
         return
     if rope.factor <= 1.0:
         yield f"model.rope.factor: {rope.factor:g} extends nothing; a value that would work: 8.0"
     original = rope.original_max_position_embeddings
-    if rope.scaling in ("llama3", "yarn") and original > model.max_position_embeddings:
+    if rope.scaling in ("dynamic", "llama3", "yarn") and original > model.max_position_embeddings:
         yield (
             f"model.rope.original_max_position_embeddings: {original} exceeds model.max_position_embeddings="
             f"{model.max_position_embeddings}; a value that would work: {model.max_position_embeddings}"
@@ -108,7 +138,12 @@ def _check_rope_unused(model: ModelConfig) -> Iterator[str]:
     if rope.scaling != "llama3":
         yield from check_unused(rope, path, ("low_freq_factor", "high_freq_factor"), reason)
     if rope.scaling != "yarn":
-        yield from check_unused(rope, path, ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), reason)
+        names = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
+        yield from check_unused(rope, path, names, reason)
+    elif rope.attention_factor is not None:
+        yield from check_unused(rope, path, ("mscale",), "with model.rope.attention_factor")
+        if model.mla is None:  # latent attention also scales its softmax, by mscale_all_dim alone
+            yield from check_unused(rope, path, ("mscale_all_dim",), "with model.rope.attention_factor")
 
 
 def _check_moe(model: ModelConfig) -> Iterator[str]:

@@ -18,12 +18,12 @@ class RopeConfig(Section):
     """Part of each head's dimensions that is rotated (`partial_rotary_factor` in HF configs)."""
     interleaved: bool = False
     """Rotate neighbouring pairs (GPT-J, DeepSeek) instead of the two halves (Llama, NeoX)."""
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """Kind of context extension."""
+    scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    """Kind of context extension; configs/README.md says which one when."""
     factor: PositiveFloat = 1.0
     """Context extension factor of every scaling kind."""
     original_max_position_embeddings: PositiveInt = 4096
-    """Context length in tokens before extension (llama3, yarn)."""
+    """Context length in tokens before extension (dynamic, llama3, yarn)."""
     low_freq_factor: PositiveFloat = 1.0
     """llama3 only: wavelengths above original_max_position_embeddings / low_freq_factor are fully scaled."""
     high_freq_factor: PositiveFloat = 4.0
@@ -32,10 +32,14 @@ class RopeConfig(Section):
     """yarn only: rotations over the original context above which a dimension is not interpolated."""
     beta_slow: PositiveFloat = 1.0
     """yarn only: rotations over the original context below which a dimension is fully interpolated."""
+    truncate: bool = True
+    """yarn only: round the bounds between the dimensions that are interpolated and those that are not."""
     mscale: NonNegativeFloat = 1.0
     """yarn only: attention temperature coefficient (arXiv:2309.00071, eq. 22)."""
     mscale_all_dim: NonNegativeFloat = 0.0
     """yarn only: coefficient applied to all dimensions (DeepSeek)."""
+    attention_factor: PositiveFloat | None = None
+    """yarn only: factor on the rotated queries and keys itself; null for the one of factor, mscale, mscale_all_dim."""
 
 
 class MlaConfig(Section):
@@ -131,6 +135,12 @@ class ModelConfig(Section):
     """Dropout probability on the residual branches."""
     attention_dropout: Fraction = 0.0
     """Dropout probability on the attention weights."""
+    window_size: PositiveInt | None = None
+    """Keys that a query sees, itself among them (`sliding_window` in HF configs); null for all before it."""
+    window_pattern: Annotated[tuple[bool, ...], Field(min_length=1)] = (True,)
+    """Which layers have the window, repeated over all of them: [true, false] is every other one, beginning with it."""
+    attention_sinks: bool = False
+    """A learned logit per head, with a value of zero, that takes attention from the keys (arXiv:2508.10925)."""
     mla: MlaConfig | None = None
     """Multi-head latent attention instead of MHA/GQA; null for none."""
     moe: MoeConfig | None = None

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
-from configs.plan.derive import derive_layout
+from configs.plan.derive import derive_layout, layer_windows
 from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
-from configs.plan.flops import model_flops
+from configs.plan.flops import attended_pairs, model_flops
 from configs.sections.model import ModelConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.train import RecomputeConfig, TrainConfig
@@ -224,7 +224,17 @@ def test_flops_of_a_dense_model_follow_the_closed_formula() -> None:
     model = preset("llama3_1_8b")
     multiplied = 8_030_261_248 - 128256 * 4096 - (2 * 32 + 1) * 4096  # neither look-up nor norms
     attention = 32 * 8192 * 4096 * 2  # causal half of 4 s h per layer
-    assert model_flops(model, 8192, 8192**2) == 8192 * 3 * (2 * multiplied + attention)
+    assert model_flops(model, 8192, 32 * 8192**2) == 8192 * 3 * (2 * multiplied + attention)
+
+
+def test_flops_of_windows_count_the_pairs_that_are_seen() -> None:
+    """Against the mask written out; half of a square leaves out half its diagonal, and so does the first window's."""
+    seen = [[key <= query and key > query - 7 for key in range(40)] for query in range(40)]
+    assert attended_pairs(40, 7) / 2 == sum(map(sum, seen)) - 7 / 2
+    assert attended_pairs(5, 7) == attended_pairs(5, None) == 25
+    model = preset("llama3_1_8b").model_copy(update={"window_size": 1024, "window_pattern": (True, False, False)})
+    windowed = tuple(layer for layer, window in enumerate(layer_windows(model)) if window == 1024)
+    assert windowed == tuple(range(0, 32, 3))
 
 
 def test_flops_of_experts_count_the_active_ones() -> None:
@@ -232,4 +242,4 @@ def test_flops_of_experts_count_the_active_ones() -> None:
     count = count_parameters(model)
     core = 61 * 4096 * 128 * (128 + 64 + 128)
     rough = 3 * (2 * (count.active - 129280 * 7168) + core)
-    assert model_flops(model, 4096, 4096**2) / 4096 == pytest.approx(rough, rel=1e-4)
+    assert model_flops(model, 4096, 61 * 4096**2) / 4096 == pytest.approx(rough, rel=1e-4)

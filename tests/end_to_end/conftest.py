@@ -69,8 +69,10 @@ checkpoint: {{save_every: 2, keep_last: 10}}
     return path
 
 
-def train_on_ranks(place: Place, path: str, overrides: tuple[str, ...], port: int, fault: str | None) -> Any:
-    """Run the pretraining stage as `launch` does; return its exit code, or the class and text of what it raised."""
+def train_on_ranks(
+    place: Place, path: str, overrides: tuple[str, ...], port: int, fault: str | None, stage: str
+) -> Any:
+    """Run a stage as `launch` does; return its exit code, or the class and text of what it raised."""
     import os
     from unittest.mock import patch
 
@@ -82,12 +84,12 @@ def train_on_ranks(place: Place, path: str, overrides: tuple[str, ...], port: in
 
     start_console(place.rank)
     environment = Environment(rank=place.rank, world_size=place.world_size, master_port=port)
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, stage)
     problems = check_config(config, place.world_size, platform="cpu", has_te=False)
     assert not problems, problems
     try:
         with patch.dict(os.environ, environment.as_variables()), inject(fault, place.rank):
-            return int(run(config, "pretrain", environment, "cpu")), ""
+            return int(run(config, stage, environment, "cpu")), ""
     except ShardwrightError as error:
         return int(error.exit_code), str(error)
 
@@ -96,11 +98,11 @@ def train_on_ranks(place: Place, path: str, overrides: tuple[str, ...], port: in
 def train(ranks, recipe):
     """Return a function that trains the recipe: `train(world, *overrides, fault=None) -> (exit code, sentence)`."""
 
-    def run_on_ranks(world: int, *overrides: str, fault: str | None = None) -> tuple[int, str]:
+    def run_on_ranks(world: int, *overrides: str, fault: str | None = None, stage: str = "pretrain") -> tuple[int, str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        answers = ranks.run(train_on_ranks, str(recipe), overrides, port, fault, world=world)
+        answers = ranks.run(train_on_ranks, str(recipe), overrides, port, fault, stage, world=world)
         assert len({code for code, _ in answers}) == 1, answers
         return answers[0]
 

@@ -33,7 +33,9 @@ def fp8(recipe: str) -> dict[str, Any]:
 
 BIASED = {"activation": "gelu", "norm": "layernorm", "linear_bias": True}
 YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+DYNAMIC = {"scaling": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
 DOCUMENTS = {"data": {"document_mask": True}}
+SINKS = model(window_size=48, window_pattern=[True, False], attention_sinks=True)
 # name: (number format, model, other sections, ranks of the world, rank)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "bf16": ("bf16", SMALL_MODEL, {}, 1, 0),
@@ -44,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "geglu_tied": ("bf16", model(activation="geglu", tie_embeddings=True), {}, 1, 0),
     "biased_dropout": ("bf16", model(**BIASED, hidden_dropout=0.1, attention_dropout=0.1), {}, 1, 0),
     "qk_norm_yarn": ("bf16", model(qk_norm=True, rope=YARN), {}, 1, 0),
+    "dynamic": ("bf16", model(rope=DYNAMIC), {}, 1, 0),
     "latent": ("bf16", LATENT_MODEL, {}, 1, 0),
     "experts": ("bf16", model(moe=MOE), {}, 1, 0),
     "documents": ("bf16", SMALL_MODEL, DOCUMENTS, 1, 0),
@@ -54,10 +57,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "pp2_first": ("bf16", SMALL_MODEL, {"parallel": {"pp": 2}}, 2, 0),
     "pp2_vpp2_last": ("bf16", model(num_layers=4), {"parallel": {"pp": 2, "vpp": 2}}, 2, 1),
     "ep2": ("bf16", model(moe=MOE), {"parallel": {"ep": 2}}, 2, 1),
+    "window_sinks": ("bf16", SINKS, {}, 1, 0),
+    "window_sinks_fp32": ("fp32", SINKS, {}, 1, 0),
+    "window_sinks_documents": ("bf16", SINKS, DOCUMENTS, 1, 0),
+    "window_documents": ("bf16", model(window_size=48), DOCUMENTS, 1, 0),
+    "latent_window": ("bf16", LATENT_MODEL | {"window_size": 48}, {}, 1, 0),
+    "cp2_ring_window_sinks_tp2_sp": ("bf16", SINKS, DOCUMENTS | {"parallel": {"cp": 2, "tp": 2, "sp": True}}, 4, 3),
     "cp2_ring": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2}}, 2, 1),
     "cp2_ring_fp32": ("fp32", SMALL_MODEL, {"parallel": {"cp": 2}}, 2, 0),
     "cp2_ring_documents": ("bf16", SMALL_MODEL, DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
+    "cp2_ring_dynamic_documents": ("bf16", model(rope=DYNAMIC), DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
     "cp2_ring_latent_documents": ("bf16", LATENT_MODEL, DOCUMENTS | {"parallel": {"cp": 2}}, 2, 1),
+    "cp2_ring_wide_heads": ("bf16", model(head_dim=320), {"parallel": {"cp": 2}}, 2, 1),
     "cp2_all_gather": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2, "cp_attention": "all_gather"}}, 2, 1),
     "cp2_ulysses": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2, "cp_attention": "ulysses"}}, 2, 1),
     "cp4_hierarchical": (
@@ -98,6 +109,7 @@ MEMORY_CASES = {
     "gelu": large(fields={"activation": "gelu"}),
     "qk_norm": large(fields={"qk_norm": True}),
     "latent": large(fields={"num_query_groups": None, "mla": LARGE_LATENT | {"v_head_dim": 128}}),
+    "window_and_sinks": large(fields={"window_size": 1024, "attention_sinks": True}),
     "two_rows": large(train={"micro_batch_size": 2}),
     "geglu": large(fields={"activation": "geglu", "num_layers": 16}, train={"micro_batch_size": 4}),
     "recompute_long": large(
@@ -170,6 +182,7 @@ def test_a_step_on_a_fake_gpu(outcomes, name):
 def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     """So that it stays ahead of the GPU: nothing within the forward and backward passes waits."""
     reads = outcomes[name]["reads"]
+    assert outcomes[name]["reads_of_policy"].keys() == reads.keys()
     is_waiting = reads.pop(DISPATCHER, 0) > 0
     assert is_waiting == ("experts" in name or name == "ep2")
     assert (reads.pop(PIPELINE, 0) > 0) == (name == "pp2_first")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -235,8 +236,27 @@ def replace_kernels() -> None:
     cast._cast_kernel = cast._scale_kernel = NoKernel()
 
 
+class PolicyObjective:
+    """The mean log-probability, and an entropy bonus, of a policy that samples at a temperature."""
+
+    mean_names: tuple[str, ...] = ()
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        from trainer.engine.forward import score_language_model
+
+        return score_language_model(model, batch, temperature=0.7, entropy=True)
+
+    def loss(self, output: Any, batch: Any) -> Any:
+        from trainer.losses.loss import Loss
+
+        return Loss(((-output.log_probs - 0.01 * output.entropy) * batch.loss_mask).sum())
+
+    def count(self, batch: Any) -> torch.Tensor:
+        return (batch.loss_mask > 0).sum(dtype=torch.int32)
+
+
 def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
-    """Build the engine of one rank, take steps, an evaluation, scores and logits; return what the last step showed."""
+    """Build the engine of one rank, take steps, an evaluation, scores and logits; return what the last steps showed."""
     from parallel.mesh import build_mesh, destroy_mesh
     from parallel.platform import load_platform
 
@@ -251,7 +271,7 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
         from trainer.data.batch import Documents
         from trainer.engine import kernels
         from trainer.engine.build import build_engine
-        from trainer.stages.forward import forward_language_model
+        from trainer.engine.forward import forward_language_model, score_language_model
         from trainer.stages.next_token import NextTokenObjective
 
         objective = NextTokenObjective()
@@ -267,9 +287,13 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
                 memory.peak = memory.bytes
                 engine.train_step(batches, objective, 1e-3)
             found = {"reads": dict(READS), "peak_bytes": memory.peak}
+            READS.clear()
+            engine.train_step(batches, PolicyObjective(), 1e-3)
+            found["reads_of_policy"] = dict(READS)
             assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(platform))
             engine.sum_losses(batches, objective)
             engine.score(batches, forward_language_model)
+            engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
             engine.compute_logits(batches[0].tokens)
             engine.close()
         return found
@@ -291,7 +315,7 @@ def main() -> None:
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
-            results[name] = {"error": error, "reads": {}, "peak_bytes": 0}
+            results[name] = {"error": error, "reads": {}, "reads_of_policy": {}, "peak_bytes": 0}
     print(json.dumps(results))
 
 

@@ -40,6 +40,7 @@ def test_layout_equals_one_rank(judge, name, masks):
     judge.check(*LAYOUTS[name], masks=masks)
 
 
+WINDOWS_AND_SINKS = {"window_size": 7, "window_pattern": [True, True, False], "attention_sinks": True}
 MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64}
 MODELS = {
     "experts_balanced": {"moe": MOE | {"z_loss_coeff": 1e-2}},
@@ -52,6 +53,7 @@ MODELS = {
         },
     },
     "one_key_head": {"num_query_groups": 1},
+    "windows_and_sinks": WINDOWS_AND_SINKS,
     "yarn": {"rope": {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
 }  # fmt: skip
 
@@ -60,6 +62,16 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_architecture_equals_one_rank(judge, name, masks):
     judge.check(2, CP2, masks=masks, model=MODELS[name])
+
+
+@pytest.mark.parametrize(
+    "world, parallel",
+    [(2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (4, CP2 | ULYSSES | {"tp": 2})],
+    ids=["tp2_sp", "pp2", "ulysses_cp2_tp2"],
+)
+def test_windows_and_sinks_equal_one_rank(judge, world, parallel):
+    """Two layers of three have the window, whatever stage they are on; sinks lie over tp with their heads."""
+    judge.check(world, parallel, masks="documents", model=WINDOWS_AND_SINKS)
 
 
 @pytest.mark.parametrize("parallel", [CP2 | {"ep": 2}, CP2 | {"ep": 2, "tp": 2, "sp": True}], ids=["ep2", "ep2_tp2_sp"])

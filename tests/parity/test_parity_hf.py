@@ -29,6 +29,7 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 TP2_PP2 = (4, {"tp": 2, "pp": 2})
+CP2_TP2 = (4, {"cp": 2, "tp": 2})
 EP2 = (2, {"ep": 2})
 EP2_TP2 = (4, {"ep": 2, "tp": 2, "sp": True})
 # name -> class of transformers, changes to SHARED, layout
@@ -37,10 +38,12 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, dict[str, Any]]]] = {
     "llama_tied_scaled": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, TP2_PP2),
     "llama_mha_biased": ("Llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}, TP2_PP2),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 24}, TP2_PP2),
+    "mistral_window": ("Mistral", {"sliding_window": 7}, CP2_TP2),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}, TP2_PP2),
     "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN}, TP2_PP2),
+    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}, TP2_PP2),
     "qwen3": ("Qwen3", {"head_dim": 32}, TP2_PP2),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}, EP2),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 9}, EP2),
     "qwen3_moe": (
         "Qwen3Moe",
         {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "norm_topk_prob": True,

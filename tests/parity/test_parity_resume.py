@@ -114,6 +114,15 @@ def test_another_layout(ranks, stopped_run, before, after):
     assert_equal_runs(resumed, uninterrupted)
 
 
+@pytest.mark.parametrize("before, after", [("one", "tp2_sp"), ("tp2_pp2", "one")])
+def test_sinks_on_another_layout(ranks, stopped_run, before, after):
+    model = {"attention_sinks": True}
+    run_dir, uninterrupted = stopped_run(before, model)
+    world, config = make_config(after, model)
+    resumed = ranks.run(resume_run, config, str(run_dir), world=world)[0]
+    assert_equal_runs(resumed, uninterrupted)
+
+
 @pytest.mark.parametrize("before, after", [("one", "ep2"), ("one", "ep2_tp2"), ("ep2", "one"), ("ep2_tp2", "ep4")])
 def test_experts_on_another_layout(ranks, stopped_run, before, after):
     """Experts share the optimizer with the rest on one rank and have one of their own under expert parallelism."""

@@ -1,7 +1,8 @@
-"""An independent judge: one rank's loss and gradients equal those of `transformers`' Llama in float64."""
+"""An independent judge: logits, loss and gradients equal those of `transformers`' Llama in float64, also with cp."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from tests.small_runs import DOCUMENT_END_ID, SEQ_LEN, VOCAB_SIZE, build_stage, 
 from tools.made_up_data import write_made_up_dataset
 
 TOLERANCE = 1e-4
+OF_LARGEST = 1e-5
+"""Largest error of logits and gradients relative to the largest value of each tensor."""
 
 
 def split_qkv(packed: Any, num_groups: int, num_heads: int, head_dim: int) -> list[Any]:
@@ -69,20 +72,26 @@ def build_llama(config: Any, weights: dict[str, Any]) -> Any:
     return llama
 
 
-def llama_loss(config: Any, weights: dict[str, Any], batches: list[Any]) -> tuple[float, dict[str, Any]]:
-    """Return the mean loss over the counted tokens and its gradients, in float64."""
+def llama_loss(config: Any, weights: dict[str, Any], batches: list[Any]) -> tuple[float, list[Any], dict[str, Any]]:
+    """Return the mean loss over the counted tokens, the logits of each batch, and the gradients, in float64."""
     import torch
 
     llama = build_llama(config, weights)
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count, every = torch.zeros((), dtype=torch.float64), 0, []
     for batch in batches:
-        logits = llama(batch.tokens).logits
+        # A document alone is a sequence from position 0; without documents every row is one.
+        rows = range(0, batch.tokens.numel() + 1, batch.tokens.shape[1])
+        bounds = rows if batch.documents is None else batch.documents.bounds
+        tokens = batch.tokens.reshape(1, -1)
+        alone = [llama(tokens[:, start:end]).logits for start, end in itertools.pairwise(bounds)]
+        logits = torch.cat(alone, dim=1).view(*batch.tokens.shape, -1)
+        every.append(logits.detach())
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
         total = total + (losses * batch.loss_mask).sum()
         count += int(batch.loss_mask.sum())
     loss = total / count
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in llama.named_parameters()}
+    return loss.item(), every, {name: parameter.grad for name, parameter in llama.named_parameters()}
 
 
 def compare_with_llama(place: Place, config: Any) -> tuple[float, float, dict[str, float]]:
@@ -93,7 +102,7 @@ def compare_with_llama(place: Place, config: Any) -> tuple[float, float, dict[st
         roughen(engine)
         named = {name: parameter.data.clone() for name, parameter in engine.chunks[0].named_parameters()}
         batches = build_stage(engine, "uneven").reader.read_step()
-        expected_loss, expected = llama_loss(config, as_llama(named, config), batches)
+        expected_loss, _, expected = llama_loss(config, as_llama(named, config), batches)
         stage = build_stage(engine, "uneven")
         result = stage.step(TrainState())
         gradients = {name: parameter.main_grad for name, parameter in engine.chunks[0].named_parameters()}
@@ -158,3 +167,59 @@ def test_validation_is_llamas_mean_over_the_tokens(ranks, tmp_path, ends):
     ((loss, expected, missing),) = ranks.run(validate, small_config(), str(tmp_path / "data"), 10, ends)
     assert missing == 2
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def forward_logits(model: Any, batch: Any) -> Any:
+    """Return the logits `[batch, seq/cp, vocab]`, inside documents too, from the last chunk."""
+    from trainer.engine.forward import _forward
+
+    def make_logits(*, hidden_states: Any, output_layer: Any, output_weight: Any, **unused: Any) -> Any:
+        return output_layer(hidden_states, weight=output_weight)[0].transpose(0, 1)
+
+    return _forward(model, batch, output_processor=make_logits).reshape(*batch.tokens.shape, -1)
+
+
+def gather_gradients(engine: Any) -> dict[str, Any]:
+    """Return the whole gradients of the mean loss after a step, of which each data-parallel rank has its share."""
+    import torch.distributed as dist
+
+    group = engine.mesh.dp_cp_group
+    for buffer in engine.modules[0].buffers:
+        for bucket in buffer.buckets:
+            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+    return {name: parameter.main_grad for name, parameter in engine.chunks[0].named_parameters()}
+
+
+def largest_errors(place: Place, config: Any, masks: str) -> tuple[float, float, float, dict[str, float]]:
+    """Return our loss, Llama's, and the largest errors of the logits and, by parameter, of the gradients."""
+    from trainer.engine.state import TrainState
+
+    with open_engine(place, config) as engine:
+        roughen(engine)
+        named = {name: parameter.data.clone() for name, parameter in engine.chunks[0].named_parameters()}
+        batches = build_stage(engine, masks).reader.read_step()
+        vocab_size = config.model.vocab_size
+        logits = [one[..., :vocab_size] for one in engine.score(batches, forward_logits)]
+        expected_loss, expected_logits, expected = llama_loss(config, as_llama(named, config), batches)
+        result = build_stage(engine, masks).step(TrainState())
+        found = as_llama(gather_gradients(engine), config)
+
+    def error(one: Any, other: Any) -> float:
+        return float((one - other).abs().max() / other.abs().max())
+
+    of_logits = max(error(*both) for both in zip(logits, expected_logits, strict=True))
+    errors = {name: error(found[name], gradient) for name, gradient in expected.items()}
+    return result.loss, expected_loss, of_logits, errors
+
+
+@pytest.mark.parametrize("masks", ["uneven", "documents"])
+@pytest.mark.parametrize("cp", [2, 4])
+def test_a_ring_equals_llama_in_float64(ranks, cp, masks):
+    """Documents are what Llama makes of each alone."""
+    sections = {"data": {"document_mask": True}} if masks == "documents" else {}
+    config = small_config(cp, optimizer={"clip_grad": 0.0}, parallel={"cp": cp, "cp_attention": "ring"}, **sections)
+    for loss, expected, of_logits, errors in ranks.run(largest_errors, config, masks, world=cp):
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        assert of_logits < OF_LARGEST
+        assert max(errors.values()) < OF_LARGEST, errors

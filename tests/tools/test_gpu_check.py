@@ -141,6 +141,7 @@ def run_model_checks(place):
         lambda: model.check_scores(mesh),
         lambda: routers.check_router_gradient(mesh),
         lambda: steps.check_empty_batch(mesh),
+        lambda: model.check_rotation(mesh),
     ]
     with open_world("cpu") as mesh:
         sound = [check() for check in checks]
@@ -148,9 +149,10 @@ def run_model_checks(place):
         faults = [
             patch.object(dist, "all_gather_object", lambda *unused, **options: None),
             patch.object(owner, name, None),
-            patch("trainer.stages.forward.forward_language_model", shift_labels),
+            patch("trainer.engine.forward.forward_language_model", shift_labels),
             patch("trainer.engine.engine.scale_router_losses", lambda *unused: None),
             patch.object(Engine, "_update", update_always),
+            patch("trainer.model.dynamic_rope.compute_dynamic_frequencies", rotate_by_the_longest),
         ]
         broken = []
         for check, fault in zip(checks, faults, strict=True):
@@ -164,15 +166,29 @@ def shift_labels(model, batch):
     return model(batch.tokens, batch.position_ids, None, labels=batch.tokens)
 
 
+def rotate_by_the_longest(rope, head_dim, lengths):
+    """Rotate all documents as the longest among them."""
+    from trainer.model.rope import compute_dynamic_frequencies
+
+    return compute_dynamic_frequencies(rope, head_dim, lengths.max().expand(len(lengths)))
+
+
 def test_what_a_model_must_do_on_any_device_is_seen(ranks):
     sound, broken = ranks.run(run_model_checks)[0]
-    assert [one.status for one in sound] == ["passed"] * 5, sound
+    assert [one.status for one in sound] == ["passed"] * 6, sound
     assert "gloo beside gloo" in sound[0].detail and "Adam and gradient norm torch's" in sound[1].detail
     assert "128 of 256 tokens count" in sound[3].detail
-    assert [one.status for one in broken] == ["failed"] * 5, broken
+    assert [one.status for one in broken] == ["failed"] * 6, broken
     for outcome, words in zip(
         broken,
-        ("gather_objects changed the value", "l2_norm_impl is not ours", "differ by", "gradient is off", "changed the"),
+        (
+            "gather_objects changed the value",
+            "l2_norm_impl is not ours",
+            "differ by",
+            "gradient is off",
+            "changed the",
+            "dynamic: losses differ by",
+        ),
         strict=True,
     ):
         assert words in outcome.detail

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parallel.mesh import Mesh
 
 TOLERANCES = {"fp32": 5e-5, "bf16": 2e-2, "fp16": 3e-3}
-"""Largest error of the output and of the three gradients relative to the largest value of each."""
+"""Largest error of the output and of each gradient relative to the largest value of each."""
 BATCH_SIZE = 2
 DOCUMENT_LENGTHS = (1, 37, 64, 90)
 """Of one packed row, in tokens; not multiples of any kernel's block."""
@@ -31,6 +31,11 @@ class Case:
     head_dim: int
     head_dim_v: int
     is_packed: bool = False
+    window: int | None = None
+    """Keys that a query sees, itself among them."""
+    has_sinks: bool = False
+    by_tiles: bool = False
+    """As where ranks share a sequence: in two pieces, of which the later one sees the earlier one too."""
 
 
 CASES = (
@@ -39,6 +44,15 @@ CASES = (
     Case("documents", 8, 2, 64, 64, is_packed=True),
     Case("MLA", 4, 4, 192, 128),
     Case("MLA documents", 4, 4, 192, 128, is_packed=True),
+    Case("window", 8, 2, 64, 64, window=24),
+    Case("window documents", 8, 2, 64, 64, is_packed=True, window=24),
+    Case("window sinks", 8, 2, 64, 64, window=24, has_sinks=True),
+    Case("window sinks documents", 8, 2, 64, 64, is_packed=True, window=24, has_sinks=True),
+    Case("wide heads", 4, 2, 320, 320),
+    Case("tiles", 8, 2, 128, 128, by_tiles=True),
+    Case("tiles of documents", 8, 2, 64, 64, is_packed=True, by_tiles=True),
+    Case("tiles of MLA documents", 4, 4, 192, 128, is_packed=True, by_tiles=True),
+    Case("tiles of wide heads", 4, 2, 320, 320, is_packed=True, by_tiles=True),
 )
 
 
@@ -48,7 +62,9 @@ def check_attention(mesh: Mesh, compute: str, *, use_te: bool, seq_len: int = 25
     refusal = mesh.platform.check_precision(compute)
     if refusal:
         return Outcome(name, "skipped", refusal)
-    errors = {case.name: _measure_error(mesh, compute, case, seq_len, use_te) for case in CASES}
+    # Transformer Engine shares a sequence in its own way, and takes no heads wider than 256.
+    cases = [case for case in CASES if not use_te or not (case.by_tiles or case.head_dim > 256)]
+    errors = {case.name: _measure_error(mesh, compute, case, seq_len, use_te) for case in cases}
     limit = TOLERANCES[compute]
     # `not <=`, so that a NaN is a problem too
     problems = [f"{case}: error {error:.1e} above {limit:g}" for case, error in errors.items() if not error <= limit]
@@ -58,7 +74,7 @@ def check_attention(mesh: Mesh, compute: str, *, use_te: bool, seq_len: int = 25
 
 
 def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: bool) -> float:
-    """Return the largest relative error over the output and the gradients of query, key and value."""
+    """Return the largest relative error over the output and the gradients of query, key, value and sinks."""
     import torch
 
     from parallel.precision import DTYPES
@@ -75,12 +91,25 @@ def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: b
     key = draw(*rows, case.num_groups, case.head_dim)
     value = draw(*rows, case.num_groups, case.head_dim_v)
     slope = draw(*rows, case.num_heads * case.head_dim_v)
-    expected = _with_gradients(lambda q, k, v: _reference(q, k, v, lengths), [query, key, value], slope, torch.float64)
-    packed = _pack(lengths, mesh.device) if case.is_packed else None
-    on_device = [part.to(mesh.device) for part in (query, key, value)]
-    found = _with_gradients(
-        lambda q, k, v: core(q, k, v, None, packed_seq_params=packed), on_device, slope.to(mesh.device), dtype
+    sinks = [draw(case.num_heads)] if case.has_sinks else []
+    expected = _with_gradients(
+        lambda *inputs: _reference(*inputs, lengths=lengths, window=case.window),
+        [query, key, value, *sinks],
+        slope,
+        torch.float64,
     )
+    packed = _pack(lengths, mesh.device) if case.is_packed else None
+    for drawn in sinks:
+        core.softmax_offset.data.copy_(drawn)
+    on_device = [part.to(mesh.device) for part in (query, key, value)]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if case.by_tiles:
+            return _attend_by_tiles(core.tiles, q, k, v, lengths)
+        return core(q, k, v, None, packed_seq_params=packed)
+
+    found = _with_gradients(attend, on_device, slope.to(mesh.device), dtype)
+    found += [core.softmax_offset.grad for _ in sinks]
     return max(
         float((one.cpu().double().reshape(other.shape) - other).abs().max() / other.abs().max())
         for one, other in zip(found, expected, strict=True)
@@ -95,8 +124,13 @@ def _with_gradients(attend: Any, inputs: list[torch.Tensor], slope: torch.Tensor
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def _reference(query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> torch.Tensor:
-    """Attend causally in each document of `[seq, (batch,) heads, dim]` by the definition (arXiv:1706.03762, eq. 1)."""
+def _reference(
+    query: Any, key: Any, value: Any, sinks: Any = None, *, lengths: tuple[int, ...], window: int | None
+) -> torch.Tensor:
+    """Attend causally in each document of `[seq, (batch,) heads, dim]` by the definition (arXiv:1706.03762, eq. 1).
+
+    A query sees `window` keys; `sinks [heads]` are logits of keys whose value is zero.
+    """
     import torch
 
     repeats = query.shape[-2] // key.shape[-2]
@@ -105,10 +139,30 @@ def _reference(query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> to
     for length in lengths:
         q, k, v = (part[start : start + length].movedim(0, -2) for part in (query, key, value))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [(batch,) heads, seq, seq]
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        outputs.append((scores.masked_fill(future, float("-inf")).softmax(-1) @ v).movedim(-2, 0))
+        behind = torch.arange(length)[:, None] - torch.arange(length)
+        scores = scores.masked_fill((behind < 0) | (behind >= (window or length)), float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+        outputs.append((scores.softmax(-1)[..., :length] @ v).movedim(-2, 0))
         start += length
     return torch.cat(outputs).flatten(-2)
+
+
+def _attend_by_tiles(tiles: Any, query: Any, key: Any, value: Any, lengths: tuple[int, ...]) -> torch.Tensor:
+    """Attend on the kernels of shared sequences, here two pieces on one rank, in the shapes of the core attention."""
+    from itertools import accumulate
+
+    from parallel.sequence_split import Segment
+    from trainer.model.attention.ring import RingAttention
+    from trainer.model.attention.tiles import plan_tiles
+
+    half, rest = len(query) // 2, len(query) - len(query) // 2
+    pieces = [Segment(0, 0, half), Segment(half, half, rest)]
+    plan = [plan_tiles(pieces, pieces, (0, *accumulate(lengths)), fewest_packed=tiles.fewest_packed)]
+    is_packed = query.dim() == 3  # [seq, (batch,) heads, dim] -> [batch, heads, seq, dim]
+    parts = [(one.unsqueeze(1) if is_packed else one).permute(1, 2, 0, 3) for one in (query, key, value)]
+    output = RingAttention.apply(*parts, None, plan, None, tiles, query.shape[-1] ** -0.5).permute(2, 0, 1, 3)
+    return output.squeeze(1).flatten(1) if is_packed else output.flatten(2)
 
 
 def _pack(lengths: tuple[int, ...], device: Any) -> Any:
@@ -145,6 +199,8 @@ def _build_config(compute: str, case: Case) -> Config:
         "ffn_hidden_size": 128,
         "num_attention_heads": case.num_heads,
         "vocab_size": 128,
+        "window_size": case.window,
+        "attention_sinks": case.has_sinks,
     }
     if case.head_dim_v == case.head_dim:
         model |= {"num_query_groups": case.num_groups, "head_dim": case.head_dim}

@@ -1,42 +1,105 @@
-"""A frozen model's scores and logits, which must agree, and the names of Megatron-Core replaced on the device."""
+"""A frozen model's scores, logits and packed documents, which must agree, and names replaced on the device."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
-from tools.device_checks.engine import build_config, made_up_batches
+from tools.device_checks.engine import SMALL_MODEL, build_config, made_up_batches
 from tools.device_checks.outcome import Outcome, judge
 
 if TYPE_CHECKING:
+    import torch
+
     from parallel.mesh import Mesh
+    from trainer.data.batch import Batch
 
 TOLERANCE = 1e-4
-"""Largest difference of a token's log-probability in nats, in fp32."""
+"""Largest difference of a token's log-probability or entropy in nats, in fp32."""
+TEMPERATURE = 0.7
 
 
 def check_scores(mesh: Mesh) -> Outcome:
-    """Compare the log-probabilities of tokens by a model without an optimizer with those that its logits give.
+    """Compare log-probabilities, entropies and greedy hits by a model without an optimizer with what its logits give.
 
-    The logits come of a forward pass without labels, and are made into log-probabilities in float64 on the host.
+    The logits come of a forward pass without labels, and are made into these in float64 on the host.
     """
     from trainer.engine.build import ModelPlan, build_models
-    from trainer.stages.forward import forward_language_model
+    from trainer.engine.forward import forward_language_model, score_language_model
 
     config = build_config("fp32")
     batches = made_up_batches(config)
     model = build_models({"reference": ModelPlan(config, is_trained=False)}, mesh)["reference"]
     problems, worst = [], 0.0
-    for batch, losses in zip(batches, model.score(batches, forward_language_model), strict=True):
-        logits = model.compute_logits(batch.tokens).cpu().double()  # [batch, seq, vocab]
-        expected = logits.log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1).long()).squeeze(-1)
-        worst = max(worst, float((-losses.cpu().double().view_as(expected) - expected).abs().max()))
+    every_logits = [model.compute_logits(batch.tokens).cpu().double() for batch in batches]  # [batch, seq, vocab]
+    batches = [_answer_greedily(*both) for both in zip(batches, every_logits, strict=True)]
+    asked = functools.partial(score_language_model, temperature=TEMPERATURE, entropy=True, is_greedy=True)
+    found = zip(model.score(batches, forward_language_model), model.score(batches, asked), strict=True)
+    for batch, logits, (losses, scores) in zip(batches, every_logits, found, strict=True):
+        plain, tempered = logits.log_softmax(-1), (logits / TEMPERATURE).log_softmax(-1)
+        labels = batch.labels.unsqueeze(-1)
+        for one, expected in (
+            (-losses, plain.gather(-1, labels).squeeze(-1)),
+            (scores.log_probs, tempered.gather(-1, labels).squeeze(-1)),
+            (scores.entropy, -(tempered.exp() * tempered).sum(-1)),
+        ):
+            worst = max(worst, float((one.cpu().double() - expected).abs().max()))
+        if not scores.is_greedy.cpu().equal(logits.argmax(-1) == batch.labels):
+            problems.append("the labels that have the largest logit are not those that are said to")
     # `not <=`, so that a NaN is a problem too
     if not worst <= TOLERANCE:
-        problems.append(f"log-probabilities differ by {worst:.1e} nats from those of the logits (limit {TOLERANCE:g})")
+        problems.append(f"scores differ by {worst:.1e} nats from those of the logits (limit {TOLERANCE:g})")
     if any(parameter.requires_grad for chunk in model.chunks for parameter in chunk.parameters()):
         problems.append("the weights of a frozen model ask for gradients")
     model.close()
     return judge("scores", problems, f"largest difference {worst:.1e} nats", {"difference": worst})
+
+
+def _answer_greedily(batch: Batch, logits: torch.Tensor) -> Batch:
+    """Return the batch with the ids of the largest logits as every other label."""
+    labels = batch.labels.clone()
+    labels[:, ::2] = logits.argmax(-1)[:, ::2]
+    return dataclasses.replace(batch, labels=labels)
+
+
+def check_rotation(mesh: Mesh) -> Outcome:
+    """Compare the losses of packed documents with each in a row of its own, in the scalings of rotation that they try.
+
+    yarn has a factor on attention, and dynamic an angle for each token by the length of its document.
+    """
+    problems, figures = [], {}
+    for scaling in ("yarn", "dynamic"):
+        worst = figures[scaling] = _rotate_both_ways(mesh, scaling)
+        if not worst <= TOLERANCE:
+            problems.append(f"{scaling}: losses differ by {worst:.1e} nats (limit {TOLERANCE:g})")
+    found = ", ".join(f"{scaling} {worst:.1e}" for scaling, worst in figures.items())
+    return judge("rotation", problems, f"largest difference in nats: {found}", figures)
+
+
+def _rotate_both_ways(mesh: Mesh, scaling: str) -> float:
+    """Return the largest difference of a token's loss in nats, of documents on either side of the original length."""
+    import torch
+
+    from trainer.data.batch import Batch, Documents
+    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.forward import forward_language_model
+
+    rope = {"scaling": scaling, "factor": 4.0, "original_max_position_embeddings": 16}
+    config = build_config("fp32", {**SMALL_MODEL, "rope": rope}, data={"document_mask": True})
+    lengths = (5, 40, 19, 64)  # two rows
+    (whole, *_) = made_up_batches(config)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    documents = Documents.build(torch.tensor([0, *lengths]).cumsum(0))
+    packed = Batch(whole.tokens, whole.labels, positions.view_as(whole.tokens), whole.loss_mask, documents)
+    columns = (whole.tokens, whole.labels, positions, whole.loss_mask)
+    pieces = zip(*(column.flatten().split(lengths) for column in columns), strict=True)
+    model = build_models({"reference": ModelPlan(config, is_trained=False)}, mesh)["reference"]
+    (found,) = model.score([packed], forward_language_model)
+    alone = [model.score([Batch(*(part[None] for part in piece))], forward_language_model)[0] for piece in pieces]
+    worst = float((found.flatten() - torch.cat([losses.flatten() for losses in alone])).abs().max())
+    model.close()
+    return worst
 
 
 def check_replaced_names(mesh: Mesh) -> Outcome:

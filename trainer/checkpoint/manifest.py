@@ -27,8 +27,8 @@ IMPORT_STAGE = "import_hf"
 # Fields of `model` that shape no weight and may differ between the run that saved and the run that continues. The
 # vocabulary's padding is layout: rows that a checkpoint lacks are zeros, rows too many are not read.
 FREE_MODEL_FIELDS = frozenset({"hidden_dropout", "attention_dropout", "init_std", "vocab_pad_multiple"})
-# A new stage may also stretch the context.
-FREE_WARM_START_FIELDS = FREE_MODEL_FIELDS | {"rope", "max_position_embeddings"}
+# A new stage may also stretch the context, or see less of it at once.
+FREE_WARM_START_FIELDS = FREE_MODEL_FIELDS | {"rope", "max_position_embeddings", "window_size", "window_pattern"}
 
 
 @dataclass(frozen=True)

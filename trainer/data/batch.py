@@ -5,7 +5,8 @@ Knows nothing of where the tokens came from, of models or of losses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs.plan.flops import attended_pairs
 from parallel.sequence_split import segments_of
 
 
@@ -48,17 +50,23 @@ class Batch:
     sample_ids: tuple[int, ...] = ()  # global sample number of each row, -1 for padding; for error reports
     cp_size: int = 1  # ranks that share each row; `documents` are those of the whole rows
 
-    @property
-    def num_attended_pairs(self) -> float:
-        """Sum of the squared lengths of what attention sees at once; half of these pairs are under the causal mask.
+    def num_attended_pairs(self, windows: Sequence[int | None]) -> float:
+        """Return the `configs.plan.flops.attended_pairs` of what attention sees at once, over layers of these windows.
 
         Of rows that ranks share, this rank's part.
         """
         rows, seq_len = self.tokens.shape
         if self.documents is None:
-            return rows * seq_len**2 * self.cp_size
-        bounds = np.asarray(self.documents.bounds, dtype=np.int64)
-        return int(np.square(np.diff(bounds)).sum()) / self.cp_size
+            each = Counter({seq_len * self.cp_size: rows})
+        else:
+            bounds = self.documents.bounds
+            each = Counter(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+        pairs = sum(
+            layers * times * attended_pairs(length, window)
+            for window, layers in Counter(windows).items()
+            for length, times in each.items()
+        )
+        return pairs / self.cp_size
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to `device`, through pinned memory and without waiting when it is not where they are."""

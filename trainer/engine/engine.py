@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from configs.plan.derive import layer_windows
 from configs.stages import Config
 from parallel.collectives import sum_over_microbatch_ranks
 from parallel.mesh import Mesh
@@ -168,15 +169,15 @@ class Engine(ShardedModel):
         """Run the schedule and return the sums over all microbatches and ranks; waits for them."""
         self._report = MicrobatchReport()
 
-        def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[Any, Callable[..., Any]]:
             batch = next(microbatches).to(self.mesh.device)
             return objective.forward(model, batch), functools.partial(self._loss, objective, batch)
 
         rows = self._run(forward_step, batches, forward_only=forward_only)
-        local = add_up(rows, batches, objective.mean_names, self.mesh)
+        local = add_up(rows, batches, objective.mean_names, self.mesh, layer_windows(self.config.model))
         return BatchSums.from_vector(sum_over_microbatch_ranks(local, self.mesh), objective.mean_names)
 
-    def _loss(self, objective: Objective, batch: Batch, output: torch.Tensor) -> tuple[Any, ...]:
+    def _loss(self, objective: Objective, batch: Batch, output: Any) -> tuple[Any, ...]:
         """Return (summed loss, divisor, figures to report) as the schedule wants them."""
         loss, count = objective.loss(output, batch), objective.count(batch)
         total = loss.total.detach()

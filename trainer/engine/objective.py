@@ -16,11 +16,11 @@ class Objective(Protocol):
     mean_names: tuple[str, ...]
     """Names of the figures that `loss` returns beside the loss itself."""
 
-    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+    def forward(self, model: Any, batch: Batch) -> Any:
         """Run one model chunk on one microbatch on the device; the last pipeline stage returns what `loss` takes."""
         ...
 
-    def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
+    def loss(self, output: Any, batch: Batch) -> Loss:
         """Return the summed loss of one microbatch from the last pipeline stage's output."""
         ...
 

@@ -21,7 +21,9 @@ from trainer.data.batch import Batch, share_of
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_model_state
+from trainer.model.dynamic_rope import rotated_at
 from trainer.model.fp8.attach import Fp8State
+from trainer.model.token_scores import TokenScores
 
 
 class ShardedModel:
@@ -40,19 +42,25 @@ class ShardedModel:
         return self.modules
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], torch.Tensor]) -> list[torch.Tensor]:
+    def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], Any]) -> list[Any]:
         """Return what `forward(model, batch)` gives for each microbatch: on the last pipeline stage, elsewhere nothing.
 
-        Such a tensor, `[micro_batch, seq]` on all cp ranks, becomes a column of its batch, for the objective of another
-        model.
+        That is a tensor `[micro_batch, seq]` or `TokenScores` of such, here whole on all cp ranks. It becomes a column
+        of its batch, for the objective of another model.
         """
         self._set_training(False)
 
-        def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-            return forward(model, next(microbatches).to(self.mesh.device)), _hand_over
+        def gather(output: torch.Tensor) -> torch.Tensor:
+            return gather_over_cp(output, self.mesh)
+
+        def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[Any, Callable[..., Any]]:
+            output = forward(model, next(microbatches).to(self.mesh.device))
+            # Megatron-Core looks at the tensor's device where there are experts.
+            shown = output.log_probs if isinstance(output, TokenScores) else output
+            return shown, lambda shown, non_loss_data: output
 
         outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
-        return [gather_over_cp(output, self.mesh) for output in outputs]
+        return [output.map(gather) if isinstance(output, TokenScores) else gather(output) for output in outputs]
 
     @torch.no_grad()
     def compute_logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -71,16 +79,17 @@ class ShardedModel:
             next(microbatches)
             return model(share.tokens, share.position_ids, None), _hand_over
 
-        outputs = run_schedule(
-            forward_step,
-            # The interleaved schedule wants a multiple of pp microbatches; the result of one is kept.
-            [None] * (self.mesh.pp_size if self.mesh.vpp_size > 1 else 1),
-            self.modules,
-            seq_len=padded_len,
-            micro_batch_size=batch,
-            forward_only=True,
-            collect_outputs=True,
-        )
+        with rotated_at(seq_len, self.chunks):
+            outputs = run_schedule(
+                forward_step,
+                # The interleaved schedule wants a multiple of pp microbatches; the result of one is kept.
+                [None] * (self.mesh.pp_size if self.mesh.vpp_size > 1 else 1),
+                self.modules,
+                seq_len=padded_len,
+                micro_batch_size=batch,
+                forward_only=True,
+                collect_outputs=True,
+            )
         vocab_size = self.config.model.vocab_size
         logits = torch.empty(batch, seq_len, vocab_size, device=self.mesh.device)
         if self.mesh.is_last_pp_stage:

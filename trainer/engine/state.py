@@ -19,7 +19,7 @@ class StepResult:
     num_input_tokens: int
     """Tokens of the global batch that went through the model."""
     num_attended_pairs: int
-    """Sum of the squared lengths of what attention sees at once: whole samples, or documents where it stays inside."""
+    """Pairs of tokens (`configs.plan.flops`) in what attention sees at once, samples or documents, over all layers."""
     num_samples: int
     """Samples of the global batch."""
     grad_norm: float

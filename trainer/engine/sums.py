@@ -28,6 +28,7 @@ class BatchSums:
     """Tokens whose loss counts."""
     num_input_tokens: int
     num_attended_pairs: int
+    """Over all layers."""
     means: dict[str, float]
     """The objective's further figures; 0 where there was nothing to take a mean of."""
 
@@ -50,11 +51,16 @@ class BatchSums:
 
 
 def add_up(
-    rows: Sequence[Sequence[torch.Tensor]], batches: Sequence[Batch], mean_names: Sequence[str], mesh: Mesh
+    rows: Sequence[Sequence[torch.Tensor]],
+    batches: Sequence[Batch],
+    mean_names: Sequence[str],
+    mesh: Mesh,
+    windows: Sequence[int | None],
 ) -> torch.Tensor:
     """Return this rank's sums as one fp64 vector: loss, divisor, each figure and its divisor, then the counts.
 
-    `rows` has one entry a microbatch on the last pipeline stage and is empty elsewhere.
+    `rows` has one entry a microbatch on the last pipeline stage and is empty elsewhere; `windows` are those of all
+    layers.
     """
     num_values = 2 + 2 * len(mean_names)
     local = torch.zeros(num_values + _NUM_COUNTS, dtype=torch.float64, device=mesh.device)
@@ -66,7 +72,7 @@ def add_up(
             num_samples,
             sum(int((batch.loss_mask > 0).sum()) for batch in batches),
             sum(batch.tokens.numel() for batch in batches),
-            sum(batch.num_attended_pairs for batch in batches),
+            sum(batch.num_attended_pairs(windows) for batch in batches),
         )
         local[num_values:] = torch.tensor(counts, dtype=torch.float64)
     return local

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from parallel.collectives import gather_objects
 from trainer.data.batch import build_batch
+from trainer.engine.forward import score_language_model
 from trainer.engine.sharded_model import ShardedModel
 from trainer.evaluate.passkey import PasskeyMaker
 
@@ -93,8 +94,6 @@ def score_rows(
     losses `[length]` in nats and hits `[length]`, whether the next token is the likeliest, are of one row each; one row
     is a microbatch, and data-parallel ranks share them. Collective: all ranks of the world must call this.
     """
-    from trainer.engine.forward import score_language_model  # TODO after merge
-
     mesh = model.mesh
     mine = list(range(mesh.dp_rank, len(rows), mesh.dp_size))
     # Every rank takes part in as many forward passes; the interleaved schedule wants a multiple of pp of them.

@@ -21,6 +21,7 @@ FOLDER = "hf"
 _SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _TOKENIZER = "tokenizer.model"  # Mistral's end in .v3 and the like
 _TEMPLATES = "additional_chat_templates"
+_NO_LIMIT = 1e20  # transformers writes 1e30 for a tokenizer that sets none
 _RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
 
 
@@ -74,9 +75,23 @@ def drop_missing_code(directory: Path) -> list[str]:
         if missing:
             del settings["auto_map"]
             settings |= {"auto_map": whole} if whole else {}
-            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write(file, settings)
             notes.append(f"{file.name}: auto_map named {', '.join(sorted(missing))}, which is not there; left out")
     return notes
+
+
+def set_token_limit(directory: Path, num_tokens: int) -> list[str]:
+    """Let the tokenizer in a directory name the model's longest sequence where it names another; return what was said.
+
+    A tokenizer that sets no limit goes on setting none.
+    """
+    file = directory / "tokenizer_config.json"
+    settings = _read(file) if file.is_file() else {}
+    limit = settings.get("model_max_length")
+    if not isinstance(limit, int | float) or limit > _NO_LIMIT or limit == num_tokens:
+        return []
+    _write(file, settings | {"model_max_length": num_tokens})
+    return [f"{file.name}: model_max_length was {limit}, now {num_tokens} as the model's"]
 
 
 def carried_config(carried: Path | None) -> dict[str, Any] | None:
@@ -122,6 +137,10 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file}: cannot be read ({error}); download it again.") from error
     return content if isinstance(content, dict) else {}
+
+
+def _write(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _needed_code(settings: dict[str, Any], directory: Path) -> set[Path]:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from configs.errors import BadInput
 from configs.fields import location_text
 from configs.paths import find_special_file
-from configs.plan.derive import head_dim, num_query_groups
+from configs.plan.derive import head_dim, layer_windows, num_query_groups
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.layout import resolve_checkpoint
@@ -26,8 +26,10 @@ from trainer.hf.directories import find_model_directory
 from trainer.hf.families import FAMILIES, Family, choose_family
 from trainer.hf.other_keys import check_other_keys, keys_left_aside
 from trainer.hf.quantisation import QUANTISATION_KEY, read_block_size
-from trainer.hf.rope_json import ROPE_KEYS, read_rope, write_rope
+from trainer.hf.rope_json import ROPE_KEYS, longest_context, read_rope, write_rope
 
+# Further names of the longest sequence, which nothing computes with.
+_LIMITS = ("model_max_length", "max_sequence_length")
 # What shapes training alone: a checkpoint says the same whatever these are.
 _TRAINING_ONLY = {"vocab_pad_multiple", "init_std", "hidden_dropout", "attention_dropout"}
 _TRAINING_ONLY_MOE = {"aux_loss_coeff", "z_loss_coeff", "bias_update_rate"}
@@ -84,8 +86,9 @@ def _read_model(config: Mapping[str, Any], where: object) -> ModelConfig:
             problems.append(f"{only.key}: {value!r} is not supported, only {', '.join(map(repr, only.values))}")
     problems += check_other_keys(config, family.handled)
     problems += read_block_size(config)[1]
-    rope, rope_problems = read_rope(config, family)
+    rope, rope_problems = read_rope(config, family, fields.get("max_position_embeddings"))
     problems += rope_problems
+    fields["max_position_embeddings"] = longest_context(rope, fields.get("max_position_embeddings"))
     if not problems:
         problems += family.read(config, fields)
     types = (family.model_type, *family.further_types)
@@ -121,12 +124,12 @@ def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) ->
     if carried is not None:
         carried = _by_one_name(carried, family)[0]
         carried.pop(QUANTISATION_KEY, None)  # what is written is not quantised
-        carried.pop("original_max_position_embeddings", None)  # it is written among the other keys of the rotation
     config: dict[str, Any] = {
         **(carried or {}),
         "architectures": [family.architecture],
         "model_type": family.model_type,
     }
+    config.pop("original_max_position_embeddings", None)  # it is written with the rotation, where that has one
     if carried is None:
         config |= {only.key: only.values[0] for only in family.only if only.values[0] is not None}
     for option in family.options:
@@ -136,9 +139,16 @@ def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) ->
         if value is not None:
             config[option.key] = value
     config |= family.write(model)
-    config |= write_rope(model, carried)
+    config |= write_rope(model, carried, family)
+    if has_other_context(model, carried):
+        config |= {key: model.max_position_embeddings for key in _LIMITS if key in config}
     _check_expressed(model, config, family)
     return config
+
+
+def has_other_context(model: ModelConfig, carried: Mapping[str, Any] | None) -> bool:
+    """Return whether a model is meant for sequences of another length than the one it was imported as, if it was."""
+    return carried is None or read_model(carried).max_position_embeddings != model.max_position_embeddings
 
 
 def compare_models(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -187,7 +197,10 @@ def _inference_fields(model: ModelConfig) -> dict[str, Any]:
     for name in _TRAINING_ONLY | {f"moe.{field}" for field in _TRAINING_ONLY_MOE}:
         flat.pop(name, None)
     flat["num_query_groups"] = num_query_groups(model)
+    flat["window_pattern"] = [window is not None for window in layer_windows(model)]
     flat["head_dim"] = head_dim(model) if model.mla is None else None
+    if model.rope.scaling == "dynamic":
+        flat.pop("max_position_embeddings")  # config.json says the original length in its place
     if model.mla is not None:
         flat["mla.norm_eps"] = model.mla.norm_eps or model.norm_eps
     if model.moe is not None:

@@ -16,8 +16,8 @@ from configs.sections.model import ModelConfig
 from parallel.collectives import gather_objects
 from trainer.checkpoint.tensors import CheckpointTensors
 from trainer.disk.growing import growing_directory
-from trainer.hf.companions import carried_config, drop_missing_code, token_ids, write_companions
-from trainer.hf.config_json import find_family, write_model
+from trainer.hf.companions import carried_config, drop_missing_code, set_token_limit, token_ids, write_companions
+from trainer.hf.config_json import find_family, has_other_context, write_model
 from trainer.hf.importing import ConversionReport, count_non_finite, share
 from trainer.hf.rules import Rule
 from trainer.hf.safetensors_files import OutputTensor, plan_files, write_file, write_index
@@ -124,14 +124,17 @@ class _Parts:
 
 
 def _write_rest(growing: Path, source: ExportSource, config: dict[str, Any], dtype: torch.dtype) -> list[str]:
-    """Write `config.json` and its companions; return what was left out. Rank 0 alone calls this."""
+    """Write `config.json` and its companions; return what was changed or left out. Rank 0 alone calls this."""
     write_companions(growing, source.carried, source.tokenizer)
+    notes = []
+    if has_other_context(source.model, carried_config(source.carried)):
+        notes += set_token_limit(growing, source.model.max_position_embeddings)
     if source.carried is None:
         config = config | token_ids(growing)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config = config | {key: str(dtype).removeprefix("torch.")}
     (growing / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return drop_missing_code(growing)
+    return notes + drop_missing_code(growing)
 
 
 def _check_stored(stored: CheckpointTensors, rule: Rule) -> None:

@@ -15,6 +15,16 @@ from typing import Any
 from configs.errors import BadInput
 from configs.sections.model import ModelConfig
 from trainer.hf.names import TensorNames
+from trainer.hf.windows_json import (
+    LAYER_KEYS,
+    read_layer_windows,
+    read_switched_window,
+    read_window,
+    refuse_window,
+    write_layer_windows,
+    write_switched_window,
+    write_window,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,6 @@ _GROUPED = (Option("num_key_value_heads", "num_query_groups"), Option("head_dim"
 _SILU = Only("hidden_act", ("silu",), "silu")
 _NO_ATTENTION_BIAS = Only("attention_bias", (False,), False)
 _NO_MLP_BIAS = Only("mlp_bias", (False,), False)
-_NO_WINDOW = Only("use_sliding_window", (False,), False)
 
 
 def _read_llama(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
@@ -106,42 +115,35 @@ def _read_llama(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     if biases[0] != biases[1]:
         return [f"attention_bias, mlp_bias: {biases} is not supported, only both or neither"]
     fields["linear_bias"] = biases[0]
-    return _read_window(config, fields)
+    return refuse_window(config, fields)
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
 
 
-def _read_window(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
-    """Refuse a window shorter than the context, in families that have no switch for it.
-
-    Where their attention knows no window, the cache of transformers cuts to it all the same.
-    """
-    window = config.get("sliding_window", 4096 if "Mistral" in str(config.get("architectures")) else None)
-    if window is not None and window < fields["max_position_embeddings"]:
-        return [f"sliding_window: attention within {window} tokens is not supported, only null"]
-    return []
+def _read_mistral(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
+    return read_window(config, fields, default=4096)
 
 
 def _read_qwen2(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     fields["qkv_bias"] = True
-    return []
+    return read_layer_windows(config, fields)
 
 
 def _read_qwen3(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     fields["qk_norm"] = True
-    return []
+    return read_layer_windows(config, fields)
 
 
 def _read_mixtral(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
     fields["moe"]["ffn_hidden_size"] = fields["ffn_hidden_size"]
-    return _read_window(config, fields)
+    return read_window(config, fields)
 
 
 def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
     assert model.moe is not None
-    return {"intermediate_size": model.moe.ffn_hidden_size, "sliding_window": None}
+    return {"intermediate_size": model.moe.ffn_hidden_size} | write_window(model)
 
 
 def _read_qwen3_moe(config: Mapping[str, Any], fields: dict[str, Any]) -> list[str]:
@@ -154,7 +156,7 @@ def _read_qwen3_moe(config: Mapping[str, Any], fields: dict[str, Any]) -> list[s
     }
     if dense != list(range(len(dense))):
         return [f"mlp_only_layers: {dense} is not supported, only the first layers"]
-    return []
+    return read_switched_window(config, fields)
 
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
@@ -164,6 +166,7 @@ def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
         "num_experts": moe.num_experts,
         "mlp_only_layers": list(range(moe.num_dense_layers)),
         "norm_topk_prob": not moe.softmax_before_topk,
+        **write_switched_window(model),
     }
 
 
@@ -179,7 +182,7 @@ def _read_deepseek(config: Mapping[str, Any], fields: dict[str, Any], num_shared
     if not math.isclose(fields["norm_eps"], _LATENT_EPSILON):
         fields["mla"]["norm_eps"] = _LATENT_EPSILON
     heads, groups = fields["num_attention_heads"], config.get("num_key_value_heads")
-    problems = _read_window(config, fields)
+    problems = refuse_window(config, fields)
     if groups not in (None, heads):
         problems.append(f"num_key_value_heads: {groups} with {heads} heads is not supported, only as many")
     if moe["num_dense_layers"] >= fields["num_layers"]:
@@ -285,16 +288,16 @@ _LLAMA = Family(
 _MISTRAL = Family(
     "MistralForCausalLM", "mistral", (*_basic(131072), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 8),
                                       Option("head_dim", "head_dim")), (_SILU,),
-    known=frozenset({"sliding_window"}), read=_read_window, write=lambda model: {"sliding_window": None},
+    known=frozenset({"sliding_window"}), read=_read_mistral, write=write_window,
 )  # fmt: skip
 _QWEN2 = Family(
-    "Qwen2ForCausalLM", "qwen2", (*_basic(32768), _DENSE_MLP, *_GROUPED), (_SILU, _NO_WINDOW),
-    known=frozenset({"sliding_window"}), read=_read_qwen2,
+    "Qwen2ForCausalLM", "qwen2", (*_basic(32768), _DENSE_MLP, *_GROUPED), (_SILU,),
+    known=LAYER_KEYS, read=_read_qwen2, write=write_layer_windows,
 )  # fmt: skip
 _QWEN3 = Family(
     "Qwen3ForCausalLM", "qwen3", (*_basic(32768), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 32),
-                                  Option("head_dim", "head_dim", 128)), (_SILU, _NO_WINDOW, _NO_ATTENTION_BIAS),
-    known=frozenset({"sliding_window"}), read=_read_qwen3,
+                                  Option("head_dim", "head_dim", 128)), (_SILU, _NO_ATTENTION_BIAS),
+    known=LAYER_KEYS, read=_read_qwen3, write=write_layer_windows,
 )  # fmt: skip
 _MIXTRAL = Family(
     "MixtralForCausalLM", "mixtral",
@@ -313,8 +316,8 @@ _QWEN3_MOE = Family(
     (*_basic(32768), _DENSE_MLP, Option("num_key_value_heads", "num_query_groups", 4), Option("head_dim", "head_dim"),
      Option("num_experts_per_tok", "moe.top_k", 8), Option("moe_intermediate_size", "moe.ffn_hidden_size", 768),
      Option("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001)),
-    (_SILU, _NO_WINDOW, _NO_ATTENTION_BIAS, Only("decoder_sparse_step", (1,), 1)),
-    known=frozenset("num_experts mlp_only_layers norm_topk_prob sliding_window".split()),
+    (_SILU, _NO_ATTENTION_BIAS, Only("decoder_sparse_step", (1,), 1)),
+    known=frozenset("num_experts mlp_only_layers norm_topk_prob use_sliding_window sliding_window".split()),
     read=_read_qwen3_moe, write=_write_qwen3_moe, aliases={"num_local_experts": "num_experts"},
 )  # fmt: skip
 _DEEPSEEK_V2 = Family(
@@ -353,4 +356,6 @@ def choose_family(model: ModelConfig) -> Family:
         return _QWEN3_MOE if model.qk_norm else _MIXTRAL
     if model.qk_norm:
         return _QWEN3
-    return _QWEN2 if model.qkv_bias else _LLAMA
+    if model.qkv_bias:
+        return _QWEN2
+    return _LLAMA if model.window_size is None else _MISTRAL

@@ -15,7 +15,7 @@ MAPPED = frozenset(
     "untie_embeddings_and_output_weights add_bias_linear add_qkv_bias qk_layernorm init_method_std num_experts swiglu "
     "rotary_base rotary_percent use_rope_scaling rope_scaling_factor moe_router_enable_expert_bias moe_router_topk "
     "moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_router_score_function moe_router_pre_softmax "
-    "moe_router_topk_scaling_factor moe_layer_freq".split()
+    "moe_router_topk_scaling_factor moe_layer_freq window_size window_attn_skip_freq".split()
 )
 # They change what the weights compute, in ways that nothing of ours does, but for these values.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -32,7 +32,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "apply_residual_connection_post_layernorm": (False, None),
     "softmax_type": ("vanilla", None),
     "softmax_scale": (None,),
-    "window_size": (None,),
     "attention_output_gate": (False, None),
     "experimental_attention_variant": (None,),
     "linear_attention_freq": (None,),
@@ -305,6 +304,6 @@ INERT = frozenset(
     "use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping use_transformer_engine_op_fuser v_head_dim "
     "valid_data_path validation_set_names variable_seq_lengths verify_integrity virtual_pipeline_model_parallel_size "
     "vision_backbone_type vision_pretraining_type vocab_file wandb_entity wandb_exp_name wandb_project wandb_save_dir "
-    "warmup weight_decay weight_decay_incr_style wgrad_deferral_limit window_attn_skip_freq world_size yarn_beta_fast "
+    "warmup weight_decay weight_decay_incr_style wgrad_deferral_limit world_size yarn_beta_fast "
     "yarn_beta_slow yarn_correction_range_round_to_int yarn_original_max_position_embeddings".split()
 )

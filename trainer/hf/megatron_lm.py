@@ -22,6 +22,7 @@ from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.tensors import CheckpointTensors
 from trainer.hf.megatron_arguments import INERT, MAPPED, ONLY
+from trainer.hf.windows_json import put_windows
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _COMMON_KEY = "common_state/shard_0_1"
@@ -73,6 +74,9 @@ def _find_problems(arguments: Mapping[str, Any]) -> list[str]:
             problems.append(f"{words} (only {ONLY[name][0]!r})")
         if name not in MAPPED and name not in ONLY and name not in INERT and value is not None:
             problems.append(f"{words} (an argument that is not known here)")
+    window = arguments.get("window_size")
+    if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
+        problems.append(f"window-size {window!r} (only keys to the left, such as (4095, 0))")
     if not arguments.get("swiglu"):
         problems.append("an activation other than swiglu")
     if arguments.get("num_experts") and _num_dense_layers(arguments) is None:
@@ -114,7 +118,17 @@ def _model_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
     if arguments.get("num_experts"):
         fields["moe"] = _moe_fields(arguments)
+    if arguments.get("window_size") is not None:  # keys beside the query's own
+        put_windows(fields, arguments["window_size"][0] + 1, _windowed_layers(arguments))
     return fields
+
+
+def _windowed_layers(arguments: Mapping[str, Any]) -> list[bool]:
+    """Return which layers have the window: all, all but every n-th, or as a list says."""
+    num_layers, skipped = arguments["num_layers"], arguments.get("window_attn_skip_freq")
+    if isinstance(skipped, list):
+        return [bool(one) for one in skipped]
+    return [skipped is None or layer % skipped != 0 for layer in range(1, num_layers + 1)]
 
 
 def _rope_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def check_other_keys(config: Mapping[str, Any], handled: Collection[str]) -> lis
             only = ", ".join(map(repr, COMPUTED[key])) or "null"
             problems.append(f"{key}: {config[key]!r} is not supported, only {only}")
     kinds = {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention"}
-    if kinds:
+    if kinds and "layer_types" not in handled:
         problems.append(f"layer_types: {', '.join(sorted(kinds))} is not supported, only full_attention")
     return problems
 

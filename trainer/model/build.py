@@ -18,13 +18,15 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from configs.context_parallel import resolve_cp_attention
+from configs.context_parallel import uses_te_attention
 from configs.plan.derive import padded_vocab_size
 from configs.sections.model import MlaConfig, ModelConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
 from trainer.model.attention.core import CORE_ATTENTIONS, SdpaCoreAttention
+from trainer.model.attention.sinks import draw_sinks
 from trainer.model.config import build_transformer_config
+from trainer.model.dynamic_rope import DynamicRotaryEmbedding, rotate_by_document
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
 from trainer.model.rotate import rotate_by_position
@@ -34,9 +36,10 @@ def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTM
     """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights."""
     transformer = build_transformer_config(config, mesh, use_te=use_te)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
-    is_shared = mesh.cp_size > 1 and resolve_cp_attention(config, has_te=use_te) != "te"
+    # Without Transformer Engine's rotation documents need ours, which gives its attention no boundaries.
+    has_own_rotation = config.data.document_mask and not transformer.apply_rope_fusion
     attention = None
-    if not use_te or is_shared:
+    if not uses_te_attention(config, use_te=use_te) or has_own_rotation:
         attention = CORE_ATTENTIONS[mesh.platform.attention_kernels(config.precision.compute)]
     return [
         _build_chunk(config.model, transformer, mesh, vpp_rank, use_te=use_te, attention=attention)
@@ -77,7 +80,10 @@ def _build_chunk(
         vp_stage=vp_stage,
     ).to(mesh.device)
     if attention is not None:
-        chunk.register_forward_pre_hook(rotate_by_position, with_kwargs=True)
+        rotate = rotate_by_document if model.rope.scaling == "dynamic" else rotate_by_position
+        chunk.register_forward_pre_hook(rotate, with_kwargs=True)
+    if model.attention_sinks:
+        draw_sinks(chunk, transformer)
     _set_rotary_frequencies(chunk, model, mesh.device)
     _hide_vocabulary_padding(chunk, model, mesh)
     if model.mla is not None and model.mla.q_lora_rank is None:
@@ -127,17 +133,22 @@ def _name_norms_as_fused(chunk: GPTModel) -> None:
 def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.device) -> None:
     """Set the frequencies of the scaling kinds that Megatron-Core has no fields for, or only with fixed constants.
 
-    yarn (Peng et al. 2023, arXiv:2309.00071) it computes itself, from `trainer.model.config`.
+    yarn (Peng et al. 2023, arXiv:2309.00071) it computes itself, from `trainer.model.config`; latent attention passes
+    on all of it but `truncate`.
     """
-    if model.rope.scaling == "yarn":
-        return
     if model.mla is None:
         head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
         embeddings = [chunk.rotary_pos_emb]
     else:
         head_dim = model.mla.qk_rope_head_dim
         embeddings = [layer.self_attention.rotary_pos_emb for layer in chunk.decoder.layers]
+    if model.rope.scaling == "dynamic":
+        chunk.rotary_pos_emb = DynamicRotaryEmbedding(model.rope, head_dim, chunk.rotary_pos_emb, device)
+        return
     for embedding in embeddings:
+        if model.rope.scaling == "yarn":
+            embedding.correction_range_round_to_int = model.rope.truncate
+            continue
         embedding.inv_freq = compute_inverse_frequencies(model.rope, head_dim).to(device)
 
 

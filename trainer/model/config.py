@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from configs.context_parallel import resolve_cp_attention
+from configs.context_parallel import resolve_cp_attention, uses_te_attention
+from configs.plan.derive import layer_windows
 from configs.sections.model import ModelConfig, MoeConfig
 from configs.sections.train import RecomputeConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
 from parallel.precision import model_precision
+from trainer.model.rope import yarn_coefficient
 
 ACTIVATIONS = {
     "swiglu": (True, F.silu),
@@ -32,7 +34,8 @@ def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> Tra
     """Return the `TransformerConfig` of this run's model and layout; Megatron-Core validates it once more."""
     model = config.model
     cp_attention = resolve_cp_attention(config, has_te=use_te)
-    fields = _architecture(model) | _layout(config, cp_attention) | model_precision(config, use_te=use_te)
+    fields = _architecture(model) | _windows(model) | _layout(config, cp_attention)
+    fields |= model_precision(config, use_te=use_te)
     fields |= _recompute(config.train.recompute)
     if model.moe is not None:
         fields |= _moe(model, model.moe, config, use_te=use_te)
@@ -41,10 +44,11 @@ def build_transformer_config(config: Config, mesh: Mesh, *, use_te: bool) -> Tra
         # Megatron-Core's fused gelu and geglu are the tanh approximation, which is another function.
         "bias_activation_fusion": (fuses or not use_te) and model.activation == "swiglu",  # trainer.engine.kernels
         "bias_dropout_fusion": fuses,
+        # Transformer Engine's knows no attention factor, and one table of angles for all documents.
         "apply_rope_fusion": fuses
-        and use_te
         and model.mla is None
-        and (config.parallel.cp == 1 or cp_attention == "te"),
+        and model.rope.scaling not in ("dynamic", "yarn")
+        and uses_te_attention(config, use_te=use_te),
         "gradient_accumulation_fusion": fuses or compute == "fp32",  # trainer.model.weight_gradients
         # Megatron-Core's fused loss rounds its gradient to bf16, whatever the format of the logits.
         "cross_entropy_loss_fusion": fuses and compute == "bf16",
@@ -78,6 +82,15 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
     }
+
+
+def _windows(model: ModelConfig) -> dict[str, Any]:
+    """Megatron-Core counts the keys to the left and to the right of a query, beside the query's own."""
+    fields: dict[str, Any] = {"softmax_type": "learnable"} if model.attention_sinks else {}
+    if model.window_size is not None:
+        fields["window_size"] = (model.window_size - 1, 0)
+        fields["window_attn_skip_freq"] = [int(window is not None) for window in layer_windows(model)]
+    return fields
 
 
 def _layout(config: Config, cp_attention: str) -> dict[str, Any]:
@@ -155,7 +168,7 @@ def _mla(model: ModelConfig) -> dict[str, Any]:
         "original_max_position_embeddings": rope.original_max_position_embeddings,
         "beta_fast": rope.beta_fast,
         "beta_slow": rope.beta_slow,
-        "mscale": rope.mscale,
+        "mscale": yarn_coefficient(rope),
         "mscale_all_dim": rope.mscale_all_dim,
     }
 
@@ -168,7 +181,7 @@ def _with_yarn(transformer: TransformerConfig, model: ModelConfig) -> Transforme
         transformer.yarn_original_max_position_embeddings = rope.original_max_position_embeddings
         transformer.yarn_beta_fast = rope.beta_fast
         transformer.yarn_beta_slow = rope.beta_slow
-        transformer.yarn_mscale = rope.mscale
+        transformer.yarn_mscale = yarn_coefficient(rope)
         transformer.yarn_mscale_all_dim = rope.mscale_all_dim
-        transformer.yarn_correction_range_round_to_int = True
+        transformer.yarn_correction_range_round_to_int = True  # trainer.model.build sets it, for latent attention too
     return transformer

@@ -1,4 +1,4 @@
-"""The loss of each token from the last hidden states, without the logits of a whole microbatch.
+"""The loss or scores of each token from the last hidden states, without the logits of a whole microbatch.
 
 Logits in fp32 of 8192 tokens over Llama 3's 128256 ids take 4.2 GB. Here they are made a piece of the sequence at a
 time, and once more for the backward pass; where they are small they are kept, as one piece.
@@ -6,13 +6,14 @@ time, and once more for the backward pass; where they are small they are kept, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from configs.plan.logits import num_logit_pieces
+from trainer.model.token_scores import Scoring, TokenScores, score_logits
 
 
 def compute_token_losses(
@@ -30,24 +31,62 @@ def compute_token_losses(
     vocabulary split over tp the losses are the same on all of its ranks.
     """
 
-    def losses_of(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def losses_of(hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor]:
         logits, _ = output_layer(hidden, weight=output_weight)
-        return compute_language_model_loss(wanted, logits)
+        return (compute_language_model_loss(wanted, logits),)
 
     weight = output_layer.weight if output_weight is None else output_weight
+    (losses,) = _compute_in_pieces(losses_of, hidden_states, labels, output_layer, weight)
+    return losses
+
+
+def compute_token_scores(
+    *,
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    context: Scoring,
+    **unused: Any,
+) -> TokenScores:
+    """Return what `context` asks of the labels: an output processor like `compute_token_losses`, in the same shapes."""
+    config, group = output_layer.config, output_layer.tp_group
+
+    def scores_of(hidden: torch.Tensor, wanted: torch.Tensor) -> TokenScores:
+        logits, _ = output_layer(hidden, weight=output_weight)
+        return score_logits(logits, wanted, context, group, is_compiled=config.cross_entropy_loss_fusion)
+
+    weight = output_layer.weight if output_weight is None else output_weight
+    return TokenScores(*_compute_in_pieces(scores_of, hidden_states, labels, output_layer, weight))
+
+
+def _compute_in_pieces(
+    compute: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]],
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    output_layer: Any,
+    weight: torch.Tensor,
+) -> tuple[Any, ...]:
+    """Return what `compute` gives of hidden states and their labels, `[batch, seq/cp]` each or None."""
     pieces = num_logit_pieces(labels.numel(), weight.shape[0])
     if pieces == 1:
-        return losses_of(hidden_states, labels)
+        return compute(hidden_states, labels)
     # With sp a piece of every tp rank's part is gathered, so that labels are taken alike.
     parts = labels.shape[1] // hidden_states.shape[0]
     by_part = labels.unflatten(1, (parts, -1))  # [batch, tp or 1, seq/(cp*tp)]
-    losses = [
-        checkpoint(losses_of, hidden, wanted.flatten(1), use_reentrant=False).unflatten(1, (parts, -1))
+    found = [
+        checkpoint(compute, hidden, wanted.flatten(1), use_reentrant=False)
         for hidden, wanted in zip(hidden_states.chunk(pieces), by_part.chunk(pieces, dim=2), strict=True)
     ]
-    total = torch.cat(losses, dim=2).flatten(1)
+    whole = tuple(_join(outputs, parts) for outputs in zip(*found, strict=True))
     is_fused = output_layer.config.gradient_accumulation_fusion and hasattr(weight, "grad_added_to_main_grad")
-    return _WeightGradientAdded.apply(total, weight) if is_fused else total
+    return _WeightGradientAdded.apply(weight, *whole) if is_fused else whole
+
+
+def _join(outputs: Sequence[torch.Tensor | None], parts: int) -> torch.Tensor | None:
+    """Return the pieces of one output, of which each has a piece of every part, in the order of the labels."""
+    there = [output.unflatten(1, (parts, -1)) for output in outputs if output is not None]
+    return torch.cat(there, dim=2).flatten(1) if there else None
 
 
 class _WeightGradientAdded(torch.autograd.Function):
@@ -58,14 +97,17 @@ class _WeightGradientAdded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, losses: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the losses."""
+    def forward(ctx: Any, weight: torch.Tensor, *values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Return the values."""
         ctx.weight = weight
-        return losses.view_as(losses)
+        ctx.set_materialize_grads(False)
+        views = tuple(value if value is None else value.view_as(value) for value in values)
+        ctx.mark_non_differentiable(*(view for view in views if view is not None and not view.is_floating_point()))
+        return views
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Mark the weight; of a weight that is the embedding too, what is returned is added to its gradient."""
         ctx.weight.grad_added_to_main_grad = True
         make = torch.zeros_like if getattr(ctx.weight, "zero_out_wgrad", False) else torch.empty_like
-        return gradient, make(ctx.weight)
+        return make(ctx.weight), *gradients

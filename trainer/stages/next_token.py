@@ -9,11 +9,11 @@ import torch
 from trainer.data.batch import Batch
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
+from trainer.engine.forward import forward_language_model
 from trainer.evaluate.validation import Evaluator
 from trainer.losses.cross_entropy import compute_cross_entropy, count_tokens
 from trainer.losses.loss import Loss
 from trainer.stages.base import StageContext
-from trainer.stages.forward import forward_language_model
 from trainer.stages.training import TrainingStage
 
 
@@ -28,7 +28,7 @@ class NextTokenObjective:
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
         """Return the summed cross-entropy over unmasked tokens."""
-        return compute_cross_entropy(output.view_as(batch.loss_mask), batch.loss_mask)
+        return compute_cross_entropy(output, batch.loss_mask)
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Return the number of unmasked tokens."""

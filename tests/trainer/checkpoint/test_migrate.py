@@ -78,6 +78,8 @@ def edited(checkpoint: Path) -> Callable[[Callable[[dict[str, Any]], Any]], Path
 
 def drop_new_fields(content: dict[str, Any]) -> None:
     """Take away fields that exist today, as if they had been added since: of a model, a nested section, a whole one."""
+    for name in ("window_size", "window_pattern", "attention_sinks"):
+        content["config"]["model"].pop(name, None)
     del content["config"]["model"]["qk_norm"], content["config"]["model"]["rope"]["interleaved"]
     del content["config"]["log"], content["config"]["precision"]["fp8"]
     del content["state"]["num_nonfinite_in_a_row"]
@@ -154,3 +156,19 @@ def test_padding_of_the_vocabulary_is_no_architecture(checkpoint, old_run):
     model = resolved_dict(load_config(str(old_run / "tiny.yaml"), ["model.vocab_pad_multiple=1"]))["model"]
     for is_warm_start in (False, True):
         check_architecture(read_manifest(checkpoint), model, checkpoint, is_warm_start=is_warm_start)
+
+
+@pytest.mark.parametrize(
+    "fields", ["model.window_size=8 model.window_pattern=[true,false]", "model.attention_sinks=true"]
+)
+def test_windows_may_begin_with_a_new_stage_and_sinks_may_not(checkpoint, old_run, fields):
+    """That version had neither; a window shapes no weight."""
+    manifest = read_manifest(checkpoint)
+    model = resolved_dict(load_config(str(old_run / "tiny.yaml"), fields.split()))["model"]
+    with pytest.raises(BadInput, match=fields.split("=")[0]):
+        check_architecture(manifest, model, checkpoint, is_warm_start=False)
+    if "window" in fields:
+        check_architecture(manifest, model, checkpoint, is_warm_start=True)
+    else:
+        with pytest.raises(BadInput, match="model.attention_sinks is False there and True here"):
+            check_architecture(manifest, model, checkpoint, is_warm_start=True)

@@ -21,7 +21,7 @@ def test_plain_batches_count_every_token():
     assert batch.position_ids.tolist() == [list(range(6))] * 2
     assert batch.loss_mask.dtype == torch.float32 and batch.loss_mask.eq(1).all()
     assert batch.documents is None and batch.sample_ids == (10, 11)
-    assert batch.num_attended_pairs == 2 * 6**2
+    assert batch.num_attended_pairs((None,)) == 2 * 6**2
 
 
 def test_document_masks_end_documents_after_their_last_token():
@@ -29,7 +29,9 @@ def test_document_masks_end_documents_after_their_last_token():
     assert batch.documents is not None and batch.documents.cu_seqlens.dtype == torch.int32
     assert batch.documents.cu_seqlens.tolist() == [0, 3, 6, 7, 8, 12]
     assert batch.documents.max_seqlen == 4
-    assert batch.num_attended_pairs == 3**2 + 3**2 + 1 + 1 + 4**2
+    assert batch.num_attended_pairs((None,)) == 3**2 + 3**2 + 1 + 1 + 4**2
+    # of 3 tokens 2, and of 4 tokens 2: all but a triangle of one, and of two, counted as squares
+    assert batch.num_attended_pairs((None, 2)) == 36 + 36 - (1 + 1 + 0 + 0 + 4)
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]]
     assert batch.loss_mask.tolist() == [[1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
 
@@ -68,7 +70,7 @@ def test_shares_of_a_batch_are_the_batch(document_end_id):
         assert torch.equal(joined, getattr(whole, name)[:, order]), name
     joined = torch.cat([share.columns["advantages"] for share in shares], dim=1)
     assert torch.equal(joined, whole.columns["advantages"][:, order])
-    assert sum(share.num_attended_pairs for share in shares) == whole.num_attended_pairs
+    assert sum(share.num_attended_pairs((None, 5)) for share in shares) == whole.num_attended_pairs((None, 5))
     assert all(share.documents is whole.documents and share.sample_ids == (4, 5) for share in shares)
     assert all(share.sequences is whole.sequences for share in shares)
     assert share_of(whole, 0, 1) is whole

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.hf.companions import carry, companion_files, drop_missing_code, write_companions
+from trainer.hf.companions import carry, companion_files, drop_missing_code, set_token_limit, write_companions
 
 CODE = {
     "AutoConfig": "configuration_some.SomeConfig",
@@ -83,3 +83,22 @@ def test_an_auto_map_of_which_nothing_is_there_goes(model):
     (note,) = drop_missing_code(model)
     assert note.startswith("tokenizer_config.json: auto_map named tokenization_some.py")
     assert "auto_map" not in json.loads((model / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize(("limit", "is_changed"), [(2048, True), (131072, True), (32768, False), (int(1e30), False)])
+def test_a_tokenizer_names_the_longest_sequence_of_a_stretched_model(tmp_path, limit, is_changed):
+    """One that sets no limit, which transformers writes as 1e30, is left alone byte for byte."""
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(text := json.dumps({"model_max_length": limit, "unk_token": "ß"}))
+    notes = set_token_limit(tmp_path, 32768)
+    said = f"tokenizer_config.json: model_max_length was {limit}, now 32768 as the model's"
+    assert notes == ([said] if is_changed else [])
+    assert json.loads(file.read_text()) == {"model_max_length": 32768 if is_changed else limit, "unk_token": "ß"}
+    assert is_changed or file.read_text() == text
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_max_length": null}'])
+def test_a_tokenizer_without_a_limit_is_left_alone(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer_config.json").write_text(content)
+    assert set_token_limit(tmp_path, 32768) == []

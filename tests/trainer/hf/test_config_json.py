@@ -10,6 +10,7 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import load_config
+from configs.plan.derive import layer_windows
 from configs.sections.model import ModelConfig, RopeConfig
 from trainer.hf.config_json import compare_models, load_config_json, read_model, write_model
 from trainer.hf.families import FAMILIES
@@ -114,15 +115,13 @@ def test_a_changed_context_is_written():
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters.factor: missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast: 3 is not understood"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
-        ({"architectures": ["MistralForCausalLM"]}, "sliding_window: attention within 4096 tokens is not supported"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types: sliding_attention is not supported"),
         (
-            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
-            "use_sliding_window: True is not supported, only False",
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["sliding_attention"] * 32},
+            "layer_types: sliding_attention is not supported without use_sliding_window",
         ),
-        (
-            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["sliding_attention", "full_attention"]},
-            "layer_types: sliding_attention is not supported",
-        ),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["chunked_attention"]}, "chunked_attention is not sup"),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]}, "layer_types: 1 of them for"),
         ({"num_attention_heads": 31}, "model.head_dim"),
         ({"rope_parameters": {"rope_type": "default"}}, "both given"),
         ({"rope_scaling": None, "rope_parameters": {"rope_theta": 7.0}}, "rope_theta: 500000.0 beside 7.0"),
@@ -146,6 +145,53 @@ def test_what_cannot_be_expressed_is_refused_by_name(changes, expected):
         read_model(config)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# architecture, its keys, which layers have the window of 4096
+WINDOWS = {
+    "mistral_7b_v0_1": ("MistralForCausalLM", {"sliding_window": 4096}, [True] * 32),
+    "mistral_by_default": ("MistralForCausalLM", {}, [True] * 32),
+    "mistral_7b_v0_3": ("MistralForCausalLM", {"sliding_window": None}, None),
+    "longer_than_the_context": ("MistralForCausalLM", {"sliding_window": 131072}, None),
+    "qwen2_off": ("Qwen2ForCausalLM", {"sliding_window": 4096, "max_window_layers": 0}, None),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 21},
+        [False] * 21 + [True] * 11,
+    ),
+    "qwen3_alternating": (
+        "Qwen3ForCausalLM",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "max_window_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention"] * 16,
+        },
+        [True, False] * 16,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_come_in_and_go_out(name):
+    """Imported, exported over the keys they came with, and exported as a model of our own."""
+    architecture, keys, windowed = WINDOWS[name]
+    config = {key: value for key, value in LLAMA.items() if key not in ("attention_bias", "mlp_bias")}
+    config |= {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower()} | keys
+    model = read_model(config)
+    assert model.window_size == (None if windowed is None else 4096)
+    assert [window is not None for window in layer_windows(model)] == (windowed or [False] * 32)
+    for written in (write_model(model, config), write_model(model)):
+        assert layer_windows(read_model(written)) == layer_windows(model)
+        assert windowed is None or written["architectures"] == [architecture]
+
+
+def test_what_no_family_says_is_refused():
+    model = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=64, num_attention_heads=4, vocab_size=61)
+    with pytest.raises(BadInput, match="model.attention_sinks: True, not False"):
+        write_model(model.model_copy(update={"attention_sinks": True}))
+    with pytest.raises(BadInput, match="model.window_pattern: "):
+        write_model(model.model_copy(update={"window_size": 8, "window_pattern": (True, False)}))
 
 
 @pytest.mark.parametrize(

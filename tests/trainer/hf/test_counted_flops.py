@@ -53,4 +53,6 @@ def test_model_flops_are_those_of_the_multiplications_under_the_causal_mask(name
     num_pairs = sum(length**2 for length in DOCUMENTS)
     head = 24 + 12 if model.mla else 2 * (model.head_dim or 8)  # of query and key, and of value
     causal_half = model.num_layers * model.num_attention_heads * head * num_pairs
-    assert model_flops(model, sum(DOCUMENTS), num_pairs) == 3 * (counter.get_total_flops() - causal_half)
+    assert model_flops(model, sum(DOCUMENTS), model.num_layers * num_pairs) == 3 * (
+        counter.get_total_flops() - causal_half
+    )

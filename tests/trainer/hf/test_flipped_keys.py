@@ -33,9 +33,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "MistralForCausalLM": {"sliding_window": None, "head_dim": 12},
     "Qwen2ForCausalLM": {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1},
-    "Qwen3ForCausalLM": {"head_dim": 16, "use_sliding_window": False, "sliding_window": None},
+    "Qwen3ForCausalLM": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "MixtralForCausalLM": {"num_local_experts": 4, "sliding_window": None},
     "Qwen3MoeForCausalLM": {
+        "use_sliding_window": True, "sliding_window": 7,
         "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "norm_topk_prob": True, "head_dim": 16,
         "mlp_only_layers": [], "decoder_sparse_step": 1,
     },
@@ -61,10 +62,18 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (0.5, 1.0), "rotary_pct": (0.25,), "activation_function": ("gelu",), "n_embd": (16,),
     "qk_norm": (True,), "attention_dropout": (0.0,), "swiglu_limit": (0.1,), "router_scale": (3.0,), "kv_heads": (1,),
     "hidden_activation": ("gelu",), "head_dim": (4, 8), "qk_head_dim": (3,), "num_experts": (2,), "layer_types":
-    (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention"]), "model_type": ("gemma", "llama", "qwen3"),
+    (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention"], ["sliding_attention", "full_attention"]),
+    "model_type": ("gemma", "llama", "qwen3"),
     "num_local_experts": (2,), "num_mtp_layers": (2,), "rope_parameters": ({"rope_type": "default"}, {"factor": 2.0}),
-    "rope_scaling": ({"type": "linear", "factor": 3.0}, {"type": "dynamic", "factor": 2.0}, YARN, YARN | {"truncate":
-    False}, YARN | {"beta_slow": 2.0, "beta_fast": 9.0}, YARN | {"finetuned": True}, YARN | {"attention_factor": 1.3}),
+    "rope_scaling": (
+        {"type": "linear", "factor": 3.0}, {"type": "dynamic", "factor": 2.0}, YARN, YARN | {"truncate": False},
+        YARN | {"truncate": None}, YARN | {"beta_slow": 2.0, "beta_fast": 9.0}, YARN | {"finetuned": True},
+        YARN | {"attention_factor": 1.3}, YARN | {"attention_factor": 1.3, "mscale": 0.5}, YARN | {"mscale": None},
+        YARN | {"attention_factor": 0.8, "mscale_all_dim": None}, YARN | {"original_max_position_embeddings": None},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]},
+        {"rope_type": "proportional", "factor": 2.0}, {"rope_type": "dynamic", "factor": 1.0},
+    ),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from configs.errors import BadInput
+from configs.plan.derive import layer_windows
 from tests.pool import Place
 from trainer.hf.megatron_arguments import INERT, MAPPED, ONLY
 from trainer.hf.megatron_lm import _model_fields, find_megatron_checkpoint, read_megatron_model
@@ -88,7 +89,7 @@ EXPERTS = (
 CASES = {
     "LlamaForCausalLM": ["--untie-embeddings-and-output-weights"],
     "Qwen3ForCausalLM": ["--qk-layernorm"],
-    "Qwen2ForCausalLM": ["--add-qkv-bias"],
+    "Qwen2ForCausalLM": ["--add-qkv-bias", "--window-size", "6,0", "--window-attn-skip-freq", "2"],
     "MixtralForCausalLM": ["--untie-embeddings-and-output-weights", *EXPERTS],
     "Qwen3MoeForCausalLM": ["--qk-layernorm", "--untie-embeddings-and-output-weights", *EXPERTS],
 }
@@ -190,6 +191,9 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
         ({"args": whole_arguments(normalization="L2Norm")}, "normalization 'L2Norm' (only 'RMSNorm')"),
         ({"args": whole_arguments(vocab_extra_ids=100)}, "vocab-extra-ids 100 (only 0)"),
         ({"args": whole_arguments(mup_output_mult=2.0)}, "mup-output-mult 2.0 (only 1.0)"),
+        ({"args": whole_arguments(softmax_type="learnable")}, "softmax-type 'learnable' (only 'vanilla')"),
+        ({"args": whole_arguments(window_size=(7, 1))}, "window-size (7, 1) (only keys to the left"),
+        ({"args": whole_arguments(window_size=(-1, 0))}, "window-size (-1, 0) (only keys to the left"),
         ({"args": whole_arguments(new_switch=False)}, "new-switch False (an argument that is not known here)"),
         ({"args": whole_arguments(num_layers=0)}, "its arguments cannot be read"),
         ({"iteration": 3}, "holds no arguments"),
@@ -212,6 +216,16 @@ def test_what_cannot_be_expressed_is_refused(tmp_path, content, expected):
 def test_what_changes_nothing_is_let_in(tmp_path, arguments, num_dense_layers):
     model = read_megatron_model(save_common(tmp_path / "iter_0000001", {"args": arguments}))
     assert model.moe.num_dense_layers == num_dense_layers
+
+
+@pytest.mark.parametrize(
+    ("skipped", "windows"),
+    [(None, (8, 8, 8, 8)), (2, (8, None, 8, None)), (1, (None,) * 4), ([0, 1, 1, 0], (None, 8, 8, None))],
+)
+def test_windows_are_read(tmp_path, skipped, windows):
+    arguments = whole_arguments(num_layers=4, window_size=(7, 0), window_attn_skip_freq=skipped)
+    model = read_megatron_model(save_common(tmp_path / "iter_0000001", {"args": arguments}))
+    assert layer_windows(model) == windows
 
 
 def test_balancing_says_nothing_of_a_model_without_experts(tmp_path):

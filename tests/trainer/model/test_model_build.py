@@ -19,11 +19,11 @@ NUM_CONFIGS = 6000
 def random_model(dice: random.Random) -> dict[str, Any]:
     """Return the fields of a small model, many of them at odds with each other."""
     maybe = dice.choice
-    rope: dict[str, Any] = {"scaling": maybe(["none", "none", "linear", "llama3", "yarn"])}
+    rope: dict[str, Any] = {"scaling": maybe(["none", "none", "linear", "dynamic", "llama3", "yarn"])}
     rope["interleaved"] = maybe([False, False, True])
     if rope["scaling"] != "none":
         rope["factor"] = 4.0
-    if rope["scaling"] in ("llama3", "yarn"):
+    if rope["scaling"] in ("dynamic", "llama3", "yarn"):
         rope["original_max_position_embeddings"] = 64
     model: dict[str, Any] = {
         "num_layers": maybe([2, 3, 4]), "hidden_size": 32, "ffn_hidden_size": maybe([48, 64]),
@@ -33,6 +33,7 @@ def random_model(dice: random.Random) -> dict[str, Any]:
         "activation": maybe(["swiglu", "geglu", "gelu", "squared_relu"]), "tie_embeddings": maybe([False, True]),
         "linear_bias": maybe([False, False, True]), "qkv_bias": maybe([False, True]),
         "qk_norm": maybe([False, True]), "hidden_dropout": maybe([0.0, 0.1]), "attention_dropout": maybe([0.0, 0.1]),
+        "window_size": maybe([None, None, 6]), "attention_sinks": maybe([False, False, True]),
     }  # fmt: skip
     if dice.random() < 0.3:
         model |= {"num_query_groups": None, "head_dim": None, "qkv_bias": False, "qk_norm": False}
@@ -214,3 +215,35 @@ def test_only_fusions_that_compute_the_same_are_used(ranks):
     (found,) = ranks.run(fusions)
     assert {name for name, (is_fused, _) in found.items() if is_fused} == {"swiglu bf16", "swiglu fp16", "swiglu fp32"}
     assert {name.split()[1] for name, (_, is_fused) in found.items() if is_fused} == {"bf16"}
+
+
+def seen_by_others(place: Place, config: Config) -> tuple[list[bool], Any, Any]:
+    """Return which layers Megatron-Core gives the window, and its own mask for it and that of transformers."""
+    from types import SimpleNamespace
+    from typing import cast
+    from unittest.mock import patch
+
+    import torch
+    from megatron.core.transformer.utils import get_sliding_window_causal_mask, is_layer_window_attention
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    from parallel.mesh import Mesh
+    from parallel.platform import load_platform
+    from trainer.model.config import build_transformer_config
+
+    mesh = cast(Mesh, SimpleNamespace(platform=load_platform("cpu")))
+    made = build_transformer_config(config, mesh, use_te=False)
+    fields, ones = (made.window_size, made.window_attn_skip_freq), torch.ones
+    with patch("torch.ones", lambda *size, device, **options: ones(*size, **options)):
+        megatron = ~get_sliding_window_causal_mask(12, 12, made.window_size)
+    place_of = torch.arange(12)
+    transformers = sliding_window_causal_mask_function(config.model.window_size)(0, 0, place_of[:, None], place_of)
+    windowed = [is_layer_window_attention(*fields, layer) for layer in range(1, config.model.num_layers + 1)]
+    return windowed, megatron.tolist(), transformers.tolist()
+
+
+def test_a_window_counts_the_querys_own_key_as_transformers_does(ranks):
+    model = {"window_size": 5, "window_pattern": [True, False, False]}
+    ((windowed, *masks),) = ranks.run(seen_by_others, small_config(model=model))
+    assert windowed == [True, False, False, True]
+    assert masks == [[[query - 5 < key <= query for key in range(12)] for query in range(12)]] * 2

@@ -14,7 +14,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.engine.state import TrainState
 from trainer.run import start as start_module
 from trainer.run.directory import RunLock
-from trainer.run.start import Start, describe_changes, find_start
+from trainer.run.start import Start, describe_changes, describe_new_use, find_start
 
 
 def test_what_steers_training_is_told_and_nothing_else():
@@ -110,3 +110,17 @@ def test_a_run_waits_for_its_directory_as_long_as_it_may(tmp_path, caplog):
     other.wait()
     lock._lock.release()
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_warm_start_tells_what_the_weights_were_not_trained_for():
+    before = small_config().model
+    longer = {"train": {"seq_len": 128}}
+    (told,) = describe_new_use(before, 32, small_config(**longer))
+    # 10000 * 4 ** (16 / 14), by which the slowest rotation turns over 128 tokens as far as it did over 32
+    assert told.startswith("train.seq_len is 128, it was 32") and told.endswith("model.rope.base=48761")
+    assert describe_new_use(before, 128, small_config(**longer)) == ()
+    stretched = {"model": {"rope": {"base": 48761.0}, "max_position_embeddings": 256, "init_std": 0.1}}
+    assert describe_new_use(before, 32, small_config(**longer, **stretched)) == (
+        "model.max_position_embeddings is 256, it was 128",
+        "model.rope.base is 48761.0, it was 10000.0",
+    )

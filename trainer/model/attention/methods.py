@@ -62,16 +62,22 @@ class Attended:
 Attend = Callable[[Attended, Split, Sharing], torch.Tensor]
 
 
+def attend_alone(what: Attended, split: Split, kernels: TileKernels) -> torch.Tensor:
+    """Attend on one rank, which has all keys of `split` and as many of its last queries as are given."""
+    plan = (_plan_last(split, what.query.shape[2], kernels.fewest_packed),)
+    return RingAttention.apply(what.query, what.key, what.value, what.sink, plan, None, kernels, what.scale)
+
+
 def attend_ring(what: Attended, split: Split, sharing: Sharing) -> torch.Tensor:
     """Attend while keys and values go round. Collective: all ranks that share the sequence must call this."""
-    plan = _plan_ring(split, sharing.whole.rank(), sharing.whole.size(), 1)
+    plan = _plan_ring(split, sharing.whole.rank(), sharing.whole.size(), 1, sharing.kernels.fewest_packed)
     return _attend(what, plan, sharing.whole, sharing)
 
 
 def attend_gathered(what: Attended, split: Split, sharing: Sharing) -> torch.Tensor:
     """Attend over the keys and values of all ranks. Collective: all ranks that share the sequence must call this."""
     rank, size = sharing.whole.rank(), sharing.whole.size()
-    plan = (_plan(split, (rank,), tuple(range(size)), size),)
+    plan = (_plan(split, (rank,), tuple(range(size)), size, sharing.kernels.fewest_packed),)
     key, value = (GatherTokens.apply(part, sharing.whole) for part in (what.key, what.value))
     return _attend(replace(what, key=key, value=value), plan, None, sharing)
 
@@ -94,7 +100,7 @@ def attend_hierarchical(what: Attended, split: Split, sharing: Sharing) -> torch
     if sink is not None:
         sink = sink.chunk(inner)[sharing.inner.rank()]
     place, num_places = (0, 1) if outer is None else (outer.rank(), outer.size())
-    plan = _plan_ring(split, place, num_places, inner)
+    plan = _plan_ring(split, place, num_places, inner, sharing.kernels.fewest_packed)
     output = _attend(Attended(query, key, value, what.scale, sink), plan, outer, sharing)
     return TokensForHeads.apply(output, sharing.inner)
 
@@ -113,7 +119,9 @@ def _attend(what: Attended, plan: Sequence[Sequence[Tile]], ring: Any, sharing: 
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_ring(split: Split, place: int, num_places: int, ranks_a_place: int) -> tuple[tuple[Tile, ...], ...]:
+def _plan_ring(
+    split: Split, place: int, num_places: int, ranks_a_place: int, fewest_packed: int | None
+) -> tuple[tuple[Tile, ...], ...]:
     """Return the tiles of each step of a ring whose places are so many neighbouring ranks each."""
 
     def ranks_of(number: int) -> tuple[int, ...]:
@@ -121,13 +129,25 @@ def _plan_ring(split: Split, place: int, num_places: int, ranks_a_place: int) ->
         return tuple(range(first, first + ranks_a_place))
 
     size = num_places * ranks_a_place
-    return tuple(_plan(split, ranks_of(place), ranks_of(place - step), size) for step in range(num_places))
+    steps = range(num_places)
+    return tuple(_plan(split, ranks_of(place), ranks_of(place - step), size, fewest_packed) for step in steps)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_last(split: Split, num_queries: int, fewest_packed: int | None) -> tuple[Tile, ...]:
+    """Return the tiles of the last queries with all keys."""
+    total = split.num_rows * split.seq_len
+    queries = [Segment(0, total - num_queries, num_queries)]
+    return tuple(plan_tiles(queries, [Segment(0, 0, total)], split.bounds, split.window, fewest_packed))
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(split: Split, queries: tuple[int, ...], keys: tuple[int, ...], size: int) -> tuple[Tile, ...]:
+def _plan(
+    split: Split, queries: tuple[int, ...], keys: tuple[int, ...], size: int, fewest_packed: int | None
+) -> tuple[Tile, ...]:
     """Return the tiles of the queries of some ranks with the keys of some."""
-    return tuple(plan_tiles(_held_by(split, queries, size), _held_by(split, keys, size), split.bounds, split.window))
+    mine, theirs = _held_by(split, queries, size), _held_by(split, keys, size)
+    return tuple(plan_tiles(mine, theirs, split.bounds, split.window, fewest_packed))
 
 
 def _held_by(split: Split, ranks: Sequence[int], size: int) -> list[Segment]:

@@ -6,6 +6,7 @@ log-sum-exp over all keys, a kernel's gradient over some of them is their part o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,11 @@ Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class CpuTiles:
     """Flash attention for CPUs: one size for queries, keys and values, as many heads of each, masks as tensors."""
 
+    multiple = 1
+    """Of which the kernels want sizes of heads; columns of zeros are added, which change nothing."""
+    fewest_packed: int | None = None
+    """Documents that are to be one tile; None where the kernels take none of more than one."""
+
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, scale: float
     ) -> Iterator[tuple[tuple[int, int], torch.Tensor, torch.Tensor]]:
@@ -31,7 +37,7 @@ class CpuTiles:
         query `[batch, heads, seq, dim]`, key `[batch, groups, seq_k, dim]`, value `[batch, groups, seq_k, dim_v]`.
         """
         for block in _cut_masked(tile):
-            parts = _alike(query, key, value, block)
+            parts = _alike(query, key, value, block, self.multiple)
             output, log_sum = self._forward(*parts, _is_plain(block), _mask(block, query), scale)
             yield block.queries, output[..., : value.shape[-1]], log_sum
 
@@ -47,7 +53,7 @@ class CpuTiles:
         groups = query.shape[1] // key.shape[1]
         for block in _cut_masked(tile):
             rows, columns = slice(*block.queries), slice(*block.keys)
-            parts = _alike(query, key, value, block)
+            parts = _alike(query, key, value, block, self.multiple)
             given, out, _ = widen(gradient[:, :, rows], output[:, :, rows], parts[0])
             found = self._backward(
                 given, *parts, out, log_sum[:, :, rows], _is_plain(block), _mask(block, query), scale
@@ -72,7 +78,9 @@ class CpuTiles:
 
 
 class EfficientTiles(CpuTiles):
-    """Memory-efficient attention for GPUs (Rabe and Staats 2021, arXiv:2112.05682), which takes fp32."""
+    """Memory-efficient attention for GPUs (Rabe and Staats 2021, arXiv:2112.05682): fp32 too, and heads of any size."""
+
+    multiple = 8
 
     def _forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, mask: Any, scale: float
@@ -99,19 +107,27 @@ class EfficientTiles(CpuTiles):
 
 
 class FlashTiles:
-    """Flash attention for GPUs (Dao 2023, arXiv:2307.08691): grouped heads and windows as they are, 16 bits."""
+    """Flash attention for GPUs (Dao 2023, arXiv:2307.08691), in 16 bits, for heads of at most 256.
+
+    Grouped heads and windows as they are, and in one launch documents that follow each other.
+    """
+
+    fewest_packed: int | None = 3  # one launch more costs less than sending the boundaries
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, scale: float
     ) -> Iterator[tuple[tuple[int, int], torch.Tensor, torch.Tensor]]:
         """Yield queries (from, to), output and log-sum-exp, in the shapes of `CpuTiles`."""
         for block in _cut_windowed(tile):
-            parts = [part.transpose(1, 2) for part in _parts(query, key, value, block, multiple=8)]
+            parts = [_turn(part, block) for part in _parts(query, key, value, block, multiple=8)]
             left, right = _window(block)
             output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
-                *parts, None, None, parts[0].shape[1], parts[1].shape[1], 0.0, False, False,
+                *parts, *_extents(block, query), 0.0, False, False,
                 scale=scale, window_size_left=left, window_size_right=right,
             )  # fmt: skip
+            if block.bounds:
+                output, log_sum = (part.unflatten(dim, (len(query), -1)) for part, dim in ((output, 0), (log_sum, 1)))
+                log_sum = log_sum.transpose(0, 1)
             yield block.queries, output.transpose(1, 2)[..., : value.shape[-1]], log_sum
 
     def add_gradients(
@@ -123,14 +139,17 @@ class FlashTiles:
             rows, columns = slice(*block.queries), slice(*block.keys)
             parts = _parts(*inputs, block, multiple=8)
             given, out, _ = widen(gradient[:, :, rows], output[:, :, rows], parts[0])
-            given, *turned, out = (part.transpose(1, 2).contiguous() for part in (given, *parts, out))
+            given, *turned, out = (_turn(part, block).contiguous() for part in (given, *parts, out))
+            mine = log_sum[:, :, rows]
+            mine = (mine.transpose(0, 1).flatten(1) if block.bounds else mine).contiguous()
             left, right = _window(block)
             none = torch.empty(0, dtype=torch.int64, device=gradient.device)
             found = torch.ops.aten._flash_attention_backward(
-                given, *turned, out, log_sum[:, :, rows].contiguous(), None, None, turned[0].shape[1],
-                turned[1].shape[1], 0.0, False, none, none,
+                given, *turned, out, mine, *_extents(block, gradient), 0.0, False, none, none,
                 scale=scale, window_size_left=left, window_size_right=right,
             )  # fmt: skip
+            if block.bounds:
+                found = [part.unflatten(0, (len(gradient), -1)) for part in found]
             for total, part, places in zip(sums, found, (rows, columns, columns), strict=True):
                 total[:, :, places] += part.transpose(1, 2)[..., : total.shape[-1]]
 
@@ -154,6 +173,9 @@ def _cut_windowed(tile: Tile) -> Iterator[Tile]:
     These are counted from the last query and the last key, and none may be negative.
     """
     start, last = tile.queries
+    if tile.bounds:
+        yield tile
+        return
     while start < last:
         seen = _rows_of(tile, start, last) if tile.window is not None else tile
         end = last if tile.window is None else min(last, start + seen.keys[1] - seen.keys[0])
@@ -210,6 +232,24 @@ def _align(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | Non
     return wide[:, :num_keys].expand(*query.shape[:2], *mask.shape)
 
 
+def _turn(part: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """Return `[batch, heads, n, dim]` as flash kernels take it: `[batch, n, heads, dim]`, or documents end to end."""
+    turned = part.transpose(1, 2)
+    return turned.flatten(0, 1) if tile.bounds else turned
+
+
+def _extents(tile: Tile, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
+    """Return boundaries of documents among queries and keys, on the device, and the longest number of each."""
+    if not tile.bounds:
+        return None, None, tile.length, tile.keys[1] - tile.keys[0]
+    starts = (row * tile.length + start for row in range(len(like)) for start in tile.bounds[:-1])
+    bounds = torch.tensor([*starts, len(like) * tile.length], dtype=torch.int32)
+    if like.device.type != bounds.device.type:  # without waiting for the device
+        bounds = bounds.pin_memory().to(like.device, non_blocking=True)
+    longest = max(end - start for start, end in itertools.pairwise(tile.bounds))
+    return bounds, bounds, longest, longest
+
+
 def _parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, multiple: int = 1) -> Three:
     """Return the tile's queries, keys and values, of one size."""
     rows, columns = slice(*tile.queries), slice(*tile.keys)
@@ -217,7 +257,7 @@ def _parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Ti
     return query, key, value
 
 
-def _alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile) -> Three:
+def _alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, multiple: int) -> Three:
     """Return the tile's queries, keys and values, of one size and number of heads."""
-    query, key, value = _parts(query, key, value, tile)
+    query, key, value = _parts(query, key, value, tile, multiple)
     return query, repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])

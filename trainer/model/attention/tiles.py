@@ -6,6 +6,7 @@ mask all of its later part sees all of its earlier part: a rectangle without a m
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ class Tile:
     """Tokens by which the first query follows the first key. 0 is the usual causal mask."""
     window: int | None = None
     """Keys that a query sees, itself among them; None for all before it."""
+    bounds: tuple[int, ...] = ()
+    """Of documents laid end to end in queries and keys alike, of which each sees itself alone: where they begin, from
+    0, and the end. Empty for one."""
+
+    @property
+    def length(self) -> int:
+        """Number of queries."""
+        return self.queries[1] - self.queries[0]
 
     @property
     def is_masked(self) -> bool:
@@ -34,11 +43,16 @@ class Tile:
 
 
 def plan_tiles(
-    queries: Sequence[Segment], keys: Sequence[Segment], bounds: Sequence[int], window: int | None = None
+    queries: Sequence[Segment],
+    keys: Sequence[Segment],
+    bounds: Sequence[int],
+    window: int | None = None,
+    fewest_packed: int | None = None,
 ) -> list[Tile]:
     """Return the rectangles of causal attention of `queries` over `keys`, which may be other ranks' tokens.
 
-    `bounds` are where documents begin among all tokens, ascending, and the end.
+    `bounds` are where documents begin among all tokens, ascending, and the end. With `fewest_packed`, so many or more
+    documents that lie end to end are one tile.
     """
     tiles = [
         tile
@@ -47,7 +61,8 @@ def plan_tiles(
         if key.start < query.end
         for tile in _tiles_between(query, key, bounds, window)
     ]
-    return _join(tiles)
+    tiles = _join(tiles)
+    return tiles if fewest_packed is None else _pack_documents(tiles, window, fewest_packed)
 
 
 def _tiles_between(query: Segment, key: Segment, bounds: Sequence[int], window: int | None) -> Iterator[Tile]:
@@ -88,3 +103,27 @@ def _join(tiles: list[Tile]) -> list[Tile]:
                 row.append(side)
         plain = [(other, side) for other, row in rows.items() for side in row]
     return [Tile(queries, keys) for queries, keys in plain] + [tile for tile in tiles if tile.is_masked]
+
+
+def _pack_documents(tiles: list[Tile], window: int | None, fewest: int) -> list[Tile]:
+    """Make one tile of so many or more causal squares that follow each other in queries and in keys."""
+    packed, run = [tile for tile in tiles if not _is_square(tile)], list[Tile]()
+    for tile in [*filter(_is_square, tiles), None]:
+        if tile is not None and run and run[-1].queries[1] == tile.queries[0] and run[-1].keys[1] == tile.keys[0]:
+            run.append(tile)
+            continue
+        packed += run if len(run) < fewest else [_pack(run, window)]
+        run = [] if tile is None else [tile]
+    return packed
+
+
+def _is_square(tile: Tile) -> bool:
+    return tile.lead == 0 and tile.length == tile.keys[1] - tile.keys[0]
+
+
+def _pack(run: list[Tile], window: int | None) -> Tile:
+    """Return squares end to end as one tile; those without the window are not longer than it."""
+    queries, keys = (run[0].queries[0], run[-1].queries[1]), (run[0].keys[0], run[-1].keys[1])
+    is_windowed = any(tile.window is not None for tile in run)
+    bounds = (0, *itertools.accumulate(tile.length for tile in run))
+    return Tile(queries, keys, 0, window if is_windowed else None, bounds)

@@ -7,21 +7,23 @@ from typing import Any
 import pytest
 
 from tests.pool import Place
+from tests.trainer.model.attention.flash_kernels import stated_flash_kernels
 
 HEADS = 8
 SEQ_LEN = 64
+BATCH = 2
 
 
 def make_case(num_groups: int, dim_v: int, num_rows: int, has_sink: bool) -> tuple[list[Any], Any]:
-    """Return whole queries, keys, values (and sinks) `[1, heads, rows * seq, dim]`, and the output's gradient."""
+    """Return whole queries, keys, values (and sinks) `[batch, heads, rows * seq, dim]`, and the output's gradient."""
     import torch
 
     generator = torch.Generator().manual_seed(5)
     total = num_rows * SEQ_LEN
-    shapes = [(1, HEADS, total, 16), (1, num_groups, total, 16), (1, num_groups, total, dim_v)]
+    shapes = [(BATCH, HEADS, total, 16), (BATCH, num_groups, total, 16), (BATCH, num_groups, total, dim_v)]
     shapes += [(HEADS,)] if has_sink else []
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
-    return inputs, torch.randn(1, HEADS, total, dim_v, generator=generator)
+    return inputs, torch.randn(BATCH, HEADS, total, dim_v, generator=generator)
 
 
 def state_in_float64(inputs: list[Any], gradient: Any, bounds: tuple[int, ...], window: int | None) -> list[Any]:
@@ -40,12 +42,22 @@ def state_in_float64(inputs: list[Any], gradient: Any, bounds: tuple[int, ...], 
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
     scores = scores.masked_fill(~seen, float("-inf"))
     if sinks:
-        scores = torch.cat([scores, sinks[0][None, :, None, None].expand(1, HEADS, total, 1)], dim=-1)
+        scores = torch.cat([scores, sinks[0][None, :, None, None].expand(BATCH, HEADS, total, 1)], dim=-1)
     output = scores.softmax(-1)[..., :total] @ value
     return [output, *torch.autograd.grad(output, inputs, gradient.double())]
 
 
-def attend_on_ranks(place: Place, method: str, inner: int, case: tuple[Any, ...], split_fields: dict) -> list[Any]:
+def attend_by_flash(place: Place, *arguments: Any) -> list[Any]:
+    """Return what `attend_on_ranks` does with the tiles of GPUs, and the sequences of each forward launch."""
+    from trainer.model.attention.tile_kernels import FlashTiles
+
+    with stated_flash_kernels() as launches:
+        return [*attend_on_ranks(place, *arguments, kernels=FlashTiles), launches]
+
+
+def attend_on_ranks(
+    place: Place, method: str, inner: int, case: tuple[Any, ...], split_fields: dict, kernels: Any = None
+) -> list[Any]:
     """Return this rank's part of the output and of the gradients; the gradient of the sinks is summed over ranks."""
     import torch
     import torch.distributed as dist
@@ -57,7 +69,7 @@ def attend_on_ranks(place: Place, method: str, inner: int, case: tuple[Any, ...]
     dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.world_size)
     ways = [dist.new_group(range(first, first + inner)) for first in range(0, place.world_size, inner)]
     across = [dist.new_group(range(first, place.world_size, inner)) for first in range(inner)]
-    sharing = Sharing(CpuTiles(), dist.group.WORLD, ways[place.rank // inner], across[place.rank % inner])
+    sharing = Sharing((kernels or CpuTiles)(), dist.group.WORLD, ways[place.rank // inner], across[place.rank % inner])
     split = Split(**split_fields)
     inputs, gradient = make_case(*case)
     segments = segments_of(place.rank, place.world_size, num_rows=split.num_rows, seq_len=split.seq_len)
@@ -86,15 +98,13 @@ CASES = {
 WAYS = [("p2p", 2), ("p2p", 4), ("all_gather", 2), ("all_gather", 4), ("a2a", 2), ("a2a", 4), ("a2a+p2p", 4)]
 
 
-@pytest.mark.parametrize("method, world", WAYS)
-@pytest.mark.parametrize("name", CASES)
-def test_shared_attention_is_attention(ranks, name, method, world):
+def require_whole(parts: list[Any], name: str) -> None:
+    """Require that the ranks' parts together are attention."""
     import torch
 
     num_groups, dim_v, split, has_sink = CASES[name]
     case = (num_groups, dim_v, split["num_rows"], has_sink)
     expected = state_in_float64(*make_case(*case), split["bounds"], split.get("window"))
-    parts = ranks.run(attend_on_ranks, method, 2, case, split, world=world)
     places = torch.cat([part[0] for part in parts])
     assert torch.equal(places.sort().values, torch.arange(split["num_rows"] * SEQ_LEN))
     for number, want in enumerate(expected, start=1):
@@ -105,3 +115,38 @@ def test_shared_attention_is_attention(ranks, name, method, world):
             got = [whole]
         for one in got:
             assert (one - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def arguments_of(name: str) -> tuple[Any, ...]:
+    num_groups, dim_v, split, has_sink = CASES[name]
+    return 2, (num_groups, dim_v, split["num_rows"], has_sink), split
+
+
+@pytest.mark.parametrize("method, world", WAYS)
+@pytest.mark.parametrize("name", CASES)
+def test_shared_attention_is_attention(ranks, name, method, world):
+    require_whole(ranks.run(attend_on_ranks, method, *arguments_of(name), world=world), name)
+
+
+@pytest.mark.parametrize("method, world", [("p2p", 2), ("all_gather", 4), ("a2a+p2p", 4)])
+@pytest.mark.parametrize("name", CASES)
+def test_flash_kernels_are_attention(ranks, name, method, world):
+    parts = ranks.run(attend_by_flash, method, *arguments_of(name), world=world)
+    require_whole(parts, name)
+    has_documents = len(CASES[name][2]["bounds"]) > 2
+    for *_, launches in parts:
+        # Documents that end where the next begins, in one launch; plain ones end at a rank's share alone.
+        assert max(launches) > 3 * BATCH if has_documents else len(launches) <= 10
+
+
+def test_launches_do_not_grow_with_documents():
+    """Those of a rank are one launch; of other pieces a ring has one rectangle a row and step, or none."""
+    from trainer.model.attention.methods import Split, _plan_ring
+
+    for num_rows, every in ((1, 8), (2, 7), (4, 100)):
+        bounds = sorted({*range(0, 4097, 4096 // num_rows), *range(0, 4096, every)})
+        split = Split(num_rows, 4096 // num_rows, tuple(bounds))
+        for place in range(4):
+            own, *others = _plan_ring(split, place, 4, 1, 3)
+            assert [tile.length for tile in own if tile.bounds] == [1024]
+            assert len(own) <= 1 + num_rows and max(map(len, others)) <= num_rows

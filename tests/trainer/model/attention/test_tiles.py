@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -12,32 +13,50 @@ from tests.pool import Place
 NUM_CASES = 400
 
 
+def seen_by_flash(tile: Any) -> Any:
+    """Return what the kernels see of a tile, `[queries, keys]`.
+
+    Windows are counted from the last query and the last key; -1 is all. Documents see each itself.
+    """
+    import torch
+
+    from trainer.model.attention.tile_kernels import _window
+
+    num_queries, num_keys = tile.queries[1] - tile.queries[0], tile.keys[1] - tile.keys[0]
+    own = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    columns, (left, right) = torch.arange(num_keys), _window(tile)
+    assert left >= -1 and right >= -1 and num_queries > 0 and num_keys > 0
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    if left >= 0:
+        seen &= columns >= own - left
+    if right >= 0:
+        seen &= columns <= own + right
+    if tile.bounds:
+        document = torch.searchsorted(torch.tensor(tile.bounds), columns, right=True)
+        seen &= document[:, None] == document
+    return seen
+
+
+def seen_by_mask(tile: Any) -> Any:
+    """Return what the definition of a tile says that is seen."""
+    import torch
+
+    rows = torch.arange(tile.queries[1] - tile.queries[0])[:, None]
+    columns = torch.arange(tile.keys[1] - tile.keys[0])
+    if tile.lead is None:
+        return torch.ones(len(rows), len(columns), dtype=torch.bool)
+    seen = columns <= rows + tile.lead
+    return seen & (columns > rows + tile.lead - tile.window) if tile.window is not None else seen
+
+
 def wrong_cases(place: Place, seed: int) -> list[str]:
     """Return the cases in which the tiles, or what the flash kernels would see of them, are not the mask."""
     import torch
 
-    from trainer.model.attention.tile_kernels import _cut_masked, _cut_windowed, _window
+    from trainer.model.attention.tile_kernels import _cut_masked, _cut_windowed
     from trainer.model.attention.tiles import plan_tiles
 
-    def seen_by_flash(tile):
-        """Windows are counted from the last query and the last key; -1 is all."""
-        num_queries, num_keys = tile.queries[1] - tile.queries[0], tile.keys[1] - tile.keys[0]
-        own = torch.arange(num_queries)[:, None] + num_keys - num_queries
-        columns, (left, right) = torch.arange(num_keys), _window(tile)
-        assert left >= -1 and right >= -1 and num_queries > 0 and num_keys > 0
-        seen = torch.ones(num_queries, num_keys, dtype=torch.bool)
-        if left >= 0:
-            seen &= columns >= own - left
-        return seen & (columns <= own + right) if right >= 0 else seen
-
-    def seen_by_mask(tile):
-        rows = torch.arange(tile.queries[1] - tile.queries[0])[:, None]
-        columns = torch.arange(tile.keys[1] - tile.keys[0])
-        if tile.lead is None:
-            return torch.ones(len(rows), len(columns), dtype=torch.bool)
-        seen = columns <= rows + tile.lead
-        return seen & (columns > rows + tile.lead - tile.window) if tile.window is not None else seen
-
+    ways = [(_cut_windowed, seen_by_flash, fewest) for fewest in (None, 2)] + [(_cut_masked, seen_by_mask, None)]
     draw, wrong = random.Random(seed), []
     for _ in range(NUM_CASES):
         cp, rows = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
@@ -56,9 +75,14 @@ def wrong_cases(place: Place, seed: int) -> list[str]:
         for queries in shares:
             for keys in (*shares, whole):
                 mine, theirs = (torch.cat([place_of[one.start : one.end] for one in part]) for part in (queries, keys))
-                for cut, seen_of in ((_cut_windowed, seen_by_flash), (_cut_masked, seen_by_mask)):
+                ways = (
+                    (_cut_windowed, seen_by_flash, 2),
+                    (_cut_windowed, seen_by_flash, None),
+                    (_cut_masked, seen_by_mask, None),
+                )
+                for cut, seen_of, fewest in ways:
                     met = torch.zeros(len(mine), len(theirs), dtype=torch.int)
-                    for tile in plan_tiles(queries, keys, bounds, window):
+                    for tile in plan_tiles(queries, keys, bounds, window, fewest):
                         for part in cut(tile):
                             seen = seen_of(part)
                             assert seen.any(1).all(), "a query that sees nothing has no softmax"

@@ -1,0 +1,51 @@
+"""Batch -> language model: the forward passes that every stage shares, to losses or to scores of the labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trainer.data.batch import Batch
+from trainer.model.attention.documents import PackedDocuments
+from trainer.model.output_loss import compute_token_losses, compute_token_scores
+from trainer.model.token_scores import Scoring, TokenScores
+
+
+def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
+    """Return per-token losses `[batch, seq]` in nats from the last chunk, hidden states from the others.
+
+    With document boundaries the rows are laid end to end (`[1, batch * seq]`) and each document is attended alone,
+    with its own positions.
+    """
+    output = _forward(model, batch, output_processor=compute_token_losses)
+    return output.view_as(batch.labels) if output.dim() == batch.labels.dim() else output
+
+
+def score_language_model(
+    model: Any, batch: Batch, *, temperature: float = 1.0, entropy: bool = False, is_greedy: bool = False
+) -> Any:
+    """Return the `TokenScores` of the labels from the last chunk, hidden states from the others.
+
+    Log-probabilities always, `[batch, seq]`, and what else is asked for, of softmax(logits / temperature).
+    """
+    asked = Scoring(temperature, entropy, is_greedy)
+    output = _forward(model, batch, output_processor=compute_token_scores, output_processor_context=asked)
+    return output.map(lambda one: one.view_as(batch.labels)) if isinstance(output, TokenScores) else output
+
+
+def _forward(model: Any, batch: Batch, **options: Any) -> Any:
+    documents = batch.documents
+    if documents is None:
+        return model(batch.tokens, batch.position_ids, None, labels=batch.labels, **options)
+    packed = PackedDocuments(
+        qkv_format="thd",
+        cu_seqlens_q=documents.cu_seqlens,
+        cu_seqlens_kv=documents.cu_seqlens,
+        max_seqlen_q=documents.max_seqlen,
+        max_seqlen_kv=documents.max_seqlen,
+        bounds=documents.bounds,
+        num_rows=len(batch.tokens),
+    )
+    flat = [part.reshape(1, -1) for part in (batch.tokens, batch.position_ids, batch.labels)]
+    return model(flat[0], flat[1], None, labels=flat[2], packed_seq_params=packed, **options)
