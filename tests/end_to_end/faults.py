@@ -125,7 +125,48 @@ def slow_disk(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def moved_while_saving(rank: int) -> Iterator[None]:
+    """Move the run's directory away when the checkpoint of step 6 has been written but not yet named."""
+    from trainer.checkpoint.save import CheckpointWriter
+
+    publish = CheckpointWriter._publish
+
+    def publish_moved(self, pending, files):
+        if pending.step == 6:
+            run_dir = self._dir.parent
+            run_dir.rename(run_dir.with_name("moved"))
+        publish(self, pending, files)
+
+    with patch.object(CheckpointWriter, "_publish", publish_moved):
+        yield
+
+
+@contextlib.contextmanager
+def moved_directory(rank: int, *, is_taken_over: bool = False) -> Iterator[None]:
+    """Move the run's directory away in its third step; another run may have begun at the path before we look."""
+    from trainer.run.directory import RunLock
+
+    check, calls = RunLock.check, [0]
+
+    def check_moved(self):
+        calls[0] += 1
+        if calls[0] == 3:
+            directory = self._path.parent
+            directory.rename(directory.with_name("moved"))
+            if is_taken_over:
+                directory.mkdir()
+                self._path.touch()
+        check(self)
+
+    with patch.object(RunLock, "check", check_moved):
+        yield
+
+
 FAULTS = {
+    "moved_directory": moved_directory,
+    "moved_while_saving": moved_while_saving,
+    "directory_taken_over": lambda rank: moved_directory(rank, is_taken_over=True),
     "blind_rank": blind_rank,
     "looking_before_locking": looking_before_locking,
     "slow_disk": slow_disk,

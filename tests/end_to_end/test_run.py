@@ -168,6 +168,20 @@ def test_a_run_directory_takes_one_run_at_a_time(train, tmp_path):
     assert train(2)[0] == ExitCode.DONE
 
 
+@pytest.mark.parametrize("fault", ["moved_directory", "moved_while_saving", "directory_taken_over"])
+def test_a_run_whose_directory_goes_ends_at_once_and_leaves_the_place_alone(train, tmp_path, fault):
+    """It would make the directory anew with its next checkpoint, or save into that of the run that came after it."""
+    assert train(1, f"run.dir={tmp_path}/whole")[0] == ExitCode.DONE
+    code, sentence = train(1, fault=fault)
+    assert code == ExitCode.BAD_INPUT and "was moved, removed or taken over" in sentence
+    left = {path.name for path in (tmp_path / "run").glob("*")}
+    assert left == ({".lock"} if fault == "directory_taken_over" else set())
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    (tmp_path / "moved").rename(tmp_path / "run")
+    assert train(1)[0] == ExitCode.DONE
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
 def test_layouts_agree_from_one_seed_checkpoint(train, tmp_path):
     assert train(1, "train.num_steps=0", f"run.dir={tmp_path}/seed")[0] == ExitCode.DONE
     assert checkpoint_names(tmp_path / "seed") == ["latest", "step_00000000"]

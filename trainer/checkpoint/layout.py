@@ -17,6 +17,9 @@ PARTIAL_PREFIX = ".partial-"
 DELETED_PREFIX = ".deleted-"
 ABANDONED_PREFIX = "abandoned_"
 LATEST = "latest"
+NEXT_LATEST = f".{LATEST}.new"
+EXPORT = "hf"
+"""Directory, in a checkpoint, of the Hugging Face model that it was exported as."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -42,10 +45,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """Return the checkpoint that `latest` names, or the newest complete one if the link is missing; None if none."""
-    link = checkpoints_dir(run_dir) / LATEST
-    if (link / "checkpoint.json").is_file():
-        return link.resolve()
+    """Return the checkpoint that `latest` names, or the newest complete one if the link is missing; None if none.
+
+    After a kill between the two renamings of `publish` it is the one that `latest` was about to name.
+    """
+    for name in (NEXT_LATEST, LATEST):
+        link = checkpoints_dir(run_dir) / name
+        if (link / "checkpoint.json").is_file():
+            return link.resolve()
     complete = list_checkpoints(run_dir)
     return complete[-1] if complete else None
 
@@ -69,16 +76,19 @@ def existing_checkpoint(path: str, field: str) -> Path:
 
 
 def publish(partial: Path, step: int) -> Path:
-    """Give a finished checkpoint its name and move `latest` to it; both renames are atomic. Rank 0 alone calls this."""
+    """Give a finished checkpoint its name and move `latest` to it; both renames are atomic. Rank 0 alone calls this.
+
+    The link comes first: if a kill parts the two renames, it tells the next start that the checkpoint is the latest.
+    """
     parent = partial.parent
     final = parent / checkpoint_name(step)
     if final.exists():
         remove(final)
+    link = parent / NEXT_LATEST
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
     os.replace(partial, final)
-    temporary_link = parent / f".{LATEST}.new"  # one name for all: what a kill leaves, the next save takes up
-    temporary_link.unlink(missing_ok=True)
-    temporary_link.symlink_to(final.name)
-    os.replace(temporary_link, parent / LATEST)
+    os.replace(link, parent / LATEST)
     _sync_directory(parent)
     return final
 
@@ -92,7 +102,11 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Delete what an interrupted save or deletion left behind. Rank 0 alone calls this, with no save under way."""
+    """Finish or delete what an interrupted save or deletion left. Rank 0 alone calls this, with no save under way."""
+    link = checkpoints_dir(run_dir) / NEXT_LATEST
+    if (link / "checkpoint.json").is_file():
+        os.replace(link, link.with_name(LATEST))
+    link.unlink(missing_ok=True)
     for prefix in (PARTIAL_PREFIX, DELETED_PREFIX):
         for leftover in checkpoints_dir(run_dir).glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)

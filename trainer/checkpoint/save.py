@@ -31,7 +31,7 @@ from parallel.mesh import Mesh
 from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import Manifest, hash_file
 from trainer.checkpoint.parts import collect
-from trainer.disk.space import describe_file_limit, find_space_problem
+from trainer.disk.space import describe_file_limit, find_space_problem, free_bytes
 from trainer.engine.state import TrainState
 from trainer.stages.base import Stage
 
@@ -161,7 +161,7 @@ class CheckpointWriter:
             raise self._failure(pending, problem)
 
     def _failure(self, pending: _Pending, reason: str) -> CheckpointFailed:
-        free = shutil.disk_usage(self._dir).free / 1e9
+        free = free_bytes(self._dir) / 1e9
         return CheckpointFailed(
             f"checkpoint of step {pending.step} could not be written to {self._dir}, which has {free:.2f} GB free "
             f"({reason}{describe_file_limit()}); the previous checkpoint is untouched: make room there, or set run.dir "

@@ -13,27 +13,31 @@ from parallel.collectives import broadcast_object, gather_objects
 from trainer.disk.lock import FileLock
 
 _LOCK = ".lock"
+_CONTENT = "content"
 
 
 @contextmanager
 def growing_directory(target: Path, *, rank: int) -> Iterator[Path]:
-    """Yield a directory beside `target` to write into; it takes the target's name when all ranks leave the block.
+    """Yield a directory in `<target>.growing` to write into; it becomes `target` when all ranks leave the block.
 
-    An error removes it; what a kill leaves behind is removed by the next attempt. Raises BadInput where `target` holds
-    something, cannot be written, or is being written by another process. Collective: all ranks must call this.
+    The lock lies beside it, so that no kill leaves it in the target. An error removes both; what a kill leaves is
+    removed by the next attempt. Raises BadInput where `target` holds something, cannot be written, or is being written
+    by another process. Collective: all ranks must call this.
     """
     target = Path(os.path.abspath(target))
-    growing = target.with_name(target.name + ".growing") if target.name else target
+    growing = _growing(target)
     lock = FileLock(growing / _LOCK)
     problem = broadcast_object(_begin(target, growing, lock) if rank == 0 else None)
     if problem:
         raise BadInput(problem)
     try:
-        yield growing
+        yield growing / _CONTENT
         gather_objects(None)  # every rank has written its part
         if rank == 0:
-            os.replace(growing, target)
-            (target / _LOCK).unlink()  # last: until then a kill leaves what the next attempt knows for a leftover
+            os.replace(growing / _CONTENT, target)
+            lock.release()
+            with suppress(OSError):
+                growing.rmdir()
         gather_objects(None)  # the target is there
     except OSError as error:
         _remove(growing)
@@ -45,20 +49,41 @@ def growing_directory(target: Path, *, rank: int) -> Iterator[Path]:
         lock.release()
 
 
+def remove_leftover(target: Path) -> None:
+    """Remove what a kill left of making `target`, unless another process is making it now."""
+    growing = _growing(target)
+    if _is_leftover(growing):
+        lock = FileLock(growing / _LOCK)
+        if lock.take() is None:
+            _remove(growing)
+        lock.release()
+
+
+def _growing(target: Path) -> Path:
+    return target.with_name(target.name + ".growing") if target.name else target
+
+
+def _is_leftover(growing: Path) -> bool:
+    """Return whether a directory of that name is one that was made here, however early or late a kill came."""
+    if growing.is_symlink() or not growing.is_dir():
+        return False
+    return (growing / _LOCK).exists() or not any(growing.iterdir())
+
+
 def _begin(target: Path, growing: Path, lock: FileLock) -> str | None:
     """Make the directory, empty and locked, and return None, or the sentence that says why not."""
     try:
         problem = check_target(target)
         if problem:
             return problem
-        is_leftover = (growing / _LOCK).exists() or (growing.is_dir() and not any(growing.iterdir()))
-        if growing.is_symlink() or (growing.exists() and not is_leftover):
+        if os.path.lexists(growing) and not _is_leftover(growing):
             return f"{growing}: is in the way, and no leftover of a conversion; move it away, or give another path."
         growing.mkdir(parents=True, exist_ok=True)
         holder = lock.take()
         if holder is not None:
             return f"{target}: is being written by {holder}; wait for it, or give another path."
         _empty(growing)
+        (growing / _CONTENT).mkdir()
     except OSError as error:
         return f"{target}: cannot be written ({error}); give another path."
     return None

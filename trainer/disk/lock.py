@@ -37,6 +37,10 @@ class FileLock:
             self._file.close()
             self._file = None
 
+    def is_taken_over(self) -> bool:
+        """Return whether the path names another process's file by now: somebody removed ours, and it was made anew."""
+        return self._file is not None and self._path.exists() and not self._is_in_place()
+
     def _is_in_place(self) -> bool:
         """Return whether the path still names the file that is locked."""
         assert self._file is not None

@@ -12,9 +12,16 @@ def find_space_problem(directory: Path, num_bytes: int, largest_file: int) -> st
     limit = _file_limit()
     if limit is not None and largest_file > limit:
         return f"a file of it has {largest_file:,} bytes"  # `describe_file_limit` says the rest
-    if num_bytes > shutil.disk_usage(directory).free:
+    if num_bytes > free_bytes(directory):
         return f"it needs {num_bytes / 1e9:.2f} GB"
     return None
+
+
+def free_bytes(directory: Path) -> int:
+    """Return the free bytes of the disk on which `directory` is, or would be, for it may have been removed."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
 
 
 def describe_file_limit() -> str:

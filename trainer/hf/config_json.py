@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput
 from configs.fields import location_text
+from configs.paths import find_special_file
 from configs.plan.derive import head_dim, layer_windows, num_query_groups
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
@@ -37,6 +38,9 @@ _TRAINING_ONLY_MOE = {"aux_loss_coeff", "z_loss_coeff", "bias_update_rate"}
 def load_config_json(directory: Path) -> dict[str, Any]:
     """Read `config.json`. Raises BadInput if it is missing or unreadable."""
     path = directory / "config.json"
+    special = find_special_file(str(path))
+    if special is not None:  # reading it would wait for ever, or take what another rank needs
+        raise BadInput(f"{path}: is {special}, not a file; give the directory of a Hugging Face model.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

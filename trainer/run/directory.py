@@ -28,7 +28,8 @@ from configs.stages import Config
 from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
-from trainer.checkpoint.layout import LATEST, checkpoints_dir, remove_leftovers, set_aside_after
+from trainer.checkpoint.layout import EXPORT, LATEST, checkpoints_dir, remove_leftovers, set_aside_after
+from trainer.disk.growing import remove_leftover
 from trainer.disk.lock import FileLock
 from trainer.engine.state import TrainState
 from trainer.hf.companions import carry
@@ -67,6 +68,7 @@ class RunLock:
         self._path = Path(run_dir) / ".lock"
         self._lock = FileLock(self._path)
         self._made: list[Path] = []
+        self._found: os.stat_result | None = None
 
     @contextmanager
     def held(self, mesh: Mesh, *, patience_seconds: float) -> Iterator[None]:
@@ -86,6 +88,25 @@ class RunLock:
                 with suppress(OSError):
                     directory.rmdir()
 
+    def check(self) -> None:
+        """Raise BadInput on the rank that holds the lock if the directory is not the run's any more.
+
+        Whoever moved or removed it would get it anew with the next checkpoint, without config and metrics; with a run
+        that has begun there since, two would write to it.
+        """
+        if self._found is None:
+            return
+        directory = self._path.parent
+        try:
+            is_there = os.path.samestat(directory.stat(), self._found)
+        except FileNotFoundError:
+            is_there = False
+        if not is_there or self._lock.is_taken_over():
+            raise BadInput(
+                f"run.dir: {directory} was moved, removed or taken over by another run while this one trained, and "
+                "nothing more is saved; move it back and give the same command again, or choose another path."
+            )
+
     def _take(self, patience_seconds: float) -> str | None:
         """Take the lock and return None, or the sentence that says why not."""
         directory = self._path.parent
@@ -100,6 +121,7 @@ class RunLock:
             while holder is not None and time.monotonic() < deadline:
                 time.sleep(1.0)
                 holder = self._lock.take()
+            self._found = directory.stat()
         except OSError as error:
             return f"run.dir: {directory} cannot be written to ({error}); choose another path."
         if holder is None:
@@ -138,6 +160,8 @@ def _begin_on_rank_zero(
     try:
         write_run_files(config, details, run_dir, launcher=launcher)
         remove_leftovers(run_dir)
+        for checkpoint in checkpoints_dir(run_dir).glob("*"):
+            remove_leftover(checkpoint / EXPORT)
         if start.resume_from is not None:
             for aside in set_aside_after(run_dir, state.step):
                 log.info("%s: set aside, since the run goes on from step %d", aside, state.step)

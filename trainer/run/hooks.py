@@ -17,6 +17,7 @@ from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine.state import StepResult, TrainState
 from trainer.evaluate.validation import VALIDATION_LOSS
 from trainer.report.reporter import Reporter
+from trainer.run.directory import RunLock
 from trainer.run.signals import StopSignals
 from trainer.stages.base import Stage
 
@@ -35,6 +36,7 @@ class Hooks:
         reporter: Reporter,
         checkpoints: CheckpointWriter,
         signals: StopSignals,
+        lock: RunLock,
     ) -> None:
         self._config = config
         self._mesh = mesh
@@ -42,6 +44,7 @@ class Hooks:
         self._reporter = reporter
         self._checkpoints = checkpoints
         self._signals = signals
+        self._lock = lock
         self._first_validation: dict[str, float] = {}
         self._last_validation: dict[str, float] = {}
         self._last_validation_step = -1
@@ -63,6 +66,7 @@ class Hooks:
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Report faults, evaluate, log and save after a step."""
+        self._lock.check()
         if not result.is_applied:
             self._report_skip(state, result)
         train = self._config.train
@@ -92,6 +96,7 @@ class Hooks:
 
     def on_end(self, state: TrainState) -> None:
         """Save where the run is, unless that has been done, and wait until it is on disk."""
+        self._lock.check()
         if self._checkpoints.last_saved_step != state.step:
             self._checkpoints.save(state, self._stage)
         self._checkpoints.finish()

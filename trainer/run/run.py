@@ -48,8 +48,13 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
     try:
         mesh = build_mesh(platform, device, config)
-        with RunLock(str(config.run.dir)).held(mesh, patience_seconds=_patience(config, environment)):
-            return _run_locked(config, stage_name, environment, mesh)
+        lock = RunLock(str(config.run.dir))
+        with lock.held(mesh, patience_seconds=_patience(config, environment)):
+            try:
+                return _run_locked(config, stage_name, environment, mesh, lock)
+            except Exception:
+                lock.check()  # what failed may have, because the directory went
+                raise
     finally:
         destroy_mesh()
         dist.destroy_process_group()
@@ -60,7 +65,7 @@ def _patience(config: Config, environment: Environment) -> int:
     return config.parallel.timeout_seconds if environment.is_restart else 0
 
 
-def _run_locked(config: Config, stage_name: str, environment: Environment, mesh: Mesh) -> ExitCode:
+def _run_locked(config: Config, stage_name: str, environment: Environment, mesh: Mesh, lock: RunLock) -> ExitCode:
     start = on_rank_zero(lambda: find_start(config, stage_name))
     on_all_ranks(partial(start.wait_until_visible, config.parallel.timeout_seconds))
     corpus = on_all_ranks(lambda: open_corpus(config))
@@ -85,7 +90,7 @@ def _run_locked(config: Config, stage_name: str, environment: Environment, mesh:
                 on_all_ranks(lambda: stage.start(state))
                 for sentence in corpus.describe_order():
                     log.info(sentence)
-            state = _fit(config, environment, mesh, start, stage, state, signals)
+            state = _fit(config, environment, mesh, start, stage, state, signals, lock)
         finally:
             stage.close()
         if signals.is_agreed and state.step < config.train.num_steps:
@@ -118,6 +123,7 @@ def _fit(
     stage: Stage,
     state: TrainState,
     signals: StopSignals,
+    lock: RunLock,
 ) -> TrainState:
     """Begin writing, train, and return where the run then is."""
     from trainer.checkpoint.save import CheckpointWriter
@@ -139,6 +145,7 @@ def _fit(
             on_published=partial(export_run_checkpoint, config, mesh) if is_exporting else None,
         ),
         signals=signals,
+        lock=lock,
     )
     if is_exporting and start.resume_from is not None and lacks_export(start.resume_from, run_dir):
         export_run_checkpoint(config, mesh, start.resume_from)

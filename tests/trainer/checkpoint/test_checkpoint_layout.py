@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint.layout import apply_retention, checkpoint_name, checkpoints_dir, publish, set_aside_after
+from trainer.checkpoint.layout import (
+    apply_retention,
+    checkpoint_name,
+    checkpoints_dir,
+    latest_checkpoint,
+    publish,
+    remove_leftovers,
+    set_aside_after,
+)
 
 
 @pytest.fixture
@@ -41,8 +50,23 @@ def test_a_link_that_a_kill_left_goes_with_the_next(make, tmp_path, monkeypatch)
         patched.setattr("os.getpid", lambda: 1)
         patched.setattr("pathlib.Path.symlink_to", killed_after(Path.symlink_to))
         make(20)
+    assert latest_checkpoint(tmp_path).name == checkpoint_name(10)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in checkpoints_dir(tmp_path).iterdir() if path.is_symlink()) == ["latest"]
     make(30)
     assert sorted(path.name for path in checkpoints_dir(tmp_path).iterdir() if path.is_symlink()) == ["latest"]
+
+
+def test_a_kill_between_the_two_renamings_loses_no_checkpoint(make, tmp_path, monkeypatch):
+    """It is whole, under its name, and where the run goes on: else it would be set aside as given up."""
+    make(10)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("os.replace", killed_after(os.replace))
+        make(20)
+    assert latest_checkpoint(tmp_path).name == checkpoint_name(20)
+    remove_leftovers(tmp_path)
+    links = {path.name: path.readlink().name for path in checkpoints_dir(tmp_path).iterdir() if path.is_symlink()}
+    assert links == {"latest": checkpoint_name(20)}
 
 
 def killed_after(call):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from configs.errors import BadInput
 from configs.load import load_config
 from configs.plan.derive import layer_windows
 from configs.sections.model import ModelConfig, RopeConfig
-from trainer.hf.config_json import compare_models, read_model, write_model
+from trainer.hf.config_json import compare_models, load_config_json, read_model, write_model
 from trainer.hf.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -254,3 +255,9 @@ def test_every_option_is_a_field():
                 import configs.sections.model
 
                 assert rest in getattr(configs.sections.model, section).model_fields, option
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(BadInput, match=r"config\.json: is a pipe, not a file"):
+        load_config_json(tmp_path)

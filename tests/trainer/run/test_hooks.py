@@ -33,7 +33,7 @@ def calls_after_a_step(place: Place, async_save: bool) -> list[str]:
     writer = Recorder(calls, "checkpoints", is_writing=False)
     made = hooks.Hooks(
         config, SimpleNamespace(platform=platform, device=None), SimpleNamespace(),
-        reporter=Recorder(calls, "reporter"), checkpoints=writer, signals=signals,
+        reporter=Recorder(calls, "reporter"), checkpoints=writer, signals=signals, lock=Recorder(calls, "lock"),
     )  # fmt: skip
     plain, hooks.max_over_ranks = hooks.max_over_ranks, lambda values, device: [float(value) for value in values]
     try:
@@ -46,5 +46,5 @@ def calls_after_a_step(place: Place, async_save: bool) -> list[str]:
 @pytest.mark.parametrize("async_save", [True, False])
 def test_the_row_of_a_step_is_written_before_its_checkpoint_is_visible(ranks, async_save):
     """A run killed in between would continue after the step and never have its row."""
-    expected = ["checkpoints.publish_if_written", "checkpoints.save", "reporter.write"]
+    expected = ["lock.check", "checkpoints.publish_if_written", "checkpoints.save", "reporter.write"]
     assert ranks.run(calls_after_a_step, async_save) == [expected + ["checkpoints.finish"] * (not async_save)]
