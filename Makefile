@@ -8,13 +8,14 @@ PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 CODE := configs parallel trainer launch tools tests
 
+LONG := --data data/stdlib/validation --lengths 256,512,1024,2048 --digits 2 --keys 10
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup pretrain test test-fast bench lint format types clean
+.PHONY: help setup pretrain demo-long-context test test-fast bench lint format types clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## build .venv from constraints.txt (again only when that or pyproject.toml changes)
 
@@ -25,6 +26,13 @@ $(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
 pretrain: setup  ## train a small language model on 4 CPU ranks, tensor x pipeline parallel
 	$(PYTHON) tools/prepare_corpus.py --out data/stdlib
 	$(PYTHON) -m launch.local --nproc-per-node 4 launch/pretrain.py configs/demo/pretrain.yaml
+
+demo-long-context: setup  ## continue that model at eight times its length, and measure what it makes of long texts
+	test -e runs/demo/checkpoints/latest || $(MAKE) pretrain
+	$(PYTHON) tools/make_passkeys.py data/stdlib/train --tokenizer data/stdlib/tokenizer --out data/passkeys --digits 2
+	$(PYTHON) tools/eval_long_context.py runs/demo $(LONG) --out runs/demo/long_context
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/long_context.py configs/demo/long_context.yaml
+	$(PYTHON) tools/eval_long_context.py runs/demo_long $(LONG) --out runs/demo_long/long_context
 
 test: setup  ## run every test
 	$(PYTHON) -m pytest

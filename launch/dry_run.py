@@ -6,6 +6,7 @@ Torch-free; writes nothing. What the config names and this machine has is checke
 from __future__ import annotations
 
 import math
+import os
 
 from configs.errors import BadInput, ExitCode
 from configs.stages import Config
@@ -35,8 +36,11 @@ def dry_run(
     problems += closed or [*data_problems(config), *start_problems(config, stage_name)]
     if problems:
         raise BadInput("\n".join(problems))
+    order = _order_of_data(config)
     if environment.rank == 0:
         print(describe(config, derive_layout(config, world_size), is_fewest=is_fewest))
+        for sentence in order:
+            print(f"order of data    {sentence}")
         here = config_problems(config, world_size, platform_name, has_te=has_transformer_engine())
         for problem in here + machine_problems(config, platform_name):
             print(f"cannot run here  {problem}")
@@ -44,6 +48,22 @@ def dry_run(
         if slow is not None:
             print(f"slow here        {slow}")
     return ExitCode.DONE
+
+
+def _order_of_data(config: Config) -> list[str]:
+    """Return what becomes of documents that are packed or drawn by length, where all of them are on this machine.
+
+    Raises BadInput where that cannot be. Of ten million documents it takes seconds; what is not asked for, nothing.
+    """
+    data = config.data
+    is_plain = data.packing == "concat" and all(source.long_document_share is None for source in data.train)
+    if is_plain or not data.train or not all(os.path.exists(f"{source.path}.idx") for source in data.train):
+        return []
+    from configs.plan.derive import consumed_samples_after
+    from trainer.data.blend import open_blend
+
+    blend = open_blend(data.train, config.train.seq_len, config.run.seed, data.packing)
+    return list(blend.describe_order(consumed_samples_after(config.train, config.train.num_steps)))
 
 
 def _fewest_ranks(config: Config) -> int:

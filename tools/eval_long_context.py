@@ -61,9 +61,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--lengths", type=_read_lengths, required=True, metavar="N,N", help="context lengths in tokens: 1024,4096"
     )
     parser.add_argument("--documents", type=int, default=16, metavar="N", help="documents for perplexity (default: 16)")
-    parser.add_argument("--depths", type=int, default=5, metavar="N", help="places of the pass key (default: 5)")
+    parser.add_argument("--depths", type=int, default=5, metavar="N", help="places of the passkey (default: 5)")
     parser.add_argument("--keys", type=int, default=4, metavar="N", help="texts a length and depth (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pass keys and the text around them")
+    parser.add_argument("--digits", type=int, default=5, metavar="N", help="digits of a passkey (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the passkeys and the text around them")
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory for the results")
     arguments = parser.parse_intermixed_args(argv)
     for name, least in (("documents", 1), ("depths", 1), ("keys", 1), ("seed", 0)):
@@ -91,12 +92,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for length in lengths:  # each must suit the layout
         config = read_config_of(arguments.model, arguments.overrides, seq_len=length, world_size=environment.world_size)
     if config.data.tokenizer is None:
-        raise BadInput("data.tokenizer: the pass keys need the model's tokenizer; give data.tokenizer=DIR")
+        raise BadInput("data.tokenizer: the passkeys need the model's tokenizer; give data.tokenizer=DIR")
     tokenizer, dataset = load_tokenizer(config.data.tokenizer), TokenDataset(arguments.data)
     check_tokenizer(dataset, tokenizer)
     check_vocab_size(dataset, config.model.vocab_size)
-    maker = PasskeyMaker(tokenizer, dataset)
-    maker.check_length(lengths[0])
+    maker = PasskeyMaker(tokenizer, dataset, arguments.digits)
+    if lengths[0] < maker.shortest:
+        raise BadInput(f"--lengths: {lengths[0]} tokens are too few to hide a passkey in; at least {maker.shortest}")
     documents = read_long_documents(dataset, lengths[-1], arguments.documents)
     with open_model(config, arguments.model, environment) as model:
         result = _measure(model, documents, maker, arguments)

@@ -23,11 +23,11 @@ def draw_passkeys(cells: Sequence[Cell], file: Path) -> None:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("context in tokens")
-    axes.set_ylabel("depth of the pass key")
+    axes.set_ylabel("depth of the passkey")
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8)
-    figure.colorbar(image, label="pass keys found")
+    figure.colorbar(image, label="passkeys found")
     figure.savefig(file, dpi=120)
 
 

@@ -1,6 +1,6 @@
-"""Make training documents in which a pass key is hidden and asked for, of many lengths, around text of a dataset.
+"""Make training documents in which a passkey is hidden and asked for, of many lengths, in the text of a dataset.
 
-Run: python tools/make_passkeys.py data/stdlib/train --tokenizer data/stdlib/tokenizer --out data/passkeys --longest 2048
+Run: python tools/make_passkeys.py data/stdlib/train --tokenizer data/stdlib/tokenizer --out data/passkeys
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.console import end_process, run_command
+from configs.errors import BadInput
+from tools.console import Progress, end_process, run_command
+from tools.outputs import check_prefix
 from tools.paths import path_text
 
 
-def make_passkeys(filler: str, tokenizer_dir: str, out: str, *, longest: int, num_tokens: int, seed: int) -> int:
-    """Write `<out>.bin`, `.idx` and `.meta.json` with about `num_tokens` tokens and return the number of documents.
+def make_passkeys(text: str, tokenizer_directory: str, out: str, arguments: argparse.Namespace) -> None:
+    """Write `<out>.bin` and `<out>.idx`: documents of up to `arguments.longest` tokens, `arguments.tokens` in all.
 
-    Every octave of lengths up to `longest` tokens has the same share of them, the key lies at any depth.
+    Every octave of lengths has about the same share of the tokens; the key lies at any depth. Raises BadInput.
     """
     import numpy as np
 
@@ -25,40 +27,54 @@ def make_passkeys(filler: str, tokenizer_dir: str, out: str, *, longest: int, nu
     from trainer.data.tokenizer import load_tokenizer
     from trainer.evaluate.passkey import PasskeyMaker
 
-    tokenizer, dataset = load_tokenizer(tokenizer_dir), TokenDataset(filler)
+    tokenizer, dataset = load_tokenizer(tokenizer_directory), TokenDataset(text)
     check_tokenizer(dataset, tokenizer)
-    maker, random = PasskeyMaker(tokenizer, dataset), np.random.default_rng(seed)
-    least = 64
-    documents = []
-    while num_tokens > 0:
-        # the share of tokens is alike in every octave: lengths with a density of 1 / length ** 2
-        length = int(1 / random.uniform(1 / longest, 1 / least))
-        document = np.append(maker.make(length - 1, float(random.random()), random).tokens, tokenizer.eod_id)
-        documents.append(document)
-        num_tokens -= len(document)
+    maker, random = PasskeyMaker(tokenizer, dataset, arguments.digits), np.random.default_rng(arguments.seed)
+    if arguments.longest <= maker.shortest:
+        raise BadInput(
+            f"--longest: {arguments.longest} tokens have no room for a passkey; at least {maker.shortest + 1}"
+        )
+    documents, num_tokens = [], 0
+    with Progress("passkeys", arguments.tokens) as progress:
+        while num_tokens < arguments.tokens:
+            # As many tokens in every octave: a density of 1 / length ** 2.
+            length = int(1 / random.uniform(1 / arguments.longest, 1 / maker.shortest))
+            document = maker.make(length - 2, random.random(), random).tokens
+            documents.append(np.append(document, tokenizer.eod_id))
+            num_tokens += len(documents[-1])
+            progress.show(num_tokens)
+    number = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     lengths = np.array([len(document) for document in documents], dtype=np.int32)
-    tokens = np.concatenate(documents).astype(np.uint16)
-    store = PartStore(Path(f"{out}.parts"), "passkeys", np.uint16)
-    store.append(TokenizedBlock(tokens.tobytes(), lengths, num_empty=0, num_text_bytes=0))
+    store = PartStore(Path(f"{out}.parts"), "passkeys", number)
+    store.append(TokenizedBlock(np.concatenate(documents).astype(number).tobytes(), lengths, 0, 0))
     store.finish_part()
     store.merge(Path(f"{out}.bin"), Path(f"{out}.idx"), lambda num_written: None)
     store.remove()
-    return len(documents)
+    print(f"{out}: {len(documents):,} documents, {num_tokens:,} tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    parser = argparse.ArgumentParser(description="Documents with pass keys, to train on.")
-    parser.add_argument("filler", type=path_text, metavar="PREFIX", help="dataset whose text is around the keys")
-    parser.add_argument("--tokenizer", type=path_text, required=True, metavar="DIR")
-    parser.add_argument("--out", type=path_text, required=True, metavar="PREFIX")
-    parser.add_argument("--longest", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=1000000)
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args(argv)
-    return run_command(
-        lambda: print(make_passkeys(a.filler, a.tokenizer, a.out, longest=a.longest, num_tokens=a.tokens, seed=a.seed))
-    )
+    parser = argparse.ArgumentParser(prog="make_passkeys.py", description="Documents with passkeys, to train on.")
+    parser.add_argument("text", type=path_text, metavar="PREFIX", help="dataset whose text is around the keys")
+    parser.add_argument("--tokenizer", type=path_text, required=True, metavar="DIR", help="tokenizer of the dataset")
+    parser.add_argument("--out", type=path_text, required=True, metavar="PREFIX", help="dataset to write")
+    for name, default, meaning in (
+        ("longest", 2048, "tokens of the longest document"),
+        ("tokens", 2_000_000, "tokens in all"),
+        ("digits", 5, "digits of a key"),
+        ("seed", 0, "of keys, depths and lengths"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    arguments = parser.parse_args(argv)
+    if arguments.tokens < 1 or arguments.seed < 0:
+        parser.error("--tokens and --seed: must be above and at least 0; values that would work: 2000000 and 0")
+
+    def command() -> None:
+        check_prefix(arguments.out)
+        make_passkeys(arguments.text, arguments.tokenizer, arguments.out, arguments)
+
+    return run_command(command, "stopped; start it again")
 
 
 if __name__ == "__main__":

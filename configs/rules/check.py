@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from configs.fp8 import uses_te_layers
+from configs.rules.data import check_data
 from configs.rules.fp8 import check_fp8
 from configs.rules.layout import check_layout
 from configs.rules.model import check_model
@@ -23,6 +24,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
     """
     return [
         *check_model(config.model),
+        *check_data(config),
         *check_training(config),
         *check_stage(config),
         *check_fp8(config),

@@ -1,21 +1,16 @@
-"""Rules of training, data, schedule and checkpoints: fields that contradict each other or would be ignored."""
+"""Rules of training, schedule and checkpoints: fields that contradict each other or would be ignored."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 
 from configs.rules.model import check_unused
 from configs.stages import Config
 
-_LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the longest run a config can name
-
 
 def check_training(config: Config) -> list[str]:
     """Return every rule broken outside architecture and layout, one sentence each with a value that would work."""
     return [
-        *_check_data(config),
         *_check_ramp(config),
         *_check_recompute_fields(config),
         *_check_precision(config),
@@ -25,33 +20,6 @@ def check_training(config: Config) -> list[str]:
         *_check_checkpoint(config),
         *_check_sample(config),
     ]
-
-
-def _check_data(config: Config) -> Iterator[str]:
-    data, train = config.data, config.train
-    if train.num_steps > 0 and not data.train:
-        yield (
-            f"data.train: {train.num_steps} steps need at least one source; a value that would work: "
-            "[{path: data/corpus_train}]"
-        )
-    for name in ("train", "validation"):
-        paths = [os.path.normpath(source.path) for source in getattr(data, name)]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        for path in twice:
-            yield f"data.{name}: {path} is listed more than once; list it once and raise its weight"
-    weights = [source.weight for source in data.train]
-    if weights and not (math.isfinite(sum(weights)) and min(weights) / sum(weights) > _LEAST_SHARE):
-        yield (
-            "data.train: the weights are too large to be added, or too far apart for each source to be drawn from; "
-            "values that would work: weights such as 0.7 and 0.3"
-        )
-    names = [os.path.basename(source.path) for source in {source.path: source for source in data.validation}.values()]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"data.validation: several sources are logged under the file name {name}; give them different file names"
-    if train.eval_every is not None and not data.validation:
-        yield "train.eval_every: has no effect without data.validation; a value that would work: null"
-    if not config.run.name.strip():
-        yield "run.name: is empty; a value that would work: run"
 
 
 def _check_ramp(config: Config) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,10 @@ class SourceConfig(Section):
     """Prefix of a Megatron dataset: `<path>.bin` and `<path>.idx` must exist."""
     weight: PositiveFloat = 1.0
     """Share of samples drawn from this source, relative to the other weights."""
+    long_document_tokens: PositiveInt | None = None
+    """Tokens from which on a document of this source counts as long (with long_document_share)."""
+    long_document_share: Annotated[float, Field(gt=0, le=1, examples=[0.7])] | None = None
+    """Share of this source's samples drawn from its long documents alone, instead of as they come."""
 
 
 class DataConfig(Section):
@@ -24,9 +28,12 @@ class DataConfig(Section):
     tokenizer: PathText | None = None
     """Directory of the Hugging Face tokenizer the data was made with; its vocabulary hash is checked."""
     train: tuple[SourceConfig, ...] = ()
-    """Blend of training sources."""
+    """Blend of training sources. With long_document_tokens and long_document_share (0 to 1), so much of what is drawn
+    of a source comes from its documents of at least that many tokens."""
     validation: tuple[SourceConfig, ...] = ()
     """Validation sources; each is evaluated on its own and logged under its file name."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How samples are made: documents laid end to end and cut, or packed whole into rows (needs document_mask)."""
     document_mask: bool = False
     """Keep attention inside documents, with positions starting at 0 in each, instead of across the whole sample."""
     prefetch_steps: PositiveInt = 2

@@ -132,7 +132,11 @@ def test_overrides_set_lists_maps_and_whole_sections(tiny: str) -> None:
             "data.train=[a]",
             "data.train[0]: 'a' is not a section with fields; a value that would work: {path: data/corpus_train}",
         ),
-        ("data.train=[{path: a, wight: 3}]", "data.train[0].wight: unknown field; its fields are {path, weight}"),
+        (
+            "data.train=[{path: a, wight: 3}]",
+            "data.train[0].wight: unknown field; its fields are {path, weight, long_document_tokens, "
+            "long_document_share}",
+        ),
         ("data.train=a", "data.train: 'a' is not a list; a value that would work: [{path: data/corpus_train}]"),
         ("model.moe={top_k: 1, ffn_hidden_size: 8}", "model.moe.num_experts: missing; a value that would work: 2"),
         ("foo", "override 'foo': not of the form section.field=value, such as train.num_steps=100"),

@@ -79,6 +79,22 @@ def test_a_signal_on_one_rank_saves_and_the_run_continues_exactly(train, tmp_pat
         assert moved == pytest.approx(whole, rel=1e-5)
 
 
+def test_packed_and_long_documents_go_on_exactly_on_another_layout(train, corpus, tmp_path):
+    source = f"{{path: {corpus}/train, long_document_tokens: 40, long_document_share: 0.6}}"
+    options = ("data.packing=best_fit", "data.document_mask=true", f"data.train=[{source}]", "train.eval_every=3")
+    assert train(1, *options, f"run.dir={tmp_path}/whole")[0] == ExitCode.DONE
+    resumed = f"checkpoint.resume={tmp_path}/whole/checkpoints/step_00000002"
+    assert train(2, *options, "parallel.cp=2", f"run.dir={tmp_path}/moved", resumed)[0] == ExitCode.DONE
+    for moved, whole in zip(curve(tmp_path / "moved"), curve(tmp_path / "whole")[2:], strict=True):
+        assert moved == pytest.approx(whole, rel=1e-5)
+    for moved, whole in zip(rows(tmp_path / "moved"), rows(tmp_path / "whole")[2:], strict=True):
+        assert moved.keys() == whole.keys() and whole["num_tokens"] <= whole["num_input_tokens"] == 8 * 32
+        for key in {"num_tokens", "num_input_tokens", "consumed_tokens", "validation_loss/validation"} & whole.keys():
+            assert moved[key] == pytest.approx(whole[key], rel=1e-5)
+    log = (tmp_path / "moved" / "logs" / "attempt_1" / "rank_0.log").read_text()
+    assert log.count(" of all samples, read ") == 2 and "(documents of at least 40 tokens)" in log
+
+
 def test_going_back_sets_later_checkpoints_aside(train, tmp_path):
     """Retention must not take what was given up for the newest, and delete what `latest` names."""
     folder = tmp_path / "run" / "checkpoints"

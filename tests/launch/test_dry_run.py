@@ -71,6 +71,8 @@ def test_the_checkpoint_that_would_be_continued_is_compared(refused, folder):
     assert "use 1234, or begin another run, such as run.dir=run-2 (with checkpoint.init_from=" in sentence
     (sentence,) = refused("train.seq_len=16")
     assert sentence.startswith("train.seq_len: 16 differs from the 8 of ") and "begin another run" in sentence
+    (sentence,) = refused("data.packing=best_fit", "data.document_mask=true")
+    assert sentence.startswith("data.packing: best_fit differs from the concat of ") and "; use concat, or" in sentence
     (sentence,) = refused("checkpoint.resume=never")
     assert sentence.startswith("checkpoint.resume: never, but run holds checkpoints")
     with pytest.raises(BadInput, match="run.seed: 7 differs"):  # and before torch is imported where it is no plan
@@ -89,6 +91,17 @@ def test_a_job_queued_again_looks_at_its_checkpoint_under_the_lock_alone(folder,
     """What it was before may still be finishing one."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert is_training("pretrain", ["tiny.yaml", "run.seed=7"], 1)
+
+
+def test_what_becomes_of_packed_and_of_long_documents_is_told(refused, folder, capsys):
+    source = "{path: tiny, long_document_tokens: 40, long_document_share: 0.5}"
+    words = ["data.packing=best_fit", "data.document_mask=true", "run.dir=other", f"data.train=[{source}]"]
+    assert main("pretrain", ["tiny.yaml", "--dry-run", *words]) == ExitCode.DONE
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order of data ")]
+    assert len(told) == 2 and all("50.0% of all samples, read " in line for line in told)
+    assert "rows, " in told[0] and "of them padding" in told[0]
+    (sentence,) = refused(*words[:3], f"data.train=[{source.replace('40', '999')}]")
+    assert sentence.startswith("data.train: tiny has no document of long_document_tokens=999 tokens, its longest has ")
 
 
 def test_a_checkpoint_of_another_stage_is_not_continued(refused, folder):

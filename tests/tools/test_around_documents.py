@@ -124,7 +124,11 @@ def test_a_turn_is_known_by_the_chat_template_too(tmp_path, instruct):
 
 
 def config_of(
-    tokenizer: str | None, *prefixes: str, validation: str | None = None, document_mask: bool = True
+    tokenizer: str | None,
+    *prefixes: str,
+    validation: str | None = None,
+    document_mask: bool = True,
+    packing: str = "concat",
 ) -> Config:
     model = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1, "vocab_size": 400}
     data = {
@@ -132,6 +136,7 @@ def config_of(
         "train": [{"path": prefix} for prefix in prefixes],
         "validation": [{"path": validation}] if validation else [],
         "document_mask": document_mask,
+        "packing": packing,
     }
     train = {"num_steps": 1, "seq_len": 16, "micro_batch_size": 1, "global_batch_size": 1}
     return Config.model_validate({"model": model, "train": train, "data": data})
@@ -172,3 +177,11 @@ def test_a_blend_of_two_ends_and_data_that_says_nothing_are_refused(tmp_path, te
     with pytest.raises(BadInput, match=r"data.document_mask: .*one has no .meta.json"):
         open_corpus(config_of(None, one))
     assert open_corpus(config_of(instruct, one)).build_reader(dp_rank=0, dp_size=1) is not None
+    packed = open_corpus(config_of(None, one, two, validation=one, packing="best_fit"))  # rows know where they end
+    reader = packed.build_reader(dp_rank=0, dp_size=1)
+    assert reader is not None
+    assert reader.read_step()[0].documents is not None
+    reader.close()
+    validation = packed.build_validation_readers(dp_rank=0, dp_size=1)["one"]
+    counted = sum(float(batch.loss_mask.sum()) for batch in validation.batches())
+    assert validation.source.packing == "best_fit" and counted == validation.source.dataset.num_tokens - 30

@@ -126,7 +126,7 @@ def check_architecture(
 def check_continues(manifest: Manifest, config: Config, stage: str, where: Path) -> None:
     """Raise BadInput if a run of this config cannot continue the checkpoint.
 
-    Its stage, architecture or seed differ, or the length of its samples.
+    Its stage, architecture or seed differ, or the length or packing of its samples.
     """
     other = another_run(config)
     if manifest.stage["name"] != stage:
@@ -149,6 +149,13 @@ def check_continues(manifest: Manifest, config: Config, stage: str, where: Path)
         raise BadInput(
             f"train.seq_len: {seq_len} differs from the {saved_seq_len} of {where}, whose data order cannot go on; use "
             f"{saved_seq_len}, or {anew}."
+        )
+    packing = config.data.packing
+    saved_packing = ledger.get("packing", "concat") if ledger is not None and config.data.train else packing
+    if saved_packing != packing:
+        raise BadInput(
+            f"data.packing: {packing} differs from the {saved_packing} of {where}, whose data order cannot go on; use "
+            f"{saved_packing}, or {anew}."
         )
 
 

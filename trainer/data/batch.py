@@ -103,6 +103,19 @@ def build_batch(windows: NDArray[np.int64], sample_ids: tuple[int, ...], documen
     return Batch(tokens, labels, positions, loss_mask, Documents.build(boundaries), sample_ids=sample_ids)
 
 
+def build_packed_batch(rows: NDArray[np.int64], sample_ids: tuple[int, ...]) -> Batch:
+    """Build the batch of packed `rows` int64 [micro_batch, 3, seq]: tokens, labels and positions.
+
+    A document begins wherever a position is 0, so that no token needs to say so, and a label of -1 counts for nothing.
+    """
+    tokens, labels, positions = torch.from_numpy(rows).transpose(0, 1).contiguous()
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    boundaries = torch.cat([starts, torch.tensor([tokens.numel()])])  # int64 [num_documents + 1]
+    loss_mask = (labels >= 0).to(torch.float32)
+    documents = Documents.build(boundaries)
+    return Batch(tokens, labels.clamp(min=0), positions, loss_mask, documents, sample_ids=sample_ids)
+
+
 def document_boundaries(tokens: Tensor, document_end_id: int) -> Tensor:
     """Compute where documents begin in `tokens` [micro_batch, seq] flattened, and its end: int64 [num_documents + 1].
 

@@ -5,7 +5,7 @@ Which source the next sample comes from depends on the ledger alone, never on ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
+from configs.fields import value_text
 from configs.sections.data import SourceConfig
 from trainer.data.indexed import TokenDataset
-from trainer.data.source import TokenSource
+from trainer.data.packed_source import SOURCES, PackedSource
+from trainer.data.source import Source
+from trainer.data.upsampling import split_by_length, whole_and_threshold
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Assignment:
 class Blend:
     """Sources drawn in proportion to their weights, each read in its own order."""
 
-    def __init__(self, sources: Sequence[TokenSource], weights: Sequence[float]) -> None:
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
         """Blend `sources` with relative `weights`. Raises BadInput when the same data is given twice."""
         if not sources:
             raise BadInput("data.train: no source is given; a value that would work: [{path: data/stdlib/train}]")
@@ -68,19 +71,38 @@ class Blend:
         return assignment
 
     def read(self, assignment: Assignment, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read these rows of an assignment: tokens int64 [len(rows), seq_len + 1]."""
-        tokens = np.empty((len(rows), self.sources[0].seq_len + 1), dtype=np.int64)
-        for number, source in enumerate(self.sources):
-            mine = np.flatnonzero(assignment.source[rows] == number)
-            if mine.size:
-                tokens[mine] = source.read(assignment.sample[rows[mine]])
-        return tokens
+        """Read these rows of an assignment as their sources give them: int64 [len(rows), ...]."""
+        chosen = assignment.source[rows]
+        if (chosen == chosen[0]).all():
+            return self.sources[chosen[0]].read(assignment.sample[rows])
+        parts = [(np.flatnonzero(chosen == number), source) for number, source in enumerate(self.sources)]
+        read = [(mine, source.read(assignment.sample[rows[mine]])) for mine, source in parts if mine.size]
+        samples = np.empty((len(rows), *read[0][1].shape[1:]), dtype=np.int64)
+        for mine, own in read:
+            samples[mine] = own
+        return samples
+
+    def describe_order(self, num_samples: int) -> Iterator[str]:
+        """Yield a sentence for each source that is packed or part of one, on a run of so many samples of the blend."""
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            data = source.dataset
+            is_part = whole_and_threshold(data.identity)[1] is not None
+            if not is_part and not isinstance(source, PackedSource):
+                continue
+            epochs = weight * num_samples / source.num_samples
+            text = f"{data.prefix}: {data.num_documents:,} documents of {data.num_tokens:,} tokens, {weight:.1%} of "
+            text += f"all samples, read {epochs:.3g} times in this run"
+            if isinstance(source, PackedSource):
+                text += f"; packed into {source.num_samples:,} rows, {source.padding_share:.2%} of them padding, "
+                text += f"{source.num_split:,} documents are longer than a row and split"
+            yield text
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger as plain data: samples in all, and per source path its data, weight and samples."""
         return {
             "consumed_samples": self.consumed_samples,
             "seq_len": self.sources[0].seq_len,
+            "packing": self.sources[0].packing,
             "sources": {
                 source.dataset.prefix: {
                     "identity": source.dataset.identity,
@@ -98,8 +120,9 @@ class Blend:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ledger. A source goes on where it was, though weights change, others come or go, or it moves.
 
-        Raises BadInput when the data behind a path is no longer what it was, or seq_len has changed: windows are cut
-        anew then, and what was read before could not be told from what was not.
+        Raises BadInput when the data behind a path is no longer what it was, or the length or packing of samples or the
+        bound of long documents has changed: samples are cut anew then, and what was read before could not be told from
+        what was not. A ledger that says nothing of packing is of an older version, which laid documents end to end.
         """
         seq_len = self.sources[0].seq_len
         if state["seq_len"] != seq_len:
@@ -107,8 +130,15 @@ class Blend:
                 f"train.seq_len: {seq_len} differs from the {state['seq_len']} of the checkpoint, whose data order "
                 f"cannot go on; use {state['seq_len']}, or begin anew from its weights with checkpoint.init_from"
             )
+        packing, packed = self.sources[0].packing, state.get("packing", "concat")
+        if packed != packing:
+            raise BadInput(
+                f"data.packing: {packing} differs from the {packed} of the checkpoint, whose data order cannot go on; "
+                f"use {packed}, or begin anew from its weights with checkpoint.init_from"
+            )
         known = {**state["retired"], **state["sources"]}
         before = {entry["identity"]: entry for entry in known.values()}
+        self._check_thresholds(before)
         for number, source in enumerate(self.sources):
             path, identity = source.dataset.prefix, source.dataset.identity
             if identity not in before and path in known:
@@ -123,12 +153,30 @@ class Blend:
         else:  # another blend begins now: a new source gets its share from here on, not a burst to catch up
             self._drawn[:] = 0
 
+    def _check_thresholds(self, identities: Iterable[str]) -> None:
+        """Refuse a source whose long documents were told from the others by another length."""
+        before = dict(map(whole_and_threshold, identities))
+        for source in self.sources:
+            whole, threshold = whole_and_threshold(source.dataset.identity)
+            was = before.get(whole, threshold)
+            if was != threshold:
+                here, there = value_text(threshold), value_text(was)
+                raise BadInput(
+                    f"data.train: long_document_tokens={here} of {source.dataset.prefix} differs from the {there} of "
+                    f"the checkpoint, whose data order cannot go on; use {there}, or begin anew from its weights with "
+                    "checkpoint.init_from"
+                )
 
-def open_blend(sources: Sequence[SourceConfig], seq_len: int, seed: int) -> Blend:
-    """Open the sources of `data.train` as one blend. Raises BadInput, also when their tokenizers differ."""
+
+def open_blend(sources: Sequence[SourceConfig], seq_len: int, seed: int, packing: str = "concat") -> Blend:
+    """Open the sources of `data.train` as one blend. Raises BadInput, also when their tokenizers differ.
+
+    A source with `long_document_share` becomes two, its long documents and the others.
+    """
     datasets = [TokenDataset(source.path) for source in sources]
     made_with = {dataset.meta.vocabulary_hash: dataset.prefix for dataset in datasets if dataset.meta}
     if len(made_with) > 1:
         first, second = list(made_with.values())[:2]
         raise BadInput(f"data.train: {first} and {second} were made with different tokenizers; make one of them again")
-    return Blend([TokenSource(dataset, seq_len, seed) for dataset in datasets], [source.weight for source in sources])
+    parts = [part for pair in zip(datasets, sources, strict=True) for part in split_by_length(*pair)]
+    return Blend([SOURCES[packing](dataset, seq_len, seed) for dataset, _ in parts], [weight for _, weight in parts])

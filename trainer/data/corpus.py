@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import BadInput
-from configs.plan.derive import global_batch_size_at
+from configs.plan.derive import consumed_samples_after, global_batch_size_at
 from configs.stages import Config
 from trainer.data.blend import Blend, open_blend
 from trainer.data.dataset_files import DatasetMeta
@@ -38,9 +38,15 @@ class Corpus:
             dp_size=dp_size,
             global_batch_size_at=partial(global_batch_size_at, self.config.train),
             vocab_size=self.config.model.vocab_size,
-            document_end_id=self._document_end_id(self.blend.sources[0].dataset),
+            document_end_id=_mask_end(self.config, self.blend.sources[0].dataset, self.tokenizer),
             prefetch_steps=self.config.data.prefetch_steps,
         )
+
+    def describe_order(self) -> list[str]:
+        """Return a sentence for each training source whose documents are packed or drawn by length."""
+        train = self.config.train
+        num_samples = consumed_samples_after(train, train.num_steps)
+        return list(self.blend.describe_order(num_samples)) if self.blend is not None else []
 
     def build_validation_readers(self, *, dp_rank: int, dp_size: int) -> dict[str, ValidationReader]:
         """Return one reader per validation source for one data-parallel rank."""
@@ -54,13 +60,11 @@ class Corpus:
                 dp_rank=dp_rank,
                 dp_size=dp_size,
                 vocab_size=self.config.model.vocab_size,
-                document_end_id=self._document_end_id(dataset),
+                document_end_id=_mask_end(self.config, dataset, self.tokenizer),
+                packing=self.config.data.packing,
             )
             for name, dataset in self.validation.items()
         }
-
-    def _document_end_id(self, dataset: TokenDataset) -> int | None:
-        return find_document_end(dataset, self.tokenizer) if self.config.data.document_mask else None
 
 
 def open_corpus(config: Config) -> Corpus:
@@ -72,7 +76,7 @@ def open_corpus(config: Config) -> Corpus:
             f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} token ids of "
             f"data.tokenizer {data.tokenizer}; a value that would work: {tokenizer.vocab_size}."
         )
-    blend = open_blend(data.train, config.train.seq_len, config.run.seed) if data.train else None
+    blend = open_blend(data.train, config.train.seq_len, config.run.seed, data.packing) if data.train else None
     validation: dict[str, TokenDataset] = {}
     for source in data.validation:
         name = Path(source.path).name
@@ -81,14 +85,19 @@ def open_corpus(config: Config) -> Corpus:
         check_vocab_size(dataset, config.model.vocab_size)
         if tokenizer is not None:
             check_tokenizer(dataset, tokenizer)
-        if data.document_mask:
-            find_document_end(dataset, tokenizer)
+        _mask_end(config, dataset, tokenizer)
     trained_on = [source.dataset for source in blend.sources] if blend else []
-    if data.document_mask:
+    if data.document_mask and data.packing == "concat":
         _check_one_document_end(trained_on, tokenizer)
     if tokenizer is not None and trained_on and trained_on[0].meta is not None:
         tokenizer = _as_in_data(tokenizer, trained_on[0].meta)
     return Corpus(config, tokenizer, blend, validation)
+
+
+def _mask_end(config: Config, dataset: TokenDataset, tokenizer: Tokenizer | None) -> int | None:
+    """Return the token by which document masks find the ends of documents, None where nothing asks for it."""
+    is_searched = config.data.document_mask and config.data.packing == "concat"  # packed rows know their bounds
+    return find_document_end(dataset, tokenizer) if is_searched else None
 
 
 def find_document_end(dataset: TokenDataset, tokenizer: Tokenizer | None) -> int:

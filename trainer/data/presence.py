@@ -37,7 +37,7 @@ def _source_problems(config: Config, field: str, prefix: str) -> Iterator[str]:
     """Yield what a source that is whole lacks for this run. Raises BadInput where it is not whole."""
     num_tokens, meta = check_sizes(prefix).num_tokens, read_meta(prefix)
     seq_len = config.train.seq_len
-    if num_tokens <= seq_len:
+    if num_tokens <= seq_len and config.data.packing == "concat":
         yield (
             f"{field}: the {num_tokens} tokens of {prefix} give no sample of train.seq_len={seq_len} and the token "
             f"that follows; a value that would work: train.seq_len={max(num_tokens - 1, 1)}"

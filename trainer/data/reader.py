@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from configs.errors import BadInput
-from trainer.data.batch import Batch, build_batch, without_loss
+from trainer.data.batch import Batch, build_batch, build_packed_batch, without_loss
 from trainer.data.blend import Blend
 from trainer.data.indexed import TokenDataset
-from trainer.data.source import TokenSource
+from trainer.data.packed_source import POSITIONS, SOURCES
 
 _VALIDATION_SEED = 0  # the same validation samples whatever the seed of the run, so that runs can be compared
 
@@ -133,12 +133,12 @@ class BatchReader:
             )
         assignment = self._blend.take(size)
         rows = np.arange(size).reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]  # [microbatch, mbs]
-        windows = self._blend.read(assignment, rows.reshape(-1)).reshape(*rows.shape, -1)
-        check_ids(windows, self._vocab_size, f"data.train: a token of the samples {assignment.first_sample} to +{size}")
+        read = self._blend.read(assignment, rows.reshape(-1))
+        samples = read.reshape(*rows.shape, *read.shape[1:])
+        check_ids(read, self._vocab_size, f"data.train: a token of the samples {assignment.first_sample} to +{size}")
         ids = rows + assignment.first_sample
         return [
-            build_batch(window, tuple(id_row.tolist()), self._document_end_id)
-            for window, id_row in zip(windows, ids, strict=True)
+            _build(own, tuple(id_row.tolist()), self._document_end_id) for own, id_row in zip(samples, ids, strict=True)
         ]
 
 
@@ -156,10 +156,11 @@ class ValidationReader:
         dp_size: int,
         vocab_size: int,
         document_end_id: int | None = None,
+        packing: str = "concat",
     ) -> None:
         """Read at most `num_samples` of `dataset`, fewer when it has fewer: none is read twice."""
-        self.source = TokenSource(dataset, seq_len, _VALIDATION_SEED, field="data.validation")
-        self.num_samples = min(num_samples, self.source.num_windows)
+        self.source = SOURCES[packing](dataset, seq_len, _VALIDATION_SEED, field="data.validation")
+        self.num_samples = min(num_samples, self.source.num_samples)
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
@@ -181,16 +182,24 @@ class ValidationReader:
         for number in range(self.num_microbatches):
             first = (number * self._dp_size + self._dp_rank) * self._micro_batch_size
             samples = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
-            windows = self.source.read(np.minimum(samples, self.num_samples - 1))
-            check_ids(windows, self._vocab_size, f"data.validation: a token of {self.source.dataset.prefix}")
-            batch = build_batch(windows, tuple(samples.tolist()), self._document_end_id)
+            own = self.source.read(np.minimum(samples, self.num_samples - 1))
+            check_ids(own, self._vocab_size, f"data.validation: a token of {self.source.dataset.prefix}")
+            batch = _build(own, tuple(samples.tolist()), self._document_end_id)
             kept = max(self.num_samples - first, 0)
             yield batch if kept >= self._micro_batch_size else without_loss(batch, kept)
 
 
-def check_ids(windows: np.ndarray, vocab_size: int, what: str) -> None:
+def _build(samples: np.ndarray, sample_ids: tuple[int, ...], document_end_id: int | None) -> Batch:
+    """Build the batch of windows `[micro_batch, seq + 1]` or of packed rows `[micro_batch, 3, seq]`."""
+    if samples.ndim == 3:
+        return build_packed_batch(samples, sample_ids)
+    return build_batch(samples, sample_ids, document_end_id)
+
+
+def check_ids(samples: np.ndarray, vocab_size: int, what: str) -> None:
     """Refuse token ids the model has no embedding for: split over tp, an embedding would take them for nothing."""
-    largest = int(windows.max(initial=0))
+    ids = samples[:, :POSITIONS] if samples.ndim == 3 else samples  # packed rows hold positions too
+    largest = int(ids.max(initial=0))
     if largest >= vocab_size:
         raise BadInput(
             f"{what} is {largest}, and model.vocab_size={vocab_size} has no such id; set model.vocab_size to the size "

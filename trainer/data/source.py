@@ -6,6 +6,7 @@ Sample k of a source depends on (seed, data, seq_len, k) alone. Knows nothing of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,21 @@ from numpy.typing import NDArray
 from configs.errors import BadInput
 from trainer.data.indexed import TokenDataset
 from trainer.data.permutation import permute
+
+
+class Source(Protocol):
+    """What a blend draws from."""
+
+    packing: str
+    """As `data.packing` names it."""
+    dataset: TokenDataset
+    seq_len: int
+    num_samples: int
+    """Samples of one epoch."""
+
+    def read(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Read the samples with these numbers (any >= 0): int64 [len(samples), ...]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,8 @@ class _Epoch:
 class TokenSource:
     """An endless row of samples over a dataset; an epoch gives every token once, but for a short tail."""
 
+    packing = "concat"
+
     def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, field: str = "data.train") -> None:
         """Lay windows of `seq_len` + 1 tokens over `dataset`.
 
@@ -35,9 +53,9 @@ class TokenSource:
         self.dataset = dataset
         self.seq_len = seq_len
         self.seed = seed
-        self.num_windows = (dataset.num_tokens - 1) // seq_len  # in one epoch
+        self.num_samples = (dataset.num_tokens - 1) // seq_len  # in one epoch
         self._epochs: dict[int, _Epoch] = {}
-        if self.num_windows < 1:
+        if self.num_samples < 1:
             raise BadInput(
                 f"{field}: {dataset.prefix} has {dataset.num_tokens} tokens, fewer than a sample's train.seq_len + 1 = "
                 f"{seq_len + 1}; a value of train.seq_len that would work: {max(dataset.num_tokens - 1, 1)} or less"
@@ -46,11 +64,11 @@ class TokenSource:
     def read(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read the samples with these numbers (any >= 0): tokens int64 [len(samples), seq_len + 1]."""
         tokens = np.empty((len(samples), self.seq_len + 1), dtype=np.int64)
-        epochs = samples // self.num_windows
+        epochs = samples // self.num_samples
         for number in np.unique(epochs):
             epoch = self._epoch(int(number))
             rows = np.flatnonzero(epochs == number)
-            windows = permute(samples[rows] % self.num_windows, self.num_windows, epoch.key + "/windows")
+            windows = permute(samples[rows] % self.num_samples, self.num_samples, epoch.key + "/windows")
             starts = windows * self.seq_len
             firsts = np.searchsorted(epoch.ends, starts, side="right")
             for row, start, first in zip(rows, starts, firsts, strict=True):

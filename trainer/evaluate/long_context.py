@@ -1,4 +1,4 @@
-"""What a model makes of long texts: perplexity by position, and pass keys by length and depth, on any layout.
+"""What a model makes of long texts: perplexity by position, and passkeys by length and depth, on any layout.
 
 Knows nothing of files or figures.
 """

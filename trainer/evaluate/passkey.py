@@ -16,7 +16,7 @@ from trainer.data.tokenizer import Tokenizer
 
 _HIDDEN = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 _QUESTION = "\nWhat is the pass key? The pass key is"
-_KEYS = (10000, 100000)
+_MOST_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,21 @@ class Passkey:
 class PasskeyMaker:
     """Hides keys in the text of a dataset."""
 
-    def __init__(self, tokenizer: Tokenizer, filler: TokenDataset) -> None:
-        """Take the surrounding text from `filler`, which was made with `tokenizer`."""
+    def __init__(self, tokenizer: Tokenizer, text: TokenDataset, num_digits: int = 5) -> None:
+        """Take the surrounding text from `text`, which was made with `tokenizer`. Raises BadInput for no digits."""
+        if not 1 <= num_digits <= _MOST_DIGITS:
+            raise BadInput(f"--digits: {num_digits} make no passkey; a value that would work: 5")
         self._tokenizer = tokenizer
-        self._filler = filler
+        self._text = text
+        self._keys = (10 ** (num_digits - 1), 10**num_digits)
         self._bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-    def check_length(self, length: int) -> None:
-        """Raise BadInput if `length` tokens have no room for the sentence and the question around any text."""
-        hidden, asked, _ = self._parts(_KEYS[1] - 1)
-        least = 2 * (len(self._bos) + len(hidden) + len(asked))
-        if length < least:
-            raise BadInput(f"--lengths: {length} tokens are too few to hide a pass key in; at least {least}")
+        hidden, asked, _ = self._parts(self._keys[1] - 1)
+        self.shortest = len(self._bos) + len(hidden) + len(asked) + 3 * num_digits
+        """Tokens in which a key of whatever digits, said three times, has room."""
 
     def make(self, length: int, depth: float, random: np.random.Generator) -> Passkey:
         """Return a text of `length` + 1 tokens whose key is hidden after the fraction `depth` of the other text."""
-        hidden, asked, num_answer = self._parts(int(random.integers(*_KEYS)))
+        hidden, asked, num_answer = self._parts(int(random.integers(*self._keys)))
         num_filler = length + 1 - len(self._bos) - len(hidden) - len(asked)
         filler = self._read(num_filler, random)
         place = round(depth * num_filler)
@@ -60,10 +59,10 @@ class PasskeyMaker:
 
     def _read(self, num_tokens: int, random: np.random.Generator) -> NDArray[np.int64]:
         """Return consecutive tokens of documents laid end to end, from a random document on, around the end."""
-        document, parts = int(random.integers(self._filler.num_documents)), []
+        document, parts = int(random.integers(self._text.num_documents)), []
         while num_tokens > 0:
-            length = min(int(self._filler.lengths[document]), num_tokens)
-            parts.append(self._filler.read(document, 0, length).astype(np.int64))
+            length = min(int(self._text.lengths[document]), num_tokens)
+            parts.append(self._text.read(document, 0, length).astype(np.int64))
             num_tokens -= length
-            document = (document + 1) % self._filler.num_documents
+            document = (document + 1) % self._text.num_documents
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

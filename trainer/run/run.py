@@ -88,6 +88,8 @@ def _run_locked(config: Config, stage_name: str, environment: Environment, mesh:
                     load_weights(models[role], plan.start)
             if state.step < config.train.num_steps:
                 on_all_ranks(lambda: stage.start(state))
+                for sentence in corpus.describe_order():
+                    log.info(sentence)
             state = _fit(config, environment, mesh, start, stage, state, signals, lock)
         finally:
             stage.close()

@@ -134,7 +134,7 @@ def describe_new_use(before: ModelConfig, trained_len: int, config: Config) -> t
 
     `trained_len` is the longest sample in tokens that the weights were trained on.
     """
-    seq_len, stretched = config.train.seq_len, FREE_WARM_START_FIELDS - FREE_MODEL_FIELDS
+    seq_len, stretched = config.train.seq_len, set(FREE_WARM_START_FIELDS - FREE_MODEL_FIELDS)
     there, here = (model.model_dump(include=stretched) for model in (before, config.model))
     changes = describe_changes({"model": there}, {"model": here}, ("model",))
     if seq_len > trained_len and config.model.rope == before.rope:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.batch import build_batch, share_of, without_loss
+from trainer.data.batch import build_batch, build_packed_batch, share_of, without_loss
 
 EOD = 0
 WINDOWS = np.array([[5, 6, EOD, 7, 8, 9, EOD], [EOD, EOD, 1, 2, 3, 4, 5]])
@@ -39,6 +39,28 @@ def test_document_masks_end_documents_after_their_last_token():
 def test_an_end_at_the_row_end_makes_no_empty_document():
     batch = build_batch(np.array([[1, EOD, 2], [3, 4, 5]]), (0, 1), document_end_id=EOD)
     assert batch.documents is not None and batch.documents.cu_seqlens.tolist() == [0, 2, 4]
+
+
+ROWS = np.array(
+    [
+        [[0, 6, 7, 0, 8, 0, 0, 0], [6, 7, 0, 8, 9, -1, -1, -1], [0, 1, 2, 0, 1, 0, 1, 2]],
+        [[1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5, 6, 7]],
+    ]
+)
+
+
+def test_packed_documents_begin_where_positions_do():
+    """Whatever the tokens are: 0, which pads, is also a token of the documents and a label that counts."""
+    batch = build_packed_batch(ROWS, (8, 9))
+    assert batch.tokens.tolist() == ROWS[:, 0].tolist() and batch.position_ids.tolist() == ROWS[:, 2].tolist()
+    assert batch.labels.tolist() == [[6, 7, 0, 8, 9, 0, 0, 0], [2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.loss_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0], [1] * 8]
+    assert batch.documents is not None and batch.documents.bounds == (0, 3, 5, 8, 16)
+    assert batch.documents.cu_seqlens.tolist() == [0, 3, 5, 8, 16] and batch.documents.max_seqlen == 8
+    assert batch.num_attended_pairs == 3**2 + 2**2 + 3**2 + 8**2 and batch.sample_ids == (8, 9)
+    shares = [share_of(batch, rank, 2) for rank in range(2)]
+    assert sum(float(share.loss_mask.sum()) for share in shares) == 13
+    assert shares[0].labels.tolist() == [[6, 7, 0, 0], [2, 3, 8, 9]] and shares[0].documents is batch.documents
 
 
 def test_padding_rows_lose_their_loss_and_number():

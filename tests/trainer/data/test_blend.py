@@ -9,6 +9,7 @@ import pytest
 
 from configs.errors import BadInput
 from trainer.data.blend import Blend
+from trainer.data.packed_source import PackedSource
 from trainer.data.source import TokenSource
 
 SEQ_LEN = 8
@@ -104,6 +105,17 @@ def test_another_length_is_refused(make_source, make_dataset):
     state = Blend([make_source("a")], [1]).state_dict()
     with pytest.raises(BadInput, match="train.seq_len: 16 differs from the 8.*checkpoint.init_from"):
         Blend([TokenSource(make_dataset("a", [50, 60]), 16, seed=3)], [1]).load_state_dict(state)
+
+
+def test_another_packing_is_refused_and_old_ledgers_are_of_documents_end_to_end(make_source, make_dataset):
+    packed = Blend([PackedSource(make_dataset("a", [50, 60]), SEQ_LEN, seed=3)], [1])
+    state = Blend([make_source("a")], [1]).state_dict()
+    for old in (state, {key: value for key, value in state.items() if key != "packing"}):
+        with pytest.raises(BadInput, match="data.packing: best_fit differs from the concat of.*checkpoint.init_from"):
+            packed.load_state_dict(old)
+        Blend([make_source("a")], [1]).load_state_dict(old)
+    with pytest.raises(BadInput, match="data.packing: concat differs from the best_fit of"):
+        Blend([make_source("a")], [1]).load_state_dict(packed.state_dict())
 
 
 def test_the_same_data_twice_and_no_data_are_refused(make_source):

@@ -38,6 +38,7 @@ def test_whole_data_has_no_problems(tmp_path):
     prefix = write_data(tmp_path / "data")
     assert problems(train=[{"path": prefix}], validation=[{"path": prefix}], tokenizer=str(tmp_path)) == []
     assert problems(seq_len=9, train=[{"path": prefix}]) == []
+    assert problems(seq_len=99, train=[{"path": prefix}], packing="best_fit") == []
 
 
 def test_every_problem_is_told_at_once(tmp_path):

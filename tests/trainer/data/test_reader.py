@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from configs.errors import BadInput
 from trainer.data.blend import Blend
+from trainer.data.packed_source import SOURCES
 from trainer.data.reader import BatchReader, ValidationReader
 from trainer.data.source import TokenSource
 
@@ -21,9 +24,9 @@ SEQ_LEN = 8
 def make_reader(make_dataset):
     opened = []
 
-    def make(dp_rank=0, dp_size=1, micro_batch_size=1, size_at=lambda consumed: 16, **options):
-        datasets = [make_dataset("a", [50, 60, 70, 300], 1), make_dataset("b", [90, 11, 200], 1001)]
-        blend = Blend([TokenSource(dataset, SEQ_LEN, seed=5) for dataset in datasets], [2, 1])
+    def make(dp_rank=0, dp_size=1, micro_batch_size=1, size_at=lambda consumed: 16, packing="concat", **options):
+        datasets = [make_dataset("a", [50, 60, 70, 300], 1), make_dataset("b", [90, 11, 200, 3, 4, 5], 1001)]
+        blend = Blend([SOURCES[packing](dataset, SEQ_LEN, seed=5) for dataset in datasets], [2, 1])
         reader = BatchReader(
             blend,
             micro_batch_size=micro_batch_size,
@@ -42,17 +45,20 @@ def make_reader(make_dataset):
 
 
 def samples_of(steps) -> dict[int, tuple[int, ...]]:
-    """Global sample number -> its tokens and last label."""
+    """Global sample number -> its tokens, labels, positions and what counts."""
     found: dict[int, tuple[int, ...]] = {}
     for batches in steps:
         for batch in batches:
-            for number, tokens, labels in zip(batch.sample_ids, batch.tokens, batch.labels, strict=True):
+            columns = torch.stack([batch.tokens, batch.labels, batch.position_ids, batch.loss_mask.long()], dim=1)
+            for number, row in zip(batch.sample_ids, columns, strict=True):
                 assert number not in found
-                found[number] = (*tokens.tolist(), int(labels[-1]))
+                found[number] = tuple(row.flatten().tolist())
     return found
 
 
-def test_every_layout_reads_the_same_samples(make_reader):
+@pytest.mark.parametrize("packing", SOURCES)
+def test_every_layout_reads_the_same_samples(make_reader, packing):
+    make_reader = partial(make_reader, packing=packing)
     reader = make_reader()
     expected = [samples_of([reader.read_step()]) for _ in range(6)]
     assert [min(step) for step in expected] == [0, 16, 32, 48, 64, 80]
@@ -68,8 +74,10 @@ def test_microbatches_are_laid_out_as_promised(make_reader):
     assert [batch.sample_ids for batch in reader.read_step()] == [(20, 21, 22, 23), (28, 29, 30, 31)]
 
 
+@pytest.mark.parametrize("packing", SOURCES)
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 5])
-def test_a_restart_anywhere_goes_on_even_on_another_layout(make_reader, stop_after):
+def test_a_restart_anywhere_goes_on_even_on_another_layout(make_reader, stop_after, packing):
+    make_reader = partial(make_reader, packing=packing)
     uninterrupted = make_reader()
     steps = [samples_of([uninterrupted.read_step()]) for _ in range(8)]
     first = make_reader(prefetch_steps=3)
@@ -114,6 +122,15 @@ def test_document_masks_reach_the_batch(make_reader):
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, masked, strict=True))
 
 
+def test_packed_rows_bound_their_documents_themselves(make_reader):
+    batches = make_reader(packing="best_fit", micro_batch_size=4).read_step()
+    for batch in batches:
+        assert batch.documents is not None
+        assert batch.documents.bounds[:-1] == tuple(np.flatnonzero(batch.position_ids.flatten() == 0))
+    assert any(len(batch.documents.bounds) > 5 for batch in batches)
+    assert all(int(batch.labels.min()) >= 0 for batch in batches)
+
+
 def test_errors_of_the_thread_reach_the_caller(make_reader):
     reader = make_reader(dp_size=3)
     with pytest.raises(BadInput, match=r"train.global_batch_size: 16 is not a multiple .* = 3; .* work: 15"):
@@ -156,6 +173,21 @@ def test_validation_counts_every_sample_once(make_dataset, num_samples, dp_size,
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(again, batches[0], strict=True))
 
 
+def test_packed_validation_counts_every_prediction_of_a_small_source_once(make_dataset):
+    reader = ValidationReader(
+        make_dataset("v", [5, 30, 9, 4]),
+        seq_len=SEQ_LEN,
+        num_samples=100,
+        micro_batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=2000,
+        packing="best_fit",
+    )
+    assert reader.num_samples == 6
+    assert sum(float(batch.loss_mask.sum()) for batch in reader.batches()) == 4 + 29 + 8 + 3
+
+
 def test_ids_outside_the_vocabulary_are_refused(make_dataset):
     """Split over tp, an embedding would take them for nothing and the run would learn on in silence."""
     blend = Blend([TokenSource(make_dataset("a", [300], 1), SEQ_LEN, seed=5)], [1])
@@ -164,6 +196,24 @@ def test_ids_outside_the_vocabulary_are_refused(make_dataset):
     )
     with pytest.raises(BadInput, match="data.train: a token of .* is [0-9]+, and model.vocab_size=100 has no such id"):
         reader.read_step()
+
+
+@pytest.mark.parametrize("vocab_size", [250, 251])
+def test_positions_are_no_ids_and_the_last_label_is_one(make_dataset, vocab_size):
+    dataset = make_dataset("a", [301], 1)
+    dataset.documents[0][:] = [*[7] * 300, 250]  # 250 is the last label alone
+    reader = ValidationReader(
+        dataset,
+        seq_len=300,
+        num_samples=1,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=vocab_size,
+        packing="best_fit",
+    )
+    with pytest.raises(BadInput, match="is 250, and") if vocab_size == 250 else nullcontext():
+        reader.check()
 
 
 def test_validation_never_repeats_a_small_source(make_dataset):

@@ -75,11 +75,6 @@ def wrong_cases(place: Place, seed: int) -> list[str]:
         for queries in shares:
             for keys in (*shares, whole):
                 mine, theirs = (torch.cat([place_of[one.start : one.end] for one in part]) for part in (queries, keys))
-                ways = (
-                    (_cut_windowed, seen_by_flash, 2),
-                    (_cut_windowed, seen_by_flash, None),
-                    (_cut_masked, seen_by_mask, None),
-                )
                 for cut, seen_of, fewest in ways:
                     met = torch.zeros(len(mine), len(theirs), dtype=torch.int)
                     for tile in plan_tiles(queries, keys, bounds, window, fewest):

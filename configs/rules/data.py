@@ -1,0 +1,75 @@
+"""Rules of the data: sources, their weights and parts, and how samples are made of documents. Torch-free."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+
+from configs.rules.model import check_unused
+from configs.sections.data import SourceConfig
+from configs.stages import Config
+
+_LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the longest run a config can name
+
+
+def check_data(config: Config) -> Iterator[str]:
+    """Yield every rule of what is read that is broken, one sentence each with a value that would work."""
+    data, train = config.data, config.train
+    if train.num_steps > 0 and not data.train:
+        yield (
+            f"data.train: {train.num_steps} steps need at least one source; a value that would work: "
+            "[{path: data/corpus_train}]"
+        )
+    for name in ("train", "validation"):
+        paths = [os.path.normpath(source.path) for source in getattr(data, name)]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        for path in twice:
+            yield f"data.{name}: {path} is listed more than once; list it once and raise its weight"
+    yield from _check_packing(config)
+    yield from _check_long_documents(config)
+    weights = [weight for source in data.train for weight in _part_weights(source)]
+    if weights and not (math.isfinite(sum(weights)) and min(weights) / sum(weights) > _LEAST_SHARE):
+        yield (
+            "data.train: the weights are too large to be added, or too far apart for each source to be drawn from; "
+            "values that would work: weights such as 0.7 and 0.3"
+        )
+    names = [os.path.basename(source.path) for source in {source.path: source for source in data.validation}.values()]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.validation: several sources are logged under the file name {name}; give them different file names"
+    if train.eval_every is not None and not data.validation:
+        yield "train.eval_every: has no effect without data.validation; a value that would work: null"
+    if not config.run.name.strip():
+        yield "run.name: is empty; a value that would work: run"
+
+
+def _check_packing(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.packing == "best_fit" and not data.document_mask:
+        yield (
+            "data.document_mask: false would let the documents that data.packing=best_fit puts into a row see each "
+            "other; a value that would work: true"
+        )
+
+
+def _check_long_documents(config: Config) -> Iterator[str]:
+    names = ("long_document_tokens", "long_document_share")
+    for number, source in enumerate(config.data.validation):
+        yield from check_unused(source, f"data.validation[{number}]", names, "on what is only evaluated")
+    for number, source in enumerate(config.data.train):
+        missing = [name for name in names if getattr(source, name) is None]
+        if len(missing) == 1:
+            example = {"long_document_tokens": config.train.seq_len, "long_document_share": 0.7}[missing[0]]
+            other = next(name for name in names if name not in missing)
+            yield (
+                f"data.train[{number}].{missing[0]}: is needed beside {other}; a value that would work: {example} (or "
+                f"leave out both)"
+            )
+
+
+def _part_weights(source: SourceConfig) -> list[float]:
+    """Return the weights of the long documents of a source and of the others, or of the whole source."""
+    share = source.long_document_share
+    if share is None or share == 1:
+        return [source.weight]
+    return [source.weight * share, source.weight * (1 - share)]
