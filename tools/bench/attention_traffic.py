@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from configs.plan.context_bytes import SentBytes
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 _CALLERS = "trainer.model.attention"
 
@@ -33,6 +34,8 @@ class AttentionTraffic:
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> AttentionTraffic:
+        import torch.distributed as dist
+
         for name, size in self._sizes.items():
             self._originals[name] = getattr(dist, name)
             setattr(dist, name, self._counting(self._originals[name], size))
@@ -41,10 +44,14 @@ class AttentionTraffic:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        import torch.distributed as dist
+
         for name, original in self._originals.items():
             setattr(dist, name, original)
 
     def _counting(self, original: Callable[..., Any], size: Callable[..., float]) -> Callable[..., Any]:
+        import torch
+
         def counted(*arguments: Any, **options: Any) -> Any:
             if sys._getframe(1).f_globals["__name__"].startswith(_CALLERS):
                 sent = size(*arguments, **options)
@@ -56,6 +63,8 @@ class AttentionTraffic:
 
 
 def _of_messages(operations: list[dist.P2POp]) -> float:
+    import torch.distributed as dist
+
     return sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
 
 

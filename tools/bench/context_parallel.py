@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,10 +74,10 @@ def measure_layout(cp: int, method: Method | None, lengths: Sequence[int], scrat
     return [_row(cp, method, measure, [*overrides, f"train.seq_len={measure['seq_len']}"]) for measure in measures]
 
 
-def measure_all(sizes: Sequence[int], lengths: Sequence[int], num_rounds: int) -> list[dict[str, Any]]:
-    """Run every layout `num_rounds` times, in turns, and return a row for each and each length. Raises RunFailed."""
+def measure_all(sizes: Sequence[int], lengths: Sequence[int], num_rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """Run every layout `num_rounds` times, in turns, and yield after each all rows so far. Raises RunFailed."""
     layouts = [(cp, method) for cp in sizes for method in methods_of(cp)]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="context-") as scratch:
         with Progress("context parallelism", len(layouts) * num_rounds) as progress:
             for number in range(num_rounds):
@@ -86,7 +86,7 @@ def measure_all(sizes: Sequence[int], lengths: Sequence[int], num_rounds: int) -
                     rows += [row | {"round": number} for row in new]
                     seconds = sum(new[-1]["processor_seconds"])
                     progress.show(number * len(layouts) + place, f"cp{cp} {method or ''}: {seconds:.1f} s of processor")
-    return rows
+                    yield rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,10 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         load_before = os.getloadavg()[0]
         arguments.out.mkdir(parents=True, exist_ok=True)
-        rows = measure_all(arguments.cp, arguments.lengths, arguments.rounds)
-        machine = describe_machine(f"CPU ranks of one thread, {os.cpu_count()} cores", load_before)
-        content = json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
-        (arguments.out / f"{NAME}.json").write_text(content, encoding="utf-8")
+        rows: list[dict[str, Any]] = []
+        for rows in measure_all(arguments.cp, arguments.lengths, arguments.rounds):
+            # Each time, so that a stopped command keeps what it has measured.
+            machine = describe_machine(f"CPU ranks of one thread, {os.cpu_count()} cores", load_before)
+            content = json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
+            (arguments.out / f"{NAME}.json").write_text(content, encoding="utf-8")
         print_table(rows)
         draw(rows, arguments.out / f"{NAME}.svg")
         complaints.extend(collect_complaints(rows))
@@ -145,7 +147,11 @@ def _row(cp: int, method: Method | None, measure: dict[str, Any], overrides: Seq
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    """Read a list of numbers; raises ArgumentTypeError."""
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers; a value that would work: 1,2")
+    return tuple(int(word) for word in words)
 
 
 def _words(numbers: Sequence[int]) -> str:

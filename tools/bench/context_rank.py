@@ -72,6 +72,7 @@ def run_steps(config: Config, environment: Environment, lengths: Sequence[int]) 
     engine = build_engine(config, build_mesh(platform, device, config))
     _measure_step(engine, WARMUP_LENGTH)
     measures = [_measure_step(engine, length) for length in lengths]
+    dist.barrier()  # a rank that closes its connections early is a lost peer to the others
     engine.close()
     destroy_mesh()
     dist.destroy_process_group()

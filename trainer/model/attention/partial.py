@@ -12,10 +12,14 @@ class PartialAttention:
     """The attention of all local queries over the keys seen so far, in fp32."""
 
     def __init__(self, query: torch.Tensor, dim_v: int) -> None:
-        """Nothing seen yet; query `[batch, heads, seq, dim]`."""
-        shape = query.shape[:3]
-        self.output = query.new_zeros((*shape, dim_v), dtype=torch.float32)
-        self.log_sum = query.new_full(shape, float("-inf"), dtype=torch.float32)
+        """Nothing seen yet; query `[batch, heads, seq, dim]`.
+
+        The heads of a token lie together in memory: what comes after attention then reads the output as it is, instead
+        of keeping a copy of it for the backward pass.
+        """
+        batch, heads, seq, _ = query.shape
+        self.output = query.new_zeros((batch, seq, heads, dim_v), dtype=torch.float32).transpose(1, 2)
+        self.log_sum = query.new_full((batch, heads, seq), float("-inf"), dtype=torch.float32)
 
     def add(self, queries: tuple[int, int], output: torch.Tensor, log_sum: torch.Tensor) -> None:
         """Add what the queries from, to saw in further keys: output `[batch, heads, n, dim_v]`, its log-sum-exp."""

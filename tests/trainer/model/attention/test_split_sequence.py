@@ -150,3 +150,18 @@ def test_launches_do_not_grow_with_documents():
             own, *others = _plan_ring(split, place, 4, 1, 3)
             assert [tile.length for tile in own if tile.bounds] == [1024]
             assert len(own) <= 1 + num_rows and max(map(len, others)) <= num_rows
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_output_is_kept_once(name):
+    """The layer after attention reads it as it lies: a copy would stay for the backward pass beside it."""
+    import torch
+
+    from trainer.model.attention.ring import RingAttention
+    from trainer.model.attention.tile_kernels import CpuTiles
+    from trainer.model.attention.tiles import Tile
+
+    query, key, value = (part.to(getattr(torch, name)) for part in make_case(2, 8, 1, False)[0])
+    tiles = [[Tile((0, SEQ_LEN), (0, SEQ_LEN), 0)]]
+    output = RingAttention.apply(query, key, value, None, tiles, None, CpuTiles(), 0.25)
+    assert output.permute(2, 0, 1, 3).flatten(2).data_ptr() == output.data_ptr()
