@@ -18,7 +18,8 @@ from tools.paths import path_text
 def make_passkeys(text: str, tokenizer_directory: str, out: str, arguments: argparse.Namespace) -> None:
     """Write `<out>.bin` and `<out>.idx`: documents of up to `arguments.longest` tokens, `arguments.tokens` in all.
 
-    Every octave of lengths has about the same share of the tokens; the key lies at any depth. Raises BadInput.
+    An octave of lengths has half the tokens of the one below it: finding the key is learnt on short texts, many to a
+    sample, and stretched by the long ones. The key lies at any depth. Raises BadInput.
     """
     import numpy as np
 
@@ -37,8 +38,8 @@ def make_passkeys(text: str, tokenizer_directory: str, out: str, arguments: argp
     documents, num_tokens = [], 0
     with Progress("passkeys", arguments.tokens) as progress:
         while num_tokens < arguments.tokens:
-            # As many tokens in every octave: a density of 1 / length ** 2.
-            length = int(1 / random.uniform(1 / arguments.longest, 1 / maker.shortest))
+            # a density of 1 / length ** 3
+            length = int(random.uniform(arguments.longest**-2.0, maker.shortest**-2.0) ** -0.5)
             document = maker.make(length - 2, random.random(), random).tokens
             documents.append(np.append(document, tokenizer.eod_id))
             num_tokens += len(documents[-1])
