@@ -66,8 +66,8 @@ def sent_bytes(
     if method == "ring":
         return _ring(keys, value_bytes, cp)
     if method == "all_gather":  # and its opposite, a reduce-scatter of the gradients
-        sent = (cp - 1) * keys * value_bytes
-        return SentBytes(sent, sent)
+        gathered = (cp - 1) * keys * value_bytes
+        return SentBytes(gathered, gathered)
     inner = cp if method == "ulysses" else cp_inner
     assert inner is not None, "configs.context_parallel refuses hierarchical without parallel.cp_inner"
     keys = num_tokens * max(sizes.groups, inner) * (sizes.dim + sizes.dim_v)  # fewer heads than ranks are repeated
