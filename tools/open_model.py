@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 def read_config_of(place: Path, overrides: Sequence[str], *, seq_len: int, world_size: int) -> Config:
     """Return the config with which the model in `place` takes sequences of `seq_len` tokens on so many ranks.
 
-    Architecture, number format and tokenizer are the checkpoint's, the layout is one of data parallelism alone;
+    Architecture, number format and tokenizer are those of the place, the layout is one of data parallelism alone;
     `overrides` such as `parallel.cp=2` change that. Raises BadInput for what cannot be.
     """
     from configs.load import config_of
     from configs.rules.check import check_config
 
-    values, stage = _read_place(place)
+    values = _read_place(place)
     model = values["model"]
     model["max_position_embeddings"] = max(model["max_position_embeddings"], seq_len)
     values["train"] = {"num_steps": 0, "seq_len": seq_len, "micro_batch_size": 1, "global_batch_size": world_size}
-    config, problems = config_of(values, overrides, stage)
+    config, problems = config_of(values, overrides, "pretrain")
     if config is not None:
         has_te = has_transformer_engine()
         problems += check_config(config, world_size, platform=detect_platform_name(), has_te=has_te)
@@ -39,8 +39,8 @@ def read_config_of(place: Path, overrides: Sequence[str], *, seq_len: int, world
     return config
 
 
-def _read_place(place: Path) -> tuple[dict[str, Any], str]:
-    """Return the sections that say what the model is, and the stage that they are of."""
+def _read_place(place: Path) -> dict[str, Any]:
+    """Return the sections that say what the model is; of a Hugging Face model fp32 on CPUs, elsewhere bf16."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.manifest import read_manifest
     from trainer.hf.config_json import load_config_json, read_model
@@ -49,19 +49,19 @@ def _read_place(place: Path) -> tuple[dict[str, Any], str]:
     checkpoint = resolve_checkpoint(place)
     if checkpoint is not None:
         saved = read_manifest(checkpoint).config
-        compute = {"compute": saved["precision"]["compute"]}
         return {
             "model": saved["model"],
-            "precision": compute,
+            "precision": {"compute": saved["precision"]["compute"]},
             "data": {"tokenizer": saved["data"]["tokenizer"]},
-        }, "pretrain"
+        }
     if not (place / "config.json").is_file() and not (place / "snapshots").is_dir():
         raise BadInput(
             f"{place}: holds no complete checkpoint and no Hugging Face model; give a run such as runs/demo."
         )
     directory = find_model_directory(place)
     model = read_model(load_config_json(directory), directory / "config.json").model_dump()
-    return {"model": model, "data": {"tokenizer": str(directory)}}, "pretrain"
+    compute = "fp32" if detect_platform_name() == "cpu" else "bf16"
+    return {"model": model, "precision": {"compute": compute}, "data": {"tokenizer": str(directory)}}
 
 
 @contextlib.contextmanager
