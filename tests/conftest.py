@@ -9,8 +9,9 @@ import pytest
 
 from tests.pool import RankPool
 
-# Under `nohup make test` it is ignored, which the launchers that tests start would inherit and heed.
+# Under `nohup`, and behind `&` in a script, they are ignored, which the launchers that tests start would heed.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Whole runs and parity start ranks and train: all of them are slow but one of each kind, on two ranks at most.
 _COSTLY = ("tests/parity/", "tests/end_to_end/")
 _FAST = {

@@ -6,8 +6,12 @@ Run: python tools/make_passkeys.py data/stdlib/train --tokenizer data/stdlib/tok
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import BadInput
 from tools.console import Progress, end_process, run_command

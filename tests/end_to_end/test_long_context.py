@@ -137,7 +137,7 @@ def assert_transformers_agrees(results: dict, run_dir: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--lengths", "100"), "--lengths: 100 tokens are too few"),
+        (("--lengths", "60"), "--lengths: 60 tokens are too few"),
         (("--lengths", "5000"), "no document has more than 5000 tokens"),
         (("parallel.cp=2",), "parallel"),
         (("model.num_layers=3",), "holds another architecture"),

@@ -57,7 +57,7 @@ def test_packed_documents_begin_where_positions_do():
     assert batch.loss_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0], [1] * 8]
     assert batch.documents is not None and batch.documents.bounds == (0, 3, 5, 8, 16)
     assert batch.documents.cu_seqlens.tolist() == [0, 3, 5, 8, 16] and batch.documents.max_seqlen == 8
-    assert batch.num_attended_pairs == 3**2 + 2**2 + 3**2 + 8**2 and batch.sample_ids == (8, 9)
+    assert batch.num_attended_pairs((None,)) == 3**2 + 2**2 + 3**2 + 8**2 and batch.sample_ids == (8, 9)
     shares = [share_of(batch, rank, 2) for rank in range(2)]
     assert sum(float(share.loss_mask.sum()) for share in shares) == 13
     assert shares[0].labels.tolist() == [[6, 7, 0, 0], [2, 3, 8, 9]] and shares[0].documents is batch.documents

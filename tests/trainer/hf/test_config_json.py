@@ -111,7 +111,7 @@ def test_a_changed_context_is_written():
         ({"sliding_window": 512}, "sliding_window: attention within 512 tokens is not supported"),
         ({"model_type": "gemma"}, "model_type: 'gemma' is not supported, only 'llama'"),
         ({"num_hidden_layers": None}, "num_hidden_layers: missing"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters.factor: missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast: 3 is not understood"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
