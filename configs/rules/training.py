@@ -48,6 +48,12 @@ def _check_recompute_fields(config: Config) -> Iterator[str]:
     if recompute.granularity != "selective":
         yield from check_unused(recompute, path, ("modules",), reason)
         return
+    if "mlp" in recompute.modules and model.linear_bias:
+        # Megatron-Core 0.19.2 hands the bias out of what is recomputed, whose backward pass then calls itself for ever.
+        yield (
+            f"{path}.modules: an MLP with the biases of model.linear_bias cannot be recomputed alone; a value that "
+            "would work: [core_attn]"
+        )
     has_dense = model.moe is None or model.moe.num_dense_layers > 0
     applies = {
         "mlp": (has_dense, "a dense MLP"),

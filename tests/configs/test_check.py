@@ -141,6 +141,10 @@ TRAINING_RULES = [
     ),
     (["train.recompute={granularity: selective, modules: []}"], "train.recompute.modules: is empty"),
     (["train.recompute={granularity: selective, modules: [moe]}"], "train.recompute.modules: moe needs model.moe"),
+    (
+        ["train.recompute={granularity: selective, modules: [mlp]}", "model.linear_bias=true"],
+        "train.recompute.modules: an MLP with the biases of model.linear_bias cannot be recomputed alone",
+    ),
     (["train.recompute={granularity: selective, modules: [moe_act]}"], "train.recompute.modules: moe_act needs model."),
     (
         ["train.recompute={granularity: selective, modules: [mla_up_proj]}"],
