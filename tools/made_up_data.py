@@ -12,15 +12,11 @@ def write_made_up_dataset(prefix: Path, *, num_tokens: int, vocab_size: int, see
 
     `vocab_size` must be at most 65536, since ids are written as uint16.
     """
-    from trainer.data.making.parts import PartStore, TokenizedBlock
+    from trainer.data.making.parts import write_dataset
 
     random = np.random.default_rng(seed)
     num_documents = num_tokens // 64 + 1
     lengths = random.integers(64, 1025, num_documents).astype(np.int32)
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), num_tokens)) + 1]
     tokens = random.integers(0, vocab_size, int(lengths.sum())).astype(np.uint16)
-    store = PartStore(Path(f"{prefix}.parts"), "made-up", np.uint16)
-    store.append(TokenizedBlock(tokens.tobytes(), lengths, num_empty=0, num_text_bytes=0))
-    store.finish_part()
-    store.merge(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), lambda num_written: None)
-    store.remove()
+    write_dataset(prefix, tokens, lengths)

@@ -28,7 +28,8 @@ def make_passkeys(text: str, tokenizer_directory: str, out: str, arguments: argp
     import numpy as np
 
     from trainer.data.indexed import TokenDataset, check_tokenizer
-    from trainer.data.making.parts import PartStore, TokenizedBlock
+    from trainer.data.making.parts import write_dataset
+    from trainer.data.making.workers import token_dtype
     from trainer.data.tokenizer import load_tokenizer
     from trainer.evaluate.passkey import PasskeyMaker
 
@@ -48,13 +49,8 @@ def make_passkeys(text: str, tokenizer_directory: str, out: str, arguments: argp
             documents.append(np.append(document, tokenizer.eod_id))
             num_tokens += len(documents[-1])
             progress.show(num_tokens)
-    number = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     lengths = np.array([len(document) for document in documents], dtype=np.int32)
-    store = PartStore(Path(f"{out}.parts"), "passkeys", number)
-    store.append(TokenizedBlock(np.concatenate(documents).astype(number).tobytes(), lengths, 0, 0))
-    store.finish_part()
-    store.merge(Path(f"{out}.bin"), Path(f"{out}.idx"), lambda num_written: None)
-    store.remove()
+    write_dataset(Path(out), np.concatenate(documents).astype(token_dtype(tokenizer.vocab_size)), lengths)
     print(f"{out}: {len(documents):,} documents, {num_tokens:,} tokens")
 
 

@@ -178,3 +178,12 @@ def _close_synced(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()
+
+
+def write_dataset(prefix: Path, tokens: NDArray[np.integer], lengths: NDArray[np.int32]) -> None:
+    """Write `<prefix>.bin` and `.idx` at once: documents of `lengths`, their tokens end to end and of their dtype."""
+    store = PartStore(Path(f"{prefix}.parts"), "at once", tokens.dtype.type)
+    store.append(TokenizedBlock(tokens.tobytes(), lengths, num_empty=0, num_text_bytes=0))
+    store.finish_part()
+    store.merge(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), lambda num_written: None)
+    store.remove()
