@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import sys
@@ -126,14 +127,16 @@ def _speed_checks(mesh: Mesh, platform: PlatformName, compute: str) -> Iterator[
                     yield f"{title}, profile", lambda t=title, c=config: check_profile(mesh, t, c)  # type: ignore[misc]
 
 
-def run_checks(checks: Sequence[Check]) -> list[Outcome]:
-    """Run all checks, whatever becomes of each, and return their outcomes."""
+def run_checks(checks: Sequence[Check], keep: Callable[[list[Outcome]], None] | None = None) -> list[Outcome]:
+    """Run all checks, whatever becomes of each, and return their outcomes; `keep` is given what there is after each."""
     outcomes: list[Outcome] = []
     with Progress("gpu_check", len(checks)) as progress:
         for name, check in checks:
             progress.show(len(outcomes), name)
             outcomes.append(run_check(name, check))
             progress.show(len(outcomes), f"{name}: {outcomes[-1].status}")
+            if keep is not None:
+                keep(outcomes)
     return outcomes
 
 
@@ -174,15 +177,14 @@ def write_json(path: Path, machine: Mapping[str, Any], outcomes: Sequence[Outcom
 
 
 def check_platform(platform: PlatformName, *, quick: bool, out: Path | None) -> bool:
-    """Run every check on a platform, print the table, write `out`, and return whether none failed."""
+    """Run every check on a platform, write `out` after each, print the table, and return whether none failed."""
     from tools.one_rank import open_world
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, open_world(platform) as mesh:
         machine = describe_machine(mesh.platform.describe())
-        outcomes = run_checks(list(list_checks(mesh, platform, Path(folder), quick=quick)))
+        keep = None if out is None else functools.partial(write_json, out, machine, quick=quick)
+        outcomes = run_checks(list(list_checks(mesh, platform, Path(folder), quick=quick)), keep)
     print_table(machine, outcomes)
-    if out is not None:
-        write_json(out, machine, outcomes, quick=quick)
     return all(one.status != "failed" for one in outcomes)
 
 

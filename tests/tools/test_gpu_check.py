@@ -269,7 +269,9 @@ def test_an_exception_is_a_failure_and_stops_no_other_check():
     def sound():
         return judge("b", [], "fine", {"x": 1.0})
 
-    outcomes = gpu_check.run_checks([("a", broken), ("b", sound)])
+    kept = []
+    outcomes = gpu_check.run_checks([("a", broken), ("b", sound)], lambda so_far: kept.append(len(so_far)))
+    assert kept == [1, 2], "a machine that is lost has left what was found on it"
     assert [(one.name, one.status) for one in outcomes] == [("a", "failed"), ("b", "passed")]
     assert outcomes[0].detail.startswith("ValueError in test_gpu_check.py:")
     assert outcomes[0].detail.endswith(": first line")
