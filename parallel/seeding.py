@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import cast
 
 import numpy as np
 import torch
@@ -38,11 +39,14 @@ def get_rng_state(platform: Platform) -> dict[str, object]:
 
 
 def set_rng_state(platform: Platform, state: dict[str, object]) -> None:
-    """Restore what `get_rng_state` returned."""
+    """Restore what `get_rng_state` returned; generators of another kind of device go on from this start's seeds."""
     from megatron.core import tensor_parallel
 
     random.setstate(state["python"])  # type: ignore[arg-type]
     np.random.set_state(state["numpy"])  # type: ignore[arg-type]
     torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
-    platform.set_rng_state(state["device"])  # type: ignore[arg-type]
+    device = cast(torch.Tensor, state["device"])
+    if device.numel() != platform.get_rng_state().numel():  # a GPU's is a seed and an offset, a CPU's a whole table
+        return
+    platform.set_rng_state(device)
     tensor_parallel.get_cuda_rng_tracker().set_states(state["trackers"])

@@ -1,6 +1,6 @@
 """Check one GPU from end to end: collectives, steps, attention, FP8, checkpoints, speed. No network, a few minutes.
 
-Run: python tools/gpu_check.py [--out gpu.json] [--quick]
+Run: python tools/gpu_check.py [--out gpu.json] [--quick] [--only PART_OF_A_NAME ...]
 Exit code 0 all passed, 1 a check failed, 2 bad input or no GPU here. A failed check does not stop the others.
 """
 
@@ -176,14 +176,25 @@ def write_json(path: Path, machine: Mapping[str, Any], outcomes: Sequence[Outcom
     os.replace(temporary, path)
 
 
-def check_platform(platform: PlatformName, *, quick: bool, out: Path | None) -> bool:
-    """Run every check on a platform, write `out` after each, print the table, and return whether none failed."""
+def choose(checks: Sequence[Check], only: Sequence[str]) -> Sequence[Check]:
+    """Return the checks whose name contains one of the texts `only`, or all where there is none. Raises BadInput."""
+    chosen = [(name, check) for name, check in checks if not only or any(part in name for part in only)]
+    if not chosen:
+        raise BadInput(
+            f"--only: no check's name contains {' or '.join(only)}; names are {', '.join(n for n, _ in checks)}"
+        )
+    return chosen
+
+
+def check_platform(platform: PlatformName, *, quick: bool, out: Path | None, only: Sequence[str] = ()) -> bool:
+    """Run the checks on a platform, write `out` after each, print the table, and return whether none failed."""
     from tools.one_rank import open_world
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, open_world(platform) as mesh:
         machine = describe_machine(mesh.platform.describe())
         keep = None if out is None else functools.partial(write_json, out, machine, quick=quick)
-        outcomes = run_checks(list(list_checks(mesh, platform, Path(folder), quick=quick)), keep)
+        checks = choose(list(list_checks(mesh, platform, Path(folder), quick=quick)), only)
+        outcomes = run_checks(checks, keep)
     print_table(machine, outcomes)
     return all(one.status != "failed" for one in outcomes)
 
@@ -193,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check.py", description="Check one GPU from end to end.")
     parser.add_argument("--out", type=path_argument, help="write the results as JSON to this file")
     parser.add_argument("--quick", action="store_true", help="fewer steps and no large models")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="checks whose name contains this")
     arguments = parser.parse_args(argv)
     all_passed = True
 
@@ -203,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         platform = detect_platform_name()
         if platform == HOST:
             raise BadInput("no GPU here (or it is hidden by SHARDWRIGHT_PLATFORM or the driver's variables).")
-        all_passed = check_platform(platform, quick=arguments.quick, out=arguments.out)
+        all_passed = check_platform(platform, quick=arguments.quick, out=arguments.out, only=arguments.only)
 
     code = run_command(command)
     return code if code != 0 or all_passed else 1

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from configs.errors import BadInput
 from tests import forked
 from tools import gpu_check
 from tools.device_checks.outcome import Outcome, judge, run_check
@@ -276,6 +277,14 @@ def test_an_exception_is_a_failure_and_stops_no_other_check():
     assert outcomes[0].detail.startswith("ValueError in test_gpu_check.py:")
     assert outcomes[0].detail.endswith(": first line")
     assert run_check("c", lambda: judge("c", ["wrong", "worse"], "fine", {})).detail == "wrong; worse"
+
+
+def test_checks_are_chosen_by_a_part_of_their_name():
+    checks = [(name, lambda: judge("x", [], "fine", {})) for name in ("fp16 steps", "bf16 steps", "checkpoint")]
+    assert gpu_check.choose(checks, ()) == checks
+    assert [name for name, _ in gpu_check.choose(checks, ["steps"])] == ["fp16 steps", "bf16 steps"]
+    with pytest.raises(BadInput, match="no check's name contains step9; names are fp16 steps, bf16 steps, checkpoint"):
+        gpu_check.choose(checks, ["step9"])
 
 
 def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch, capsys, tmp_path):

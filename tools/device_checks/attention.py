@@ -76,6 +76,7 @@ def check_attention(mesh: Mesh, compute: str, *, use_te: bool, seq_len: int = 25
 def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: bool) -> float:
     """Return the largest relative error over the output and the gradients of query, key, value and sinks."""
     import torch
+    from megatron.core.transformer.enums import AttnMaskType
 
     from parallel.precision import DTYPES
 
@@ -106,7 +107,7 @@ def _measure_error(mesh: Mesh, compute: str, case: Case, seq_len: int, use_te: b
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if case.by_tiles:
             return _attend_by_tiles(core.tiles, q, k, v, lengths)
-        return core(q, k, v, None, packed_seq_params=packed)
+        return core(q, k, v, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)
 
     found = _with_gradients(attend, on_device, slope.to(mesh.device), dtype)
     found += [core.softmax_offset.grad for _ in sinks]
@@ -185,8 +186,10 @@ def _pack(lengths: tuple[int, ...], device: Any) -> Any:
 def _build_core_attention(mesh: Mesh, compute: str, case: Case, use_te: bool) -> Any:
     """Return the core attention that a model of this shape is built with."""
     from parallel.seeding import seed_everything
+    from trainer.engine.kernels import replace_kernels
     from trainer.model.build import build_model_chunks
 
+    replace_kernels(mesh.platform)
     seed_everything(17, mesh.pp_rank, mesh.ep_size)  # weights are drawn from generators that must have been seeded
     chunk = build_model_chunks(_build_config(compute, case), mesh, use_te=use_te)[0]
     return chunk.decoder.layers[0].self_attention.core_attention

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 SHAPES = ((256, 512, 384), (48, 128, 64), (1000, 4096, 1024))
 """Tokens, width in, width out; the tokens are no multiple of any block."""
-TOLERANCE = 5e-3
-"""Largest error relative to the largest product: bf16's rounding is 2e-3 of it, accumulation in 14 bits less."""
+TOLERANCES = {True: 2e-2, False: 5e-3}
+"""Largest error relative to the largest product, of forward products and of those for gradients.
+
+bf16's rounding is 2e-3. Forward products add up in 14 bits on Hopper; DeepSeek-V3's report (arXiv:2412.19437, 3.3.2)
+saw near 2e-2 with 4096 terms. 5.4e-3 was seen on an H200.
+"""
 
 
 def check_cast(mesh: Mesh) -> Outcome:
@@ -53,7 +57,7 @@ def check_multiply(mesh: Mesh, recipe: str) -> Outcome:
     from trainer.model.fp8.quantize import FORMATS, compute_amax, compute_scale, quantize
 
     block = RECIPES[recipe].activation_block
-    problems, worst = [], 0.0
+    problems, worst = [], {True: 0.0, False: 0.0}
     generator = torch.Generator(mesh.device).manual_seed(0)
     for tokens, width_in, width_out in SHAPES:
         for rows, columns, contraction, gradient in (
@@ -68,14 +72,15 @@ def check_multiply(mesh: Mesh, recipe: str) -> Outcome:
                 operands.append(quantize(matrix, scale, block, FORMATS[name]))
             left, right = operands
             expected = multiply_emulated(left, right, torch.float32, is_forward=True)
-            found = multiply_scaled(left, right, torch.bfloat16, is_forward=gradient == "e4m3").float()
+            is_forward = gradient == "e4m3"
+            found = multiply_scaled(left, right, torch.bfloat16, is_forward=is_forward).float()
             error = float((found - expected).abs().max() / expected.abs().max())
-            worst = max(worst, error)
-            if not error <= TOLERANCE:
+            worst[is_forward] = max(worst[is_forward], error)
+            if not error <= TOLERANCES[is_forward]:
                 problems.append(f"{rows}x{contraction} by {contraction}x{columns}: error {error:.1e}")
-    return judge(
-        f"fp8 {recipe} products", problems, f"largest error {worst:.1e} of the largest product", {"error": worst}
-    )
+    figures = {"error": worst[True], "error_gradients": worst[False]}
+    detail = f"largest error {worst[True]:.1e} of the largest product, {worst[False]:.1e} for gradients"
+    return judge(f"fp8 {recipe} products", problems, detail, figures)
 
 
 def _matrices(mesh: Mesh) -> list[torch.Tensor]:

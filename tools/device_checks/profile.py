@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.stages import Config
 from tools.device_checks.engine import build_repeating_stage, train
@@ -57,17 +57,24 @@ def check_profile(mesh: Mesh, title: str, config: Config) -> Outcome:
             seconds = time.perf_counter() - started
     except torch.OutOfMemoryError:
         return Outcome(name, "skipped", "the device has not enough memory for this shape")
-    events = profiled.key_averages()
-    on_device = {event.key: event.self_device_time_total / 1e6 for event in events if event.self_device_time_total > 0}
-    # where the device is the host, its operations are the kernels
-    kernels = on_device or {event.key: event.self_cpu_time_total / 1e6 for event in events}
-    return _judge(name, waits, kernels, seconds)
+    return _judge(name, waits, _seconds_of_kernels(profiled.key_averages()), seconds)
 
 
 def kind_of(kernel: str) -> str:
     """Return what kind of work a kernel of this name does."""
     lower = kernel.lower()
     return next((kind for kind, parts in KINDS if any(part in lower for part in parts)), "element by element")
+
+
+def _seconds_of_kernels(events: Sequence[Any]) -> dict[str, float]:
+    """Return the seconds of each kernel; an operation's own entry tells those of its kernels once more."""
+    from torch.autograd import DeviceType
+
+    on_device = [event for event in events if event.device_type != DeviceType.CPU]
+    if on_device:
+        return {event.key: event.self_device_time_total / 1e6 for event in on_device}
+    # where the device is the host, its operations are the kernels
+    return {event.key: event.self_cpu_time_total / 1e6 for event in events}
 
 
 def _judge(name: str, waits: Sequence[str], kernels: dict[str, float], seconds: float) -> Outcome:

@@ -158,4 +158,4 @@ def without_loss(batch: Batch, row: int) -> Batch:
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == device.type:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned

@@ -1,0 +1,54 @@
+"""The `sft` section: which conversations are learnt, what of them is trained, and how samples weigh. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.sections.base import Count, Fraction, NonNegativeFloat, PathText, PositiveFloat, Section
+
+
+class ConversationSource(Section):
+    """One source of conversations."""
+
+    path: Annotated[PathText, Field(examples=["data/chats.jsonl"])]
+    """JSON, JSONL or Parquet file, a folder of such, or a Hugging Face dataset directory."""
+    weight: PositiveFloat = 1.0
+    """Share of samples drawn from this source, relative to the other weights."""
+    columns: Mapping[str, str] = {}
+    """The file's own name of a column that has another here: messages, conversations, instruction, input, output,
+    history, system, prompt, completion, tools."""
+    roles: Mapping[str, str] = {}
+    """What the file's own names of roles stand for: system, user, assistant, tool, function_call."""
+
+
+class SftSection(Section):
+    """Supervised fine-tuning on conversations."""
+
+    template: str | None = None
+    """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null for the tokenizer's."""
+    train: tuple[ConversationSource, ...] = ()
+    """Blend of training sources."""
+    validation: tuple[ConversationSource, ...] = ()
+    """Validation sources; each is evaluated on its own and logged under its file name."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """What is trained: every turn of the assistant, its last one, or every token."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What becomes of a row that is no conversation or that the template cannot render; dropped ones are counted."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What becomes of a sample of more than train.seq_len tokens: cut at its end (left out where nothing trained is
+    left), or left out; both are counted."""
+    packing: bool = True
+    """Pack several samples into a row (best-fit, attention within each) instead of padding each to train.seq_len."""
+    weighting: Literal["token", "sample"] = "token"
+    """What weighs alike in a step: every trained token, or every sample, whatever its length."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Strength of uniform noise on embeddings while training (NEFTune, arXiv:2310.05914); 0 for none."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target spread evenly over the vocabulary; 0 for none."""
+    cache: PathText = "data/sft_cache"
+    """Directory of tokenised sources, one folder for each content, template, tokenizer and rule."""
+    num_workers: Count | None = None
+    """Processes that tokenise; null for one a core."""

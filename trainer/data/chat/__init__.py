@@ -1,0 +1,1 @@
+"""Conversations: files of chats become tokens of which it is said which are trained. Torch-free."""
