@@ -25,7 +25,7 @@ from configs.errors import BadInput
 from configs.sections.data import DataConfig, SourceConfig
 from configs.stages import SftConfig
 from trainer.data.chat.rows import iter_blocks, list_chat_files
-from trainer.data.chat.templates import load_template
+from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
 from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta
 from trainer.data.index_file import write_index
@@ -226,8 +226,8 @@ def _settings(recipe: Recipe) -> Iterator[Any]:
     yield [_FORMAT, recipe.seq_len, sft.train_on, sft.bad_rows, sft.too_long, dict(source.columns), dict(source.roles)]
     tokenizer = load_tokenizer(recipe.tokenizer)
     yield tokenizer.vocabulary_hash
-    yield hash_file(Path(tokenizer.directory) / "tokenizer.json")
-    yield load_template(sft.template, recipe.tokenizer).text
+    yield hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
+    yield load_template(sft.template, recipe.tokenizer).fingerprint
 
 
 def _digest(parts: Any) -> str:

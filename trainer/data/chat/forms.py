@@ -13,7 +13,7 @@ from typing import Any
 from configs.sections.sft import ConversationSource
 from trainer.data.chat.conversation import BadRow, Conversation, Message
 from trainer.data.chat.tool_json import describe, parse_tools
-from trainer.data.chat.turns import MEDIA, TurnKeys, check_order, check_text, parse_turn
+from trainer.data.chat.turn_forms import MEDIA, TurnKeys, check_order, check_text, parse_turn
 
 # What a row needs to be of a form; the first is what decides, and must not be null.
 _FORMS = (("messages",), ("conversations",), ("output", "instruction"), ("output", "input"), ("completion", "prompt"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from configs.errors import BadInput
 from configs.sections.sft import ConversationSource, SftSection
 from configs.stages import SftConfig
-from trainer.data.chat.conversation import BadRow
-from trainer.data.chat.encode import Encoder, Sample
+from trainer.data.chat.check import check_samples, find_problem
+from trainer.data.chat.conversation import BadRow, Conversation
+from trainer.data.chat.encode import ChatEncoder, Sample
 from trainer.data.chat.forms import parse_conversation
 from trainer.data.chat.rows import RowBlock, read_block
+from trainer.data.chat.template import load_template
 from trainer.data.making.workers import token_dtype
 from trainer.data.tokenizer import load_tokenizer
 
@@ -69,15 +72,24 @@ class EncodedBlock:
     """Rows left out, by reason."""
 
 
+class _Unmeant(BadRow):
+    """A sample whose mask cannot be meant."""
+
+    def __init__(self, sample: Sample, message: str) -> None:
+        super().__init__(message)
+        self.sample = sample
+
+
 class ConversationWorker:
     """A tokenizer, a template, and what is done with them."""
 
     def __init__(self, recipe: Recipe) -> None:
         """Load what the recipe names. Raises BadInput."""
         self._recipe = recipe
-        tokenizer = load_tokenizer(recipe.tokenizer)
-        self._encoder = Encoder(tokenizer, recipe.sft.template, recipe.sft.train_on)
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._tokenizer = load_tokenizer(recipe.tokenizer)
+        template = load_template(recipe.sft.template, recipe.tokenizer)
+        self._encoder = ChatEncoder(template, self._tokenizer, recipe.sft.train_on)
+        self._dtype = token_dtype(self._tokenizer.vocab_size)
 
     def encode(self, block: RowBlock) -> list[EncodedRow]:
         """Return what becomes of every row of a block. Raises BadInput for the first bad one, unless bad rows drop."""
@@ -97,18 +109,38 @@ class ConversationWorker:
         )
 
     def _encode(self, block: RowBlock) -> Iterator[EncodedRow]:
-        for number, row in read_block(block):
-            try:
-                samples = self._encoder.encode(parse_conversation(row, self._recipe.source))
-            except BadRow as error:
-                if self._recipe.sft.bad_rows == "refuse":
-                    raise BadInput(
-                        f"{self._recipe.field}: row {number} of {block.path}: {error}; mend the row, or leave such "
-                        "rows out with sft.bad_rows=drop"
-                    ) from error
-                yield EncodedRow(block.path, number, dropped=str(error))
-                continue
-            yield self._fit(EncodedRow(block.path, number, tuple(samples)))
+        rows = read_block(block)
+        parsed = [self._parse(block.path, number, row) for number, row in rows]
+        encoded = iter(self._encoder.encode_batch([one for one in parsed if isinstance(one, Conversation)]))
+        for (number, _), one in zip(rows, parsed, strict=True):
+            samples = self._judge(one if isinstance(one, BadRow) else next(encoded))
+            if not isinstance(samples, BadRow):
+                yield self._fit(EncodedRow(block.path, number, tuple(samples)))
+            elif self._recipe.sft.bad_rows == "drop":
+                yield EncodedRow(block.path, number, dropped=str(samples))
+            else:
+                if isinstance(samples, _Unmeant):
+                    check_samples([samples.sample], self._recipe.sft.train_on, self._tokenizer, self._recipe.field)
+                raise BadInput(
+                    f"{self._recipe.field}: row {number} of {block.path}: {samples}; mend the row, or leave such rows "
+                    "out with sft.bad_rows=drop"
+                )
+
+    def _parse(self, path: str, number: int, row: dict[str, Any]) -> Conversation | BadRow:
+        try:
+            return replace(parse_conversation(row, self._recipe.source), source=path, row=number)
+        except BadRow as error:
+            return error
+
+    def _judge(self, samples: list[Sample] | BadRow) -> list[Sample] | BadRow:
+        """Return the samples, or the fault of the first whose mask cannot be meant."""
+        if isinstance(samples, BadRow):
+            return samples
+        for sample in samples:
+            problem = find_problem(sample, self._recipe.sft.train_on)
+            if problem is not None:
+                return _Unmeant(sample, f"it {problem}")
+        return samples or BadRow("nothing of it is trained")
 
     def _fit(self, row: EncodedRow) -> EncodedRow:
         """Return the row with samples that a row of `train.seq_len` predictions holds."""
@@ -122,6 +154,7 @@ class ConversationWorker:
             elif not any(sample.loss_mask[:longest]):
                 dropped = NOTHING_TRAINED_IN_REACH
             else:
-                kept.append(Sample(sample.input_ids[:longest], sample.loss_mask[:longest]))
+                cut = {"input_ids": sample.input_ids[:longest], "loss_mask": sample.loss_mask[:longest]}
+                kept.append(replace(sample, **cut))  # type: ignore[arg-type]
                 num_truncated += 1
         return EncodedRow(row.file, row.row, tuple(kept), dropped, num_truncated)
