@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from tests.pool import Place
 from tests.small_runs import SEQ_LEN, VOCAB_SIZE, RunRecord, open_engine, record_run, train_steps
 
 LENGTHS = [33, 30, 28, 25, 20, 18, 17, 17, 15, 12, 9, 9, 7, 5, 3, 2]
-MASKED = {"data": {"packing": "best_fit", "document_mask": True}}
+PACKED = {"packing": "best_fit", "document_mask": True}
 MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "balancing": "none"}  # which padding would take part in
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one": (1, {}, {}),
@@ -91,7 +90,7 @@ def train_on(place: Place, config: Config, run_dir: str, weighting: str, reader_
         return record_run(engine, results)
 
 
-def run_alone(place: Place, config: Config, run_dir: str, masks: str, *, weighting: str) -> RunRecord:
+def run_alone(place: Place, config: Config, run_dir: str, weighting: str) -> RunRecord:
     """Train on samples one by one."""
 
     class Alone:
@@ -104,14 +103,14 @@ def run_alone(place: Place, config: Config, run_dir: str, masks: str, *, weighti
     return train_on(place, config, run_dir, weighting, lambda mesh, objective: Alone())
 
 
-def run_rows(place: Place, config: Config, run_dir: str, masks: str, *, weighting: str, packing: str) -> RunRecord:
-    """Train on packed or padded rows, as the reader deals them."""
+def run_rows(place: Place, config: Config, run_dir: str, weighting: str) -> RunRecord:
+    """Train on packed or padded rows (`data.packing`), as the reader deals them."""
     from trainer.data.blend import Blend
     from trainer.data.packed_source import SOURCES
     from trainer.data.reader import BatchReader
 
     def read(mesh: Any, objective: Any) -> BatchReader:
-        source: Any = SOURCES[packing](RandomChats(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
+        source: Any = SOURCES[config.data.packing](RandomChats(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
         assert source.num_samples == config.train.global_batch_size
         return BatchReader(
             Blend([source], [1.0]),
@@ -130,14 +129,13 @@ def run_rows(place: Place, config: Config, run_dir: str, masks: str, *, weightin
 @pytest.mark.parametrize("weighting", ["token", "sample"])
 def test_packed_rows_equal_samples_alone(judge, name, weighting):
     world, parallel, model = LAYOUTS[name]
-    alone = judge.run(1, {}, case=partial(run_alone, weighting=weighting), model=model, train={"num_steps": 3})
-    case = partial(run_rows, weighting=weighting, packing="best_fit")
-    rows = judge.run(world, parallel, case=case, model=model, train={"num_steps": 3}, **MASKED)
-    assert_equal_runs(rows, alone)
+    sections = {"model": model, "train": {"num_steps": 3}}
+    alone = judge.run(1, {}, weighting, case=run_alone, **sections)
+    assert_equal_runs(judge.run(world, parallel, weighting, case=run_rows, **sections, data=PACKED), alone)
 
 
 @pytest.mark.parametrize("weighting", ["token", "sample"])
 def test_padded_rows_equal_samples_alone(judge, weighting):
-    alone = judge.run(1, {}, case=partial(run_alone, weighting=weighting), model={}, train={"num_steps": 3})
-    case, train = partial(run_rows, weighting=weighting, packing="padded"), {"num_steps": 3, "global_batch_size": 16}
-    assert_equal_runs(judge.run(2, {}, case=case, model={}, train=train, **MASKED), alone)
+    alone = judge.run(1, {}, weighting, case=run_alone, model={}, train={"num_steps": 3})
+    train, data = {"num_steps": 3, "global_batch_size": len(LENGTHS)}, PACKED | {"packing": "padded"}
+    assert_equal_runs(judge.run(2, {}, weighting, case=run_rows, model={}, train=train, data=data), alone)

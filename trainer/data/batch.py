@@ -129,7 +129,7 @@ def with_sample_weights(batch: Batch) -> Batch:
     counts = torch.zeros(len(lengths), dtype=torch.int64).index_add_(0, document, trained.long())
     weights = torch.where(trained, 1 / counts.clamp(min=1)[document], 0.0)
     places = torch.where(trained, torch.arange(trained.numel()), -1)
-    last = torch.full((len(lengths),), -1).index_reduce_(0, document, places, "amax")
+    last = torch.full((len(lengths),), -1).scatter_reduce_(0, document, places, "amax")
     ends = torch.zeros(trained.numel(), dtype=torch.int32)
     ends[last[last >= 0]] = 1
     shape = batch.tokens.shape

@@ -59,7 +59,7 @@ class ConversationObjective:
 class ConversationEvaluation(ConversationObjective):
     """The same without noise and smoothing, and the share of trained tokens that the model would choose itself."""
 
-    mean_names = (ACCURACY,)
+    mean_names: tuple[str, ...] = (ACCURACY,)
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Return `[2, batch, seq]`: per-token losses, and 1 where the label has the largest logit."""
