@@ -9,26 +9,32 @@ from pydantic import Field
 
 from configs.sections.base import Count, Fraction, NonNegativeFloat, PathText, PositiveFloat, Section
 
+ChatColumn = Literal[
+    "messages", "conversations", "system", "tools", "role", "content",
+    "instruction", "input", "output", "history", "prompt", "completion", "query", "response",
+]  # fmt: skip
+ChatRole = Literal["system", "user", "assistant", "tool", "function_call"]
+
 
 class ConversationSource(Section):
     """One source of conversations."""
 
     path: Annotated[PathText, Field(examples=["data/chats.jsonl"])]
     """JSON, JSONL or Parquet file, a folder of such, or a Hugging Face dataset directory."""
-    weight: PositiveFloat = 1.0
-    """Share of samples drawn from this source, relative to the other weights."""
-    columns: Mapping[str, str] = {}
-    """The file's own name of a column that has another here: messages, conversations, instruction, input, output,
-    history, system, prompt, completion, tools."""
-    roles: Mapping[str, str] = {}
-    """What the file's own names of roles stand for: system, user, assistant, tool, function_call."""
+    weight: PositiveFloat | None = None
+    """Share of rows drawn from this source, relative to the other weights; null for all: as many as it has."""
+    columns: Mapping[ChatColumn, str] = {}
+    """The file's own name of a column that has another here; `role` and `content` are keys of a turn. As in
+    LLaMA-Factory, with query or response among them prompt, query and response are instruction, input and output."""
+    roles: Mapping[str, ChatRole] = {}
+    """What the file's own names of roles stand for; function_call is an assistant's turn that holds a call as JSON."""
 
 
 class SftSection(Section):
     """Supervised fine-tuning on conversations."""
 
     template: str | None = None
-    """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null for the tokenizer's."""
+    """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null: the tokenizer's."""
     train: tuple[ConversationSource, ...] = ()
     """Blend of training sources."""
     validation: tuple[ConversationSource, ...] = ()

@@ -269,16 +269,16 @@ def test_a_json_array_is_read_as_its_objects(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('[{"text": "one"}, 3]', "a.json: element 2 of its array is not a JSON object"),
+        ('[{"text": "one"}, 3]', "a.json:1: element 2 of its array is not a JSON object"),
         (
             '[{"text": "one"} {"text": "two"}]',
-            "a.json: not valid JSON: a comma or the end of the array after element 1",
+            "a.json:1: not valid JSON: a comma or the end of the array after element 1",
         ),
-        ('[{"text": "one"}', "a.json: not valid JSON: a comma or the end"),
+        ('[{"text": "one"}', "a.json:1: not valid JSON: a comma or the end"),
         ('[{"text": "one"},]', "element 2 of its array is not a JSON object"),
         ('[{"text": "one', "element 1 of its array is not valid JSON .*Unterminated string"),
         ('[{"text": one}]', "element 1 of its array is not valid JSON"),
-        ('[{"text": "one"}]\n[]', "a.json: something follows the array"),
+        ('[{"text": "one"}]\n[]', "a.json:2: something follows the array"),
         ('[{"text": "one"}, {"body": 1}]', "a.json:2: no key 'text'"),
         ('[{"text": ' + "[" * 100_000 + "]" * 100_000 + "}]", "element 1 of its array is nested too deep"),
     ],

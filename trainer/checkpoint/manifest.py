@@ -144,17 +144,18 @@ def check_continues(manifest: Manifest, config: Config, stage: str, where: Path)
         )
     ledger = manifest.stage["state"].get("data")
     seq_len = config.train.seq_len
-    saved_seq_len = ledger.get("seq_len", seq_len) if ledger is not None and config.data.train else seq_len
+    has_data = ledger is not None and bool(config.sources("train"))
+    saved_seq_len = ledger.get("seq_len", seq_len) if has_data else seq_len
     if saved_seq_len != seq_len:
         raise BadInput(
             f"train.seq_len: {seq_len} differs from the {saved_seq_len} of {where}, whose data order cannot go on; use "
             f"{saved_seq_len}, or {anew}."
         )
-    packing = config.data.packing
-    saved_packing = ledger.get("packing", "concat") if ledger is not None and config.data.train else packing
+    packing = config.packing
+    saved_packing = ledger.get("packing", "concat") if has_data else packing
     if saved_packing != packing:
         raise BadInput(
-            f"data.packing: {packing} differs from the {saved_packing} of {where}, whose data order cannot go on; use "
+            f"packing: {packing} differs from the {saved_packing} of {where}, whose data order cannot go on; use "
             f"{saved_packing}, or {anew}."
         )
 

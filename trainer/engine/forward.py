@@ -14,13 +14,16 @@ from trainer.model.output_loss import compute_token_losses, compute_token_scores
 from trainer.model.token_scores import Scoring, TokenScores
 
 
-def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
+def forward_language_model(model: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """Return per-token losses `[batch, seq]` in nats from the last chunk, hidden states from the others.
+
+    `label_smoothing` is the share of the target that all ids have alike (`trainer.model.output_loss`).
 
     With document boundaries the rows are laid end to end (`[1, batch * seq]`) and each document is attended alone,
     with its own positions.
     """
-    output = _forward(model, batch, output_processor=compute_token_losses)
+    smoothing = {"output_processor_context": label_smoothing} if label_smoothing else {}
+    output = _forward(model, batch, output_processor=compute_token_losses, **smoothing)
     return output.view_as(batch.labels) if output.dim() == batch.labels.dim() else output
 
 

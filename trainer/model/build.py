@@ -37,7 +37,7 @@ def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTM
     transformer = build_transformer_config(config, mesh, use_te=use_te)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
     # Without Transformer Engine's rotation documents need ours, which gives its attention no boundaries.
-    has_own_rotation = config.data.document_mask and not transformer.apply_rope_fusion
+    has_own_rotation = config.has_document_mask and not transformer.apply_rope_fusion
     attention = None
     if not uses_te_attention(config, use_te=use_te) or has_own_rotation:
         attention = CORE_ATTENTIONS[mesh.platform.attention_kernels(config.precision.compute)]
@@ -222,6 +222,7 @@ def _hide_vocabulary_padding(chunk: GPTModel, model: ModelConfig, mesh: Mesh) ->
     """Give padded ids no probability, so that loss, sampling and gradients do not depend on the padding."""
     if not chunk.post_process:
         return
+    chunk.output_layer.num_real_ids = model.vocab_size
     shard_size = padded_vocab_size(model) // mesh.tp_size
     num_real = model.vocab_size - mesh.tp_rank * shard_size
     if num_real >= shard_size:

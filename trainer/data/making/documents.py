@@ -20,12 +20,12 @@ from configs.errors import BadInput, in_one_line
 from configs.paths import find_special_file
 from trainer.data.making.json_array import split_array
 from trainer.data.making.splits import find_other_splits
+from trainer.data.making.tables import iter_batches
 
 Kind = Literal["jsonl", "parquet", "arrow", "text"]
 
 BLOCK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8; no part of the text
-_TABLE_ROWS = 512
 _JSONL_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _COMPRESSIONS = {".zst", ".gz"}
 _TEXT_SUFFIXES = set(
@@ -158,10 +158,8 @@ def iter_blocks(files: Iterable[InputFile], text_key: str, block_bytes: int = BL
             waiting, num_waiting = [], 0
         if file.kind == "jsonl":
             yield from _jsonl_blocks(file, block_bytes)
-        elif file.kind == "parquet":
-            yield from _parquet_blocks(file, text_key)
-        elif file.kind == "arrow":
-            yield from _arrow_blocks(file, text_key)
+        elif file.kind != "text":
+            yield from _table_blocks(file, text_key)
     if waiting:
         yield Block(tuple(waiting), 1, b"", num_waiting)
 
@@ -225,25 +223,33 @@ def _new_frame(compression: str) -> Any:
     return zstandard.ZstdDecompressor().decompressobj()
 
 
-def _jsonl_blocks(file: InputFile, block_bytes: int) -> Iterator[Block]:
-    """Cut a JSONL file into blocks that end at line ends; what begins with a bracket is an array, not lines."""
-    rest, first_line = b"", 1
-    pieces = read_pieces(file, block_bytes)
+def open_json(file: InputFile, piece_bytes: int) -> tuple[Iterator[bytes], bool]:
+    """Return the pieces of a file of JSON, and whether it is an array (it begins with a bracket) rather than lines."""
+    pieces = read_pieces(file, piece_bytes)
     first = next(pieces, b"")
-    pieces = chain([first], pieces)
-    if first.removeprefix(BOM).lstrip()[:1] == b"[":
-        yield from _array_blocks(file, pieces, block_bytes)
-        return
+    return chain([first], pieces), first.removeprefix(BOM).lstrip()[:1] == b"["
+
+
+def _jsonl_blocks(file: InputFile, block_bytes: int) -> Iterator[Block]:
+    pieces, is_array = open_json(file, block_bytes)
+    yield from _array_blocks(file, pieces, block_bytes) if is_array else cut_lines(file, pieces)
+
+
+def cut_lines(file: InputFile, pieces: Iterator[bytes]) -> Iterator[Block]:
+    """Cut the content of a JSONL file into blocks that end at line ends, one for each piece or longer line."""
+    rest: list[bytes] = []  # of a line that has not ended yet
+    first_line = 1
     for piece in pieces:
         cut = piece.rfind(b"\n") + 1
-        if not cut:  # a line longer than a block
-            rest += piece
+        if not cut:
+            rest.append(piece)
             continue
-        payload, rest = rest + piece[:cut], piece[cut:]
+        payload, rest = b"".join([*rest, piece[:cut]]), [piece[cut:]]
         yield Block((file,), first_line, payload, 0 if file.compression else len(payload))
         first_line += payload.count(b"\n")
-    if rest or file.compression:  # how far a compressed file was read is known at its end
-        yield Block((file,), first_line, rest or b"\n", file.num_bytes if file.compression else len(rest))
+    last = b"".join(rest)
+    if last or file.compression:  # how far a compressed file was read is known at its end
+        yield Block((file,), first_line, last or b"\n", file.num_bytes if file.compression else len(last))
 
 
 def _array_blocks(file: InputFile, pieces: Iterator[bytes], block_bytes: int) -> Iterator[Block]:
@@ -260,56 +266,23 @@ def _array_blocks(file: InputFile, pieces: Iterator[bytes], block_bytes: int) ->
     yield Block((file,), first_element, b"\n".join(lines) or b"\n", max(0, file.num_bytes - num_told))
 
 
-def _parquet_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
-    """Read the text column of a Parquet file a few hundred rows at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file.path)
-        _check_column(file, table.schema_arrow, text_key)
-        first_row, num_rows = 1, table.metadata.num_rows
-        for rows in table.iter_batches(batch_size=_TABLE_ROWS, columns=[text_key]):
-            share = file.num_bytes * rows.num_rows // max(num_rows, 1)
-            yield Block((file,), first_row, tuple(rows.column(0).to_pylist()), share)
-            first_row += rows.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(
-            f"input {file.path}: not a readable Parquet file ({in_one_line(error)}); copy it again"
-        ) from error
+def _table_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
+    """Read the text column of a Parquet or Arrow file a few hundred rows at a time."""
+    first_row = 1
+    for rows, num_disk_bytes in iter_batches(file, lambda schema: _check_column(file, schema, text_key)):
+        yield Block((file,), first_row, tuple(rows.column(0).to_pylist()), num_disk_bytes)
+        first_row += rows.num_rows
 
 
-def _arrow_blocks(file: InputFile, text_key: str) -> Iterator[Block]:
-    """Read the text column of an Arrow file, which is a stream, as `datasets` saves it, or Arrow's file format."""
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(file.path) as source:
-            is_stream = source.read(6) != b"ARROW1"
-            source.seek(0)
-            table = pyarrow.ipc.open_stream(source) if is_stream else pyarrow.ipc.open_file(source)
-            _check_column(file, table.schema, text_key)
-            batches = iter(table) if is_stream else map(table.get_batch, range(table.num_record_batches))
-            first_row, num_told = 1, 0
-            for batch in batches:
-                column, share = batch.column(table.schema.names.index(text_key)), max(0, source.tell() - num_told)
-                num_told += share
-                for start in range(0, batch.num_rows, _TABLE_ROWS):
-                    rows = column.slice(start, _TABLE_ROWS)
-                    yield Block((file,), first_row, tuple(rows.to_pylist()), share if start == 0 else 0)
-                    first_row += len(rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"input {file.path}: not a readable Arrow file ({in_one_line(error)}); copy it again") from error
-
-
-def _check_column(file: InputFile, schema: Any, text_key: str) -> None:
-    """Raise BadInput unless the table has a column of that name which can hold text."""
+def _check_column(file: InputFile, schema: Any, text_key: str) -> list[str]:
+    """Return the one column to read. Raises BadInput unless there is one of that name which can hold text."""
     columns = {column.name: column.type for column in schema}
     advice = f"a --text-key that would work: {[name for name in columns if _may_be_text(columns[name])]}"
     if text_key not in columns:
         raise BadInput(f"input {file.path}: no column {text_key!r}; {advice}")
     if not _may_be_text(columns[text_key]):
         raise BadInput(f"input {file.path}: column {text_key!r} holds {columns[text_key]}, not text; {advice}")
+    return [text_key]
 
 
 def _may_be_text(kind: Any) -> bool:

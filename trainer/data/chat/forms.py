@@ -1,0 +1,147 @@
+"""Rows of the forms that data sets of chats have, recognised by their columns, as conversations.
+
+OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`, and TRL's `prompt` and
+`completion`, read as LLaMA-Factory (data/README.md) and TRL (dataset formats) read them. Torch-free; opens no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from configs.sections.sft import ConversationSource
+from trainer.data.chat.conversation import BadRow, Conversation, Message
+from trainer.data.chat.tool_json import describe, parse_tools
+from trainer.data.chat.turn_forms import MEDIA, TurnKeys, check_order, check_text, parse_turn
+
+# What a row needs to be of a form; the first is what decides, and must not be null.
+_FORMS = (("messages",), ("conversations",), ("output", "instruction"), ("output", "input"), ("completion", "prompt"))
+_LLAMA_FACTORY = {"prompt": "instruction", "query": "input", "response": "output"}
+_PREFERENCE = {"chosen", "rejected"}
+_TELLING = MEDIA | _PREFERENCE
+
+
+def parse_conversation(row: Mapping[str, Any], source: ConversationSource) -> Conversation:
+    """Read a row as a conversation, in the form that its columns, or the source's, name.
+
+    Of several forms in a row the first of messages, conversations, output, completion counts. Turns of a `prompt` that
+    is a list are context and not trained, as in TRL; answers in `history` are trained, as in LLaMA-Factory, and a turn
+    of the system goes before the column `system`. `source` and `row` of the result are left to the caller.
+    Raises BadRow.
+    """
+    columns = _name_columns(source.columns)
+    if not _TELLING.isdisjoint(row):
+        _refuse_by_columns(row, columns)
+    form, column = _find_form(row, columns)
+    keys = TurnKeys(columns.get("role"), columns.get("content"), source.roles)
+    if form == "output":
+        messages = list(_parse_instruction(row, columns))
+    elif form == "completion":
+        messages = _parse_completion(row, columns, keys)
+    else:
+        messages = _parse_turns(row[column], column, keys)
+    check_order(messages, column)
+    system = row.get(columns.get("system", "system"))
+    if system and messages[0].role != "system":
+        messages.insert(0, Message("system", check_text(system, "the system prompt")))
+    tools = row.get(columns.get("tools", "tools"))
+    return Conversation(tuple(messages), parse_tools(tools) if tools else ())
+
+
+def _name_columns(columns: Mapping[Any, str]) -> Mapping[str, str]:
+    """Return the columns by our names: LLaMA-Factory's prompt, query and response are those of Alpaca."""
+    if "query" in columns or "response" in columns:
+        return {_LLAMA_FACTORY.get(name, name): column for name, column in columns.items()}
+    return columns
+
+
+def _find_form(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
+    """Return the form of a row by the column that decides, in our name and in the file's."""
+    named = {name for form in _FORMS for name in form} & columns.keys()
+    for name in sorted(named):
+        if columns[name] not in row:
+            raise BadRow(f"no column {columns[name]!r}, which columns.{name} names; there are {_columns_of(row)}")
+    for form in _FORMS:
+        column, *others = (columns.get(name, name) for name in form)
+        if (not named or not named.isdisjoint(form)) and row.get(column) is not None and row.keys() >= set(others):
+            return form[0], column
+    raise BadRow(
+        f"no conversation in its columns {_columns_of(row)}; expected are messages, or conversations, or instruction "
+        f"and output, or prompt and completion; name yours, e.g. {_suggest_columns(row)}"
+    )
+
+
+def _columns_of(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} (null)" if value is None else name for name, value in row.items()) or "none"
+
+
+def _suggest_columns(row: Mapping[str, Any]) -> str:
+    """Return `columns` that would read such a row, as far as its values tell."""
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if lists:
+        return f"columns: {{messages: {lists[0]}}}"
+    first, last = (texts[0], texts[1]) if len(texts) > 1 else ("question", "answer")
+    return f"columns: {{prompt: {first}, completion: {last}}}"
+
+
+def _refuse_by_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Refuse rows that hold more than text, or of which only a part would be learnt."""
+    for name in sorted(MEDIA & row.keys()):
+        if row[name]:
+            raise BadRow(f"column {name!r} is not empty, and only text is learnt here; drop the row, or the column")
+    if row.keys() >= _PREFERENCE and _PREFERENCE.isdisjoint(columns.values()):
+        raise BadRow(
+            "a preference of chosen over rejected, and SFT learns one answer; name it, e.g. columns: "
+            "{instruction: instruction, output: chosen}, or write both into one list of messages"
+        )
+
+
+def _parse_turns(turns: Any, where: str, keys: TurnKeys) -> list[Message]:
+    if not isinstance(turns, list):
+        raise BadRow(f"{where} is {describe(turns)}, not a list of turns; write [{{role: ..., content: ...}}, ...]")
+    messages = []
+    for number, turn in enumerate(turns):
+        try:
+            messages.append(parse_turn(turn, keys))
+        except BadRow as error:
+            raise BadRow(f"{where}[{number}]: {error}") from error
+    return messages
+
+
+def _parse_instruction(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[Message]:
+    """Yield the turns of a row of Alpaca's form: history, instruction and input on lines of their own, output."""
+    history = row.get(columns.get("history", "history")) or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"history holds {describe(pair)} where a pair [question, answer] is expected")
+        yield Message("user", check_text(pair[0], "a question in history"))
+        yield _answer(pair[1], "an answer in history")
+    names = [columns.get(name, name) for name in ("instruction", "input")]
+    asked = [check_text(row[name], name) for name in names if row.get(name) is not None]
+    yield Message("user", "\n".join(text for text in asked if text))
+    output = columns.get("output", "output")
+    yield _answer(row[output], output)
+
+
+def _answer(text: Any, what: str) -> Message:
+    if not check_text(text, what).strip():
+        raise BadRow(f"{what} is empty, an assistant's turn that says nothing; drop the row")
+    return Message("assistant", text)
+
+
+def _parse_completion(row: Mapping[str, Any], columns: Mapping[str, str], keys: TurnKeys) -> list[Message]:
+    """Return the turns of a prompt and its completion, both texts or both lists of turns."""
+    names = columns.get("prompt", "prompt"), columns.get("completion", "completion")
+    prompt, completion = (row[name] for name in names)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        context = _parse_turns(prompt, names[0], keys)
+        answer = _parse_turns(completion, names[1], keys)
+        if not any(message.role == "assistant" for message in answer):
+            raise BadRow(f"{names[1]}: no turn of the assistant in it, and so nothing to learn")
+        return [replace(message, is_trained=False) for message in context] + answer
+    if isinstance(prompt, list) or isinstance(completion, list):
+        kinds = f"{names[0]} is {describe(prompt)} and {names[1]} {describe(completion)}"
+        raise BadRow(f"{kinds}; give both as text, or both as lists of turns")
+    return [Message("user", check_text(prompt, names[0])), _answer(completion, names[1])]
