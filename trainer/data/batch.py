@@ -73,13 +73,13 @@ class Batch:
         documents = self.documents
         return replace(
             self,
-            tokens=_copy(self.tokens, device),
-            labels=_copy(self.labels, device),
-            position_ids=_copy(self.position_ids, device),
-            loss_mask=_copy(self.loss_mask, device),
-            documents=documents and replace(documents, cu_seqlens=_copy(documents.cu_seqlens, device)),
-            columns={name: _copy(column, device) for name, column in self.columns.items()},
-            sequences={name: _copy(values, device) for name, values in self.sequences.items()},
+            tokens=copy_to(self.tokens, device),
+            labels=copy_to(self.labels, device),
+            position_ids=copy_to(self.position_ids, device),
+            loss_mask=copy_to(self.loss_mask, device),
+            documents=documents and replace(documents, cu_seqlens=copy_to(documents.cu_seqlens, device)),
+            columns={name: copy_to(column, device) for name, column in self.columns.items()},
+            sequences={name: copy_to(values, device) for name, values in self.sequences.items()},
         )
 
 
@@ -189,7 +189,8 @@ def without_loss(batch: Batch, row: int) -> Batch:
     return replace(batch, loss_mask=blank(batch.loss_mask), columns=columns, sample_ids=sample_ids)
 
 
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to `device` through pinned memory, without waiting, when it is not where it is."""
     if tensor.device.type == device.type:
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned

@@ -18,9 +18,11 @@ from parallel.collectives import any_rank, from_last_pp_stage, gather_over_cp, g
 from parallel.mesh import Mesh
 from parallel.schedule import run_schedule
 from trainer.data.batch import Batch, share_of
+from trainer.engine.forward import forward_cached
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_model_state
+from trainer.model.attention.cache import CachedTokens
 from trainer.model.dynamic_rope import rotated_at
 from trainer.model.fp8.attach import Fp8State
 from trainer.model.token_scores import TokenScores
@@ -96,6 +98,32 @@ class ShardedModel:
             logits = gather_over_cp(gather_over_tp(outputs[0].float(), self.mesh), self.mesh)
             logits = logits[:, :seq_len, :vocab_size].contiguous()
         return from_last_pp_stage(logits, self.mesh)
+
+    @torch.no_grad()
+    def compute_next_logits(self, microbatches: Sequence[CachedTokens]) -> torch.Tensor | None:
+        """Return the logits `[wanted, vocab/tp]` after the tokens of equally long microbatches, which the cache keeps.
+
+        On the last pipeline stage, of all microbatches together and as they are, padding of the vocabulary included;
+        elsewhere None. Collective within a replica; where experts lie on several ranks, on all of these.
+        """
+        self._set_training(False)
+
+        def forward_step(remaining: Iterator[CachedTokens], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            return forward_cached(model, next(remaining)), _hand_over
+
+        outputs = run_schedule(
+            forward_step,
+            microbatches,
+            self.modules,
+            seq_len=len(microbatches[0].ids),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_outputs=True,
+        )
+        return torch.cat(outputs) if outputs else None
+
+    def finish_parameter_gather(self) -> None:
+        """Wait until every rank holds the same weights, which models that are not trained always do."""
 
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
         """Return weights and FP8 history to save, or, given what a checkpoint holds, to load of it."""
