@@ -129,6 +129,7 @@ def _parts(model: ModelConfig, linear: Linear, modules: tuple[str, ...]) -> tupl
     if linear.is_router:
         return ()
     last = linear.name.rpartition(".")[2]
+    names: tuple[str, ...]
     if last == "linear_fc1":
         names = ("gate_proj", "up_proj") if linear.output.times == 2 else ("up_proj",)
     else:

@@ -71,7 +71,8 @@ class CheckpointWriter:
     ) -> None:
         """Write under `run_dir`; `last_saved_step` is the step the run was resumed from, which is on disk already.
 
-        `on_published` is called on all ranks with each checkpoint once it is visible; `base` is what adapters belong to,
+        `on_published` is called on all ranks with each checkpoint once it is visible; `base` is what adapters belong
+        to, where they are what is saved.
         where they are what is saved.
         """
         self._on_published = on_published

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from configs.errors import BadInput
+from configs.fields import value_text
 from configs.plan.adapters import linear_path
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
@@ -43,9 +44,7 @@ def export_adapter(source: ExportSource, target: Path, *, dtype: torch.dtype | N
     """
     started = time.perf_counter()
     if source.lora is None:
-        raise BadInput(
-            f"{source.checkpoint}: holds no adapters (it was trained without lora); export it without --adapter."
-        )
+        raise BadInput(f"{source.checkpoint}: was trained without lora and holds no adapters; leave out --adapter.")
     config = write_model(source.model, carried_config(source.carried))
     rules = list(model_rules(source.model, find_family(config, "config.json").names))
     stored = StoredAdapters(CheckpointTensors(source.checkpoint), source.model, source.lora)
@@ -93,7 +92,7 @@ def _write_config(source: ExportSource, lora: LoraConfig, modules: set[str]) -> 
         "inference_mode": True,
         "init_lora_weights": True,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.use_rslora,
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
@@ -135,19 +134,11 @@ class PeftAdapter:
         for key, only in _ONLY.items():
             value = config.get(key, only)
             if value != only and (value or only):
-                raise BadInput(
-                    f"{where}: {key} {value!r} is not supported, only {only!r}; train such adapters with PEFT."
-                )
-        ours = {
-            "r": ("rank", lora.rank),
-            "lora_alpha": ("alpha", lora.alpha),
-            "use_rslora": ("use_rslora", lora.use_rslora),
-        }
-        defaults = {"r": 8, "lora_alpha": 8, "use_rslora": False}
-        for key, (field, value) in ours.items():
-            theirs = config.get(key, defaults[key])
-            if theirs != value:
-                raise BadInput(f"lora.{field}: {value} differs from the {theirs} of {where}; use {theirs}.")
+                raise BadInput(f"{where}: {key} {value!r} is not supported, only {only!r}; use another adapter.")
+        for key, field, default in (("r", "rank", 8), ("lora_alpha", "alpha", 8), ("use_rslora", "use_rslora", False)):
+            ours, theirs = getattr(lora, field), config.get(key, default)
+            if ours != theirs:
+                raise BadInput(f"lora.{field}: {value_text(ours)} differs from {where}; use {value_text(theirs)}.")
 
     def _check_tensors(self) -> None:
         expected: dict[str, tuple[int, ...]] = {}
@@ -183,7 +174,5 @@ def _read_config(directory: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(
-            f"lora.init_from: {path} cannot be read ({error}); name the directory of a PEFT adapter."
-        ) from error
+        raise BadInput(f"lora.init_from: {path} cannot be read ({error}); name a PEFT adapter's directory.") from error
     return content

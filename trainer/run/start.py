@@ -116,9 +116,8 @@ def _find(config: Config, stage_name: str) -> Start:
     if resume_from is not None:
         manifest = read_manifest(resume_from)
         check_continues(manifest, config, stage_name, resume_from)
-        named = settings.init_from_hf or settings.init_from
-        place = _base_place(config) if named is not None and manifest.base is not None else None
-        base = recorded_base(manifest.base, resume_from, place)
+        is_named = manifest.base is not None and (settings.init_from_hf or settings.init_from) is not None
+        base = recorded_base(manifest.base, resume_from, _base_place(config) if is_named else None)
         return Start(resume_from=resume_from, base=base, changes=_all_changes(manifest, config))
     base = identify_base(_base_place(config)) if config.lora is not None else None
     if settings.init_from_hf is not None:

@@ -45,9 +45,9 @@ def load_peft_adapter(model: ShardedModel, directory: str) -> None:
     """
     from trainer.hf.peft import PeftAdapter
 
-    assert model.adapter is not None and model.config.lora is not None
-    config = model.config
-    source = on_all_ranks(lambda: PeftAdapter(Path(directory), config.model, config.lora))
+    architecture, lora = model.config.model, model.config.lora
+    assert model.adapter is not None and lora is not None
+    source = on_all_ranks(partial(PeftAdapter, Path(directory), architecture, lora))
     for module in model.adapter.modules():
         module.fill(*source.read(module.site.layer, module.site.name, module.site.expert))
     model.weights_loaded()

@@ -66,6 +66,7 @@ class LoraLinear(torch.nn.Module):
         self.a = torch.nn.Parameter(torch.zeros(adapted.num_adapted * lora.rank, columns, **new))
         self.b = torch.nn.Parameter(torch.zeros(*((2, rows // 2) if adapted.is_gated else (rows,)), lora.rank, **new))
         owners = self._find_owners(rows)
+        self.owners: torch.Tensor | None
         self.register_buffer("owners", owners.to(**new) if owners is not None else None, persistent=False)
         self._mark_parameters(linear)
 
