@@ -133,6 +133,9 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
         places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
     if config.checkpoint.init_from is not None:
         places.append(("checkpoint.init_from", config.checkpoint.init_from, config.checkpoint.init_from))
+    if config.lora is not None and config.lora.init_from is not None:
+        path = config.lora.init_from
+        places.append(("lora.init_from", path, os.path.join(path, "adapter_config.json")))
     if config.checkpoint.resume not in ("auto", "never"):
         places.append(("checkpoint.resume", config.checkpoint.resume, config.checkpoint.resume))
     for name, path, file in places:

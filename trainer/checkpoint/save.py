@@ -73,7 +73,6 @@ class CheckpointWriter:
 
         `on_published` is called on all ranks with each checkpoint once it is visible; `base` is what adapters belong
         to, where they are what is saved.
-        where they are what is saved.
         """
         self._on_published = on_published
         self._base = base

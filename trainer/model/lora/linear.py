@@ -149,7 +149,7 @@ class LoraLinear(torch.nn.Module):
         else:
             first, sizes = self.group.rank() * num_rows, [part.num_rows // blocks for part in parts]
         numbers = torch.tensor([number for number, part in enumerate(parts) if part.is_adapted])
-        of_block = torch.arange(len(parts)).repeat_interleave(torch.tensor(sizes))
+        of_block = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
         of_row = of_block.repeat(blocks)[first : first + num_rows]
         return of_row.unsqueeze(1) == numbers
 
