@@ -91,10 +91,15 @@ def adapted_linears(model: ModelConfig, lora: LoraConfig, layer: int) -> Iterato
             yield AdaptedLinear(linear, parts, num_blocks)
 
 
+def part_parameters(linear: Linear, part: Part, rank: int) -> int:
+    """Return the parameters of a part's adapter, or of those of all experts."""
+    return rank * (linear.input.total + part.num_rows) * (linear.num_experts or 1)
+
+
 def count_adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
     """Return the parameters of all adapters, as PEFT counts them."""
     return sum(
-        lora.rank * (adapted.linear.input.total + part.num_rows) * (adapted.linear.num_experts or 1)
+        part_parameters(adapted.linear, part, lora.rank)
         for layer in range(model.num_layers)
         for adapted in adapted_linears(model, lora, layer)
         for part in adapted.parts

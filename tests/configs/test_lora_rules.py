@@ -12,6 +12,7 @@ from configs.load import load_config
 from configs.plan.adapters import count_adapter_parameters, module_names
 from configs.plan.derive import derive_layout
 from configs.plan.estimate import estimate_memory, parameters_per_rank
+from configs.plan.flops import flops_per_step
 from configs.rules.check import check_config
 from configs.stages import Config
 
@@ -79,6 +80,14 @@ def test_frozen_weights_cost_no_gradient_and_no_optimizer():
     rank = 16  # column: A whole, B halved; row: A halved, B whole
     held = 32 * rank * ((3 * 4096 + 6144 // 2) + (4096 // 2 + 4096) + (2 * 4096 + 14336) + (14336 // 2 + 4096))
     assert parameters_per_rank(split, derive_layout(split, 2)) == held
+
+
+def test_flops_lack_the_gradients_of_frozen_weights():
+    """By hand for Llama 3.1 8B: 4 a token and frozen weight, 6 an adapter's, attention as ever."""
+    lora = config_of("llama3_1_8b", "lora={rank: 16}", BASE)
+    multiplied = 8_030_261_248 - 128256 * 4096 - 65 * 4096
+    expected = 64 * 16 * (4 * multiplied + 6 * 41_943_040) + 3 * 32 * 32 * 256 * 64**2 * 16
+    assert flops_per_step(lora, 16) == pytest.approx(expected, rel=1e-12)
 
 
 def test_adapters_run_beside_layers_of_our_own():

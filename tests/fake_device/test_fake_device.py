@@ -84,6 +84,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     ),
     "lora_experts": ("bf16", model(moe=MOE), LORA, 1, 0),
     "lora_latent_tp2_sp": ("bf16", LATENT_MODEL, LORA | {"parallel": {"tp": 2, "sp": True}}, 2, 1),
+    "lora_dp2": ("bf16", SMALL_MODEL, LORA, 2, 1),
     "lora_fp8": ("bf16", SMALL_MODEL, LORA | {"precision": fp8("tensorwise")}, 1, 0),
     "fp8_tensorwise": ("bf16", SMALL_MODEL, {"precision": fp8("tensorwise")}, 1, 0),
     "fp8_rowwise_tp2_sp": (
