@@ -11,6 +11,7 @@ from typing import Any, Literal
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
+from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
@@ -25,6 +26,8 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of a frozen model instead of its weights; null for none."""
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig = DataConfig()

@@ -24,7 +24,7 @@ from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
-from trainer.run.weights import load_weights
+from trainer.run.weights import load_peft_adapter, load_weights
 
 if TYPE_CHECKING:
     from trainer.engine.sharded_model import ShardedModel
@@ -119,11 +119,15 @@ def _load(config: Config, mesh: Mesh, start: Start, stage: Stage, policy: Sharde
     """Put in place what the run starts from and return its progress."""
     from trainer.checkpoint.load import resume
 
+    if start.base is not None:
+        load_weights(policy, start.base.path)
     if start.resume_from is not None:
         return resume(config, mesh, stage, start.resume_from)
     weights = start.init_from or start.init_from_hf
-    if weights is not None:
+    if weights is not None and start.base is None:
         load_weights(policy, str(weights))
+    if config.lora is not None and config.lora.init_from is not None:
+        load_peft_adapter(policy, config.lora.init_from)
     return TrainState()
 
 
@@ -155,6 +159,7 @@ def _fit(
             mesh,
             last_saved_step=state.step if start.resume_from else None,
             on_published=partial(export_run_checkpoint, config, mesh) if is_exporting else None,
+            base=start.base,
         ),
         signals=signals,
         lock=lock,
