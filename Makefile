@@ -12,7 +12,7 @@ LONG := --data data/stdlib/validation --lengths 256,512,1024,2048 --digits 2 --k
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup pretrain demo-long-context test test-fast bench lint format types clean
+.PHONY: help setup pretrain demo-long-context demo-sft test test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,11 @@ demo-long-context: setup  ## continue that model at eight times its length, and 
 	$(PYTHON) tools/eval_long_context.py runs/demo $(LONG) --out runs/demo/long_context
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/long_context.py configs/demo/long_context.yaml
 	$(PYTHON) tools/eval_long_context.py runs/demo_long $(LONG) --out runs/demo_long/long_context
+
+demo-sft: setup  ## fine-tune that model on small questions, and ask it others before and after
+	test -e runs/demo/checkpoints/latest || $(MAKE) pretrain
+	$(PYTHON) tools/make_small_tasks.py --out data/tasks
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/sft.py configs/demo/sft.yaml
 
 test: setup  ## run every test
 	$(PYTHON) -m pytest

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.sections.base import Count, Fraction, NonNegativeFloat, PathText, PositiveFloat, Section
+from configs.sections.base import Count, Fraction, NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, Section
 
 ChatColumn = Literal[
     "messages", "conversations", "system", "tools", "role", "content",
@@ -54,6 +54,10 @@ class SftSection(Section):
     """Strength of uniform noise on embeddings while training (NEFTune, arXiv:2310.05914); 0 for none."""
     label_smoothing: Fraction = 0.0
     """Share of the target spread evenly over the vocabulary; 0 for none."""
+    num_answers: NonNegativeInt = 4
+    """Questions of each validation source that are answered, greedily, at each validation; 0 for none."""
+    max_answer_tokens: Count = 128
+    """Tokens of such an answer at most."""
     cache: PathText = "data/sft_cache"
     """Directory of tokenised sources, one folder for each content, template, tokenizer and rule."""
     num_workers: Count | None = None

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from trainer.data.batch import Batch, without_loss
 from trainer.data.reader import ValidationReader
 from trainer.engine.engine import Engine
 from trainer.engine.objective import Objective
+from trainer.evaluate.answers import Answer, AnswerEvaluator
 
 VALIDATION_LOSS = "validation_loss/"
 VALIDATION_PERPLEXITY = "validation_perplexity/"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a validation has found."""
+
+    values: dict[str, float]
+    """By the name it is logged under."""
+    answers: Sequence[Answer] = ()
+    """To questions of the validation sources, where any are asked."""
+
+
 class Evaluator:
     """Evaluates every validation source when asked."""
 
-    def __init__(self, readers: Mapping[str, ValidationReader]) -> None:
+    def __init__(self, readers: Mapping[str, ValidationReader], answers: AnswerEvaluator | None = None) -> None:
         self._readers = readers
+        self._answers = answers
 
     def check(self) -> None:
         """Raise BadInput where a source cannot be read or does not fit the model."""
         for reader in self._readers.values():
             reader.check()
 
-    def evaluate(self, engine: Engine, objective: Objective) -> dict[str, float]:
+    def evaluate(self, engine: Engine, objective: Objective) -> Evaluation:
         """Return `validation_loss/<source>` in nats and `validation_perplexity/<source>` for each source.
 
-        And what else the objective takes means of, as `validation_<name>/<source>`.
+        What else the objective takes means of is `validation_<name>/<source>`.
         Collective: all ranks of the world must call this.
         """
-        values = {}
+        values: dict[str, float] = {}
         for name, reader in self._readers.items():
             batches = fill_pipeline(list(reader.batches()), engine.mesh.pp_size if engine.mesh.vpp_size > 1 else 1)
             sums = engine.sum_losses(batches, objective)
             loss = values[VALIDATION_LOSS + name] = sums.mean
             values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
             values |= {f"validation_{figure}/{name}": value for figure, value in sums.means.items()}
-        return values
+        if self._answers is None:
+            return Evaluation(values)
+        exact, answers = self._answers.evaluate(engine)
+        return Evaluation(values | exact, answers)
 
 
 def fill_pipeline(batches: list[Batch], multiple: int) -> list[Batch]:

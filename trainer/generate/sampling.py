@@ -55,9 +55,7 @@ def row_random(sampling: Sampling, prompt: int, sample: int) -> np.random.Genera
     return np.random.default_rng([sampling.seed, prompt, sample])
 
 
-def draw_tokens(
-    logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a token for each row of fp32 `logits [rows, vocab]` with a number of [0, 1) each -> ids, log-probabilities.
 
     The token is the first, by id, at which the distribution function exceeds the row's number. Log-probabilities `[rows]`

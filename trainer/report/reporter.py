@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from configs.plan.flops import model_flops
 from configs.stages import Config
 from parallel.mesh import Mesh
 from trainer.engine.state import StepResult, TrainState
+from trainer.evaluate.answers import Answer
 from trainer.report.live import LiveLine
 from trainer.report.sinks import MetricsWriter
 
@@ -60,6 +61,11 @@ class Reporter:
             row["loss_scale"] = result.loss_scale
         self._writer.write(row)
         self._live.update(row)
+
+    def write_answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Write down what the model says after a step."""
+        if self._writer is not None and answers:
+            self._writer.write_answers(step, answers)
 
     def close(self) -> None:
         """Close files and the live line."""

@@ -9,10 +9,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.evaluate.answers import Answer
+
+_SHOWN_ANSWERS = 16
 STEP_KEYS = ("step", "loss", "grad_norm", "lr", "num_tokens", "tokens_per_second", "seconds")
 """Keys of every row, in this order; scripts rely on them. Extras follow."""
 
@@ -34,6 +38,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int) -> None:
         """Open the sinks to go on after `resume_step` (0 for a fresh run): rows of later steps are dropped."""
+        self._run_dir = run_dir
         self._sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", resume_step)]
         if tensorboard:
             self._sinks.append(TensorBoard(run_dir / "tensorboard", resume_step))
@@ -50,6 +55,16 @@ class MetricsWriter:
         for sink in self._sinks:
             if not isinstance(sink, JsonLines):
                 sink.write({"step": step, **values})
+
+    def write_answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Write the answers given after a step: all to `answers/step_*.jsonl`, a few to TensorBoard."""
+        path = self._run_dir / "answers" / f"step_{step:08d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+        path.write_text("".join(lines), encoding="utf-8")
+        for sink in self._sinks:
+            if isinstance(sink, TensorBoard):
+                sink.write_text(step, "answers", _as_markdown(answers[:_SHOWN_ANSWERS]))
 
     def close(self) -> None:
         """Close every sink."""
@@ -96,6 +111,16 @@ class TensorBoard:
         values = [Summary.Value(tag=key, simple_value=value) for key, value in row.items() if key != "step"]
         self._add(int(row["step"]), summary=Summary(value=values))
 
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        """Add a text, in Markdown, under a step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+        kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        content = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+        self._add(step, summary=Summary(value=[Summary.Value(tag=tag, metadata=kind, tensor=content)]))
+
     def _add(self, step: int, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
@@ -104,6 +129,11 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+
+def _as_markdown(answers: Sequence[Answer]) -> str:
+    """Return answers as blocks of code, which show what is in them as it is."""
+    return "\n\n".join(f"{one.source}\n```\n{one.prompt}\n>>> {one.answer}\n```" for one in answers)
 
 
 def drop_rows_after(path: Path, step: int) -> int:

@@ -15,7 +15,7 @@ from parallel.collectives import max_over_ranks
 from parallel.mesh import Mesh
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine.state import StepResult, TrainState
-from trainer.evaluate.validation import VALIDATION_LOSS
+from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY
 from trainer.report.reporter import Reporter
 from trainer.run.directory import RunLock
 from trainer.run.signals import StopSignals
@@ -130,11 +130,15 @@ class Hooks:
         return bool(is_writing), peak_memory
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        values = self._stage.evaluate()
+        evaluation = self._stage.evaluate()
+        values = evaluation.values
+        self._reporter.write_answers(state.step, evaluation.answers)
         self._last_validation, self._last_validation_step = values, state.step
         for name, value in values.items():
             if name.startswith(VALIDATION_LOSS):
                 log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))
+            elif not name.startswith(VALIDATION_PERPLEXITY):
+                log.info("step %d: %s %.1f %%", state.step, name, 100 * value)
         return values
 
     def _report_skip(self, state: TrainState, result: StepResult) -> None:

@@ -13,6 +13,7 @@ from trainer.engine.build import POLICY, ModelPlan
 from trainer.engine.parts import Checkpointed
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.state import StepResult, TrainState
+from trainer.evaluate.validation import Evaluation
 
 
 class Stage(Protocol):
@@ -31,8 +32,8 @@ class Stage(Protocol):
         """Take the step that follows `state`: one line of the log, whatever it consists of."""
         ...
 
-    def evaluate(self) -> dict[str, float]:
-        """Return what validation measures, by the name it is logged under."""
+    def evaluate(self) -> Evaluation:
+        """Return what validation measures."""
         ...
 
     def describe_fault(self) -> str:

@@ -12,6 +12,7 @@ from trainer.data.batch import Batch, with_document_lengths, with_sample_weights
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
 from trainer.engine.forward import forward_language_model, score_language_model
+from trainer.evaluate.answers import AnswerEvaluator
 from trainer.evaluate.validation import Evaluator
 from trainer.losses.cross_entropy import compute_cross_entropy, count_tokens
 from trainer.losses.loss import Loss, Mean
@@ -84,4 +85,8 @@ def build_sft_stage(context: StageContext) -> TrainingStage:
     objective, evaluated = ConversationObjective(config.sft), ConversationEvaluation(config.sft)
     reader = corpus.build_reader(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, finish=objective.finish)
     readers = corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, finish=evaluated.finish)
-    return TrainingStage("sft", engine, reader, objective, Evaluator(readers), evaluated)
+    answers = None
+    if config.sft.num_answers and corpus.tokenizer is not None:
+        sft = config.sft
+        answers = AnswerEvaluator(corpus.validation, corpus.tokenizer, sft.num_answers, sft.max_answer_tokens)
+    return TrainingStage("sft", engine, reader, objective, Evaluator(readers, answers), evaluated)

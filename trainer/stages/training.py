@@ -14,7 +14,7 @@ from trainer.engine.objective import Objective
 from trainer.engine.parts import Checkpointed
 from trainer.engine.sharded_state import RandomGenerators
 from trainer.engine.state import StepResult, TrainState
-from trainer.evaluate.validation import Evaluator
+from trainer.evaluate.validation import Evaluation, Evaluator
 from trainer.optim.learning_rate import compute_learning_rate
 
 
@@ -83,7 +83,7 @@ class TrainingStage:
         result = self._engine.train_step(batches, self.objective, rate)
         return dataclasses.replace(result, phase_seconds={"data": data_seconds, **result.phase_seconds})
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation:
         """Return the validation losses. Collective: all ranks of the world must call this."""
         return self._evaluator.evaluate(self._engine, self._evaluated)
 
