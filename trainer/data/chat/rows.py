@@ -101,7 +101,7 @@ def read_block(block: RowBlock) -> list[tuple[int, dict[str, Any]]]:
     with _named(block.field):
         if block.kind == "table":
             return list(enumerate(_read_table(block), start=block.first_row))
-        rows = []
+        rows: list[tuple[int, dict[str, Any]]] = []
         for number, line in enumerate(block.payload.split(b"\n"), start=block.first_line):
             if _is_row(line):
                 rows.append((block.first_row + len(rows), _read_line(line, f"input {block.path}:{number}")))

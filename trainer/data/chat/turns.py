@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from configs.sections.sft import ChatRole
 from trainer.data.chat.conversation import BadRow, Message, Role, ToolCall
@@ -45,21 +45,17 @@ def parse_turn(turn: Any, columns: Mapping[str, str], roles: Mapping[str, ChatRo
     is_trained = not has_more or _is_trained(turn)
     if role in _CALLS:
         return _parse_function_call(content, is_trained)
-    text, reasoning, calls = content, None, ()
-    if not isinstance(content, str):
-        text, reasoning, calls = _parse_parts(content, role, turn)
-    else:
-        check_text(content, "the content")
+    text, reasoning, calls = _parse_content(content, role, turn)
     if has_more:
         reasoning, calls = _parse_rest(turn, role, reasoning, calls)
     if role == "assistant":
         if not calls and not reasoning and not text.strip():
             raise BadRow("an assistant's turn that says nothing and calls nothing; drop the turn, or the row")
-        return Message("assistant", text, reasoning, calls, is_trained=is_trained)
+        return Message(role, text, reasoning, calls, is_trained=is_trained)
     if role == "tool":
-        names = {key: _name_in(turn, key) for key in ("tool_call_id", "name")}
-        return Message(role, text, **names, is_trained=is_trained)
-    return Message(role, text, is_trained=is_trained)  # type: ignore[arg-type]
+        call_id, name = _name_in(turn, "tool_call_id"), _name_in(turn, "name")
+        return Message(role, text, tool_call_id=call_id, name=name, is_trained=is_trained)
+    return Message(cast(Role, role), text, is_trained=is_trained)
 
 
 def check_order(messages: Sequence[Message], where: str) -> None:
@@ -148,8 +144,10 @@ def _some_calls(value: Any, what: str) -> tuple[ToolCall, ...]:
     return calls
 
 
-def _parse_parts(content: Any, role: str, turn: dict[str, Any]) -> tuple[str, str | None, tuple[ToolCall, ...]]:
-    """Return text, reasoning and calls of a content that is null or a list of parts."""
+def _parse_content(content: Any, role: str, turn: dict[str, Any]) -> tuple[str, str | None, tuple[ToolCall, ...]]:
+    """Return text, reasoning and calls of a content that is text, null or a list of parts."""
+    if isinstance(content, str):
+        return check_text(content, "the content"), None, ()
     if content is None:
         if role not in ("assistant", "tool"):
             raise BadRow(f"no content among its keys {list(turn)}; give text, or drop the turn")
