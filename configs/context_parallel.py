@@ -17,7 +17,7 @@ def resolve_cp_attention(config: Config, *, has_te: bool) -> str:
     model = config.model
     if config.parallel.cp_attention != "auto":
         return config.parallel.cp_attention
-    is_plain = not config.data.document_mask and model.window_size is None and not model.attention_sinks
+    is_plain = not config.has_document_mask and model.window_size is None and not model.attention_sinks
     return "te" if uses_te_layers(config, has_te=has_te) and is_plain else "ring"
 
 
@@ -41,7 +41,7 @@ def check_cp_attention(config: Config, *, has_te: bool) -> Iterator[str]:
         return
     if method == "te" and not uses_te_layers(config, has_te=has_te):
         yield "parallel.cp_attention: te needs layers of Transformer Engine; a value that would work: ring"
-    if method == "te" and config.data.document_mask:
+    if method == "te" and config.has_document_mask:
         yield (
             "parallel.cp_attention: te splits each document for itself, and data.document_mask packs documents of any "
             "length; a value that would work: ring"

@@ -54,9 +54,12 @@ def resolve_backend(fp8: Fp8Config, *, has_te: bool) -> Literal["te", "torch", "
 
 
 def uses_te_layers(config: Config, *, has_te: bool) -> bool:
-    """Return whether the layers are Transformer Engine's: where it is installed, unless FP8 runs without it."""
+    """Return whether the layers are Transformer Engine's: where it is installed, unless LoRA or FP8 runs without it.
+
+    Its layers fuse norms into linears, and adapters want what is between them.
+    """
     fp8 = config.precision.fp8
-    return has_te and (fp8 is None or resolve_backend(fp8, has_te=has_te) == "te")
+    return has_te and config.lora is None and (fp8 is None or resolve_backend(fp8, has_te=has_te) == "te")
 
 
 def describe_fp8(fp8: Fp8Config, backend: str) -> str:

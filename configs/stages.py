@@ -5,16 +5,19 @@ Reading YAML is `configs.load`, what follows from the values is `configs.plan`, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
+from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.precision import PrecisionConfig
 from configs.sections.run import LogConfig, RunConfig, SampleConfig
+from configs.sections.sft import SftSection
 from configs.sections.train import TrainConfig
 
 
@@ -23,6 +26,8 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of a frozen model instead of its weights; null for none."""
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig = DataConfig()
@@ -33,6 +38,20 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
 
+    def sources(self, split: Literal["train", "validation"]) -> Sequence[Any]:
+        """Return what the run trains on, or what it is validated on."""
+        return self.data.train if split == "train" else self.data.validation
+
+    @property
+    def packing(self) -> str:
+        """How samples are made of documents (`data.packing`)."""
+        return self.data.packing
+
+    @property
+    def has_document_mask(self) -> bool:
+        """Whether attention and positions stay within documents."""
+        return self.data.document_mask
+
 
 class PretrainConfig(Config):
     """Pretraining: the shared sections are all it has."""
@@ -42,5 +61,29 @@ class LongContextConfig(Config):
     """Continuation of a trained model on longer samples: the shared sections, and it begins with weights."""
 
 
-STAGE_CONFIGS: Mapping[str, type[Config]] = {"pretrain": PretrainConfig, "long_context": LongContextConfig}
+class SftConfig(Config):
+    """Supervised fine-tuning: the shared sections, and conversations in the place of `data`'s sources."""
+
+    sft: SftSection = SftSection()
+
+    def sources(self, split: Literal["train", "validation"]) -> Sequence[Any]:
+        """Return the sources of conversations."""
+        return self.sft.train if split == "train" else self.sft.validation
+
+    @property
+    def packing(self) -> str:
+        """How rows are made of conversations."""
+        return "best_fit" if self.sft.packing else "padded"
+
+    @property
+    def has_document_mask(self) -> bool:
+        """Attention stays within conversations."""
+        return True
+
+
+STAGE_CONFIGS: Mapping[str, type[Config]] = {
+    "pretrain": PretrainConfig,
+    "long_context": LongContextConfig,
+    "sft": SftConfig,
+}
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""

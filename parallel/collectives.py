@@ -40,6 +40,20 @@ def from_last_pp_stage(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return values
 
 
+def from_first_tp_rank(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Return the first tp rank's tensor on every tp rank; shapes must agree. Collective: all ranks of the tp group."""
+    if mesh.tp_size > 1:
+        dist.broadcast(values, src=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
+    return values
+
+
+def max_over_stage(values: Sequence[int], mesh: Mesh) -> list[int]:
+    """Return the largest of each value over the ranks of a pipeline stage. Collective: all of these must call this."""
+    tensor = torch.tensor(values, dtype=torch.int64, device=mesh.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=mesh.stage_group)
+    return tensor.tolist()
+
+
 def gather_over_tp(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """Return the tensors of all tp ranks joined along the last dimension. Collective: all ranks of the tp group."""
     if mesh.tp_size == 1:

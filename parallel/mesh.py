@@ -41,6 +41,8 @@ class Mesh:
     cp_group: Any
     dp_group: Any
     dp_cp_group: Any
+    expert_dp_group: Any
+    """Ranks with the same experts."""
     stage_group: Any
     """All ranks of this rank's pipeline stage: tp x cp x dp."""
 
@@ -134,6 +136,7 @@ def build_mesh(platform: Platform, device: torch.device, config: Config) -> Mesh
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_dp_group=parallel_state.get_expert_data_parallel_group(),
         stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     )
 

@@ -59,6 +59,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     command.add_argument("hf_dir", type=path_argument, help="directory to make")
     command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format (default: the checkpoint's)")
+    command.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapters alone, as PEFT has them")
     command = commands.add_parser("verify", help="compare logits of transformers and the engine, in fp32")
     command.add_argument("hf_dir", type=path_argument, help="Hugging Face model")
     command.add_argument("checkpoint", type=path_argument, help="checkpoint, latest link or run directory")
@@ -91,21 +92,27 @@ def _import(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from trainer.hf.export_source import find_export_source
     from trainer.hf.exporting import DTYPES, export_checkpoint
+    from trainer.hf.peft import export_adapter
 
     with host_ranks() as ranks:
         source = find_export_source(arguments.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
+        dtype = DTYPES[arguments.dtype] if arguments.dtype else None
         total = sum(file.stat().st_size for file in source.checkpoint.glob("*.distcp"))
         with _progress("export", total, ranks) as show:
-            report = export_checkpoint(
-                source,
-                arguments.hf_dir,
-                dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                on_bytes=show,
-            )
+            if arguments.adapter:
+                report = export_adapter(source, arguments.hf_dir, dtype=dtype, rank=ranks.rank)
+            else:
+                report = export_checkpoint(
+                    source,
+                    arguments.hf_dir,
+                    dtype=dtype,
+                    rank=ranks.rank,
+                    world_size=ranks.world_size,
+                    on_bytes=show,
+                )
     if ranks.rank == 0:
         _tell(f"{source.checkpoint} -> {arguments.hf_dir}", report)
+    if ranks.rank == 0 and not arguments.adapter:
         if not (arguments.hf_dir / "tokenizer.json").is_file():
             print("note: no tokenizer is known to this run; put its files beside the weights", file=sys.stderr)
         _warn_of_tokenizer(arguments.hf_dir)

@@ -45,6 +45,7 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
     """Yield every check with its name, the speed of large shapes last since peak memory only grows."""
     from tools.device_checks.attention import check_attention
     from tools.device_checks.checkpoint import check_checkpoint
+    from tools.device_checks.lora import check_lora
     from tools.device_checks.speed import check_speed, small_shape
     from tools.device_checks.steps import check_collectives, check_control_group, check_loss_scaler, check_steps
 
@@ -67,8 +68,9 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
                 lambda compute=compute: check_attention(mesh, compute, use_te=True),  # type: ignore[misc]
             )
     yield from _fp8_checks(mesh)
-    yield "checkpoint", lambda: check_checkpoint(platform, HOST, folder)
     compute = "fp16" if mesh.platform.check_precision("bf16") else "bf16"
+    yield "LoRA", lambda: check_lora(mesh, compute)
+    yield "checkpoint", lambda: check_checkpoint(platform, HOST, folder)
     yield "speed, small", lambda: check_speed(mesh, "small", small_shape(compute), num_steps=5 if quick else 20)
     if not quick:
         yield from _speed_checks(mesh, platform, compute)

@@ -63,6 +63,9 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {text}" for name, text in manifest.versions.items())
     num_bytes = sum(entry["bytes"] for entry in manifest.files.values())
     yield "size", f"{_megabytes(num_bytes)} in {len(manifest.files)} files"
+    if config.get("lora"):  # checkpoints from before LoRA have none
+        lora, base = config["lora"], (manifest.base or {}).get("path", "unknown")
+        yield "holds", f"adapters of rank {lora['rank']} beside {', '.join(lora['target_modules'])} of {base}"
     yield from _describe_model(config["model"])
     yield from _describe_ledger(manifest.stage["state"])
 

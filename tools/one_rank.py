@@ -74,7 +74,7 @@ def open_checkpoint(path: Path) -> Iterator[Engine]:
         {"model": model, "precision": {"compute": "fp32"}, "train": {"num_steps": 0, "seq_len": length}}
     )
     with open_world(detect_platform_name()) as mesh, open_engine(config, mesh) as engine:
-        from trainer.checkpoint.load import warm_start  # imports megatron-core, which the platform prepares first
+        from trainer.run.weights import load_weights  # imports megatron-core, which the platform prepares first
 
-        warm_start(engine, checkpoint)
+        load_weights(engine, str(checkpoint))
         yield engine

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from trainer.data.making.documents import InputFile
 
 VALIDATION_SHARE = 50  # one file in this many is held out
-_FORMAT = 1  # raise it when the same settings give other files
+_FORMAT = 2  # raise it when the same settings give other files
+_OLD_FORMATS = (1,)  # served as they are: 1 has no chat tokens
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+"""Of ChatML, in the tokenizer from the start, so that what is pretrained can be fine-tuned on conversations."""
 _MARKER = "corpus.json"
 
 
@@ -43,7 +46,7 @@ def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bo
     """
     from trainer.data.making.workers import Recipe
 
-    check_vocab_size(vocab_size)
+    check_vocab_size(vocab_size, len(CHAT_TOKENS))
     directory = Path(out)
     settings = {"format": _FORMAT, "vocab_size": vocab_size}
     if _is_complete(directory, settings):
@@ -57,7 +60,8 @@ def prepare_corpus(out: str, vocab_size: int, library: Path | None = None) -> bo
     tokenizer = directory / "tokenizer"
     _write_marker(directory, settings, is_complete=False)
     if not tokenizer.exists():
-        print(f"{tokenizer}: {train_tokenizer(train, str(tokenizer), vocab_size)} tokens")
+        size = train_tokenizer(train, str(tokenizer), vocab_size, special_tokens=CHAT_TOKENS)
+        print(f"{tokenizer}: {size} tokens")
     num_workers = len(os.sched_getaffinity(0))
     for name, files in (("train", train), ("validation", validation)):
         preprocess(files, Recipe(str(tokenizer)), str(directory / name), num_workers=num_workers)
@@ -77,9 +81,11 @@ def _is_complete(directory: Path, settings: dict[str, int]) -> bool:
         _ = found["settings"], found["python"]
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"--out {directory}: {marker} is damaged; {advice}") from None
-    if found["settings"] != settings:
+    is_complete = found.get("is_complete", True)  # earlier versions wrote it at the end alone
+    formats = (_FORMAT, *_OLD_FORMATS) if is_complete else (_FORMAT,)
+    if found["settings"] not in [settings | {"format": one} for one in formats]:
         raise BadInput(f"--out {directory}: a corpus with {found['settings']} is there; {advice}")
-    if found.get("is_complete", True):  # earlier versions wrote it at the end alone
+    if is_complete:
         return True
     if found["python"] != platform.python_version():
         raise BadInput(f"--out {directory}: a corpus begun with Python {found['python']} is there; {advice}")

@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer and write it as a Hugging Face directory.
 
-python tools/train_tokenizer.py FILE_OR_DIRECTORY... --out DIR --vocab-size 32000
+python tools/train_tokenizer.py FILE_OR_DIRECTORY... --out DIR --vocab-size 32000 [--special-token "<|im_start|>" ...]
 """
 
 from __future__ import annotations
@@ -32,19 +32,26 @@ MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-document token
 
 
 def train_tokenizer(
-    files: Sequence[InputFile], out: str, vocab_size: int, text_key: str = "text", *, skip_missing: bool = False
+    files: Sequence[InputFile],
+    out: str,
+    vocab_size: int,
+    text_key: str = "text",
+    *,
+    skip_missing: bool = False,
+    special_tokens: Sequence[str] = (),
 ) -> int:
     """Train on the documents of `files` and write the directory `out`; return the size of the vocabulary.
 
     Byte-level BPE with GPT-2's pre-tokenization (Radford et al. 2019): any text survives encode and decode unchanged.
-    With `skip_missing` records without text are left out. Raises BadInput when `out` exists or `vocab_size` is too
-    small. `out` appears whole or not at all.
+    With `skip_missing` records without text are left out. `special_tokens` are tokens of the vocabulary beside the end
+    of a document that no text gives, such as those of a chat template. Raises BadInput when `out` exists or
+    `vocab_size` is too small. `out` appears whole or not at all.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from trainer.data.tokenizer import END_OF_DOCUMENT
 
-    check_vocab_size(vocab_size)
+    check_vocab_size(vocab_size, len(special_tokens))
     if os.path.exists(out):
         raise BadInput(f"--out {out}: it exists already; delete it or choose another directory")
     tokenizer = Tokenizer(models.BPE())
@@ -52,7 +59,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=list(dict.fromkeys([END_OF_DOCUMENT, *special_tokens])),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -62,10 +69,13 @@ def train_tokenizer(
     return tokenizer.get_vocab_size()
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise BadInput for a vocabulary that cannot hold every byte and the end of a document."""
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise BadInput(f"--vocab-size: {vocab_size} is less than 256 bytes and one end-of-document token; try 4096")
+def check_vocab_size(vocab_size: int, num_special_tokens: int = 0) -> None:
+    """Raise BadInput for a vocabulary that cannot hold every byte, the end of a document and further special tokens."""
+    if vocab_size < MIN_VOCAB_SIZE + num_special_tokens:
+        more = f" and {num_special_tokens} special tokens" if num_special_tokens else ""
+        raise BadInput(
+            f"--vocab-size: {vocab_size} is less than 256 bytes and one end-of-document token{more}; try 4096"
+        )
 
 
 def _texts(files: Sequence[InputFile], text_key: str, skip_missing: bool, progress: Progress) -> Iterator[str]:
@@ -123,6 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--text-key", default="text", help="key or column of the text in JSON, Parquet and Arrow (default: text)"
     )
     parser.add_argument(
+        "--special-token",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help='token of its own that no text gives, as chat templates have: "<|im_start|>", "<|im_end|>"',
+    )
+    parser.add_argument(
         "--skip-missing",
         action="store_true",
         help="leave out, and count, records without text: null, no such key, bytes that are not UTF-8",
@@ -137,7 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if left_out:
             print(f"left out (a file that is named is read all the same): {describe_left_out(left_out)}")
         size = train_tokenizer(
-            files, arguments.out, arguments.vocab_size, arguments.text_key, skip_missing=arguments.skip_missing
+            files,
+            arguments.out,
+            arguments.vocab_size,
+            arguments.text_key,
+            skip_missing=arguments.skip_missing,
+            special_tokens=arguments.special_token,
         )
         short = "" if size == arguments.vocab_size else f" (all the text gives; {arguments.vocab_size} asked for)"
         print(f"{arguments.out}: {size} tokens{short}")

@@ -5,7 +5,9 @@ Torch-free. Whether the values fit each other is `configs.rules`; what it takes,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 
 from configs.errors import BadInput
 from configs.sections.model import ModelConfig
@@ -190,6 +192,12 @@ def consumed_samples_after(train: TrainConfig, num_steps: int) -> int:
         consumed += steps * batch
         num_steps -= steps
     return consumed
+
+
+def steps_of_samples(train: TrainConfig, num_samples: int) -> int:
+    """Return the fewest steps that consume at least `num_samples`."""
+    smallest = ramp_batch_sizes(train)[0]
+    return bisect_left(range(num_samples // smallest + 1), num_samples, key=partial(consumed_samples_after, train))
 
 
 def num_microbatches(config: Config, layout: Layout, global_batch: int) -> int:

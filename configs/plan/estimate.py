@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.plan.activations import activation_bytes
+from configs.plan.adapters import adapter_parameters_of_stage
 from configs.plan.derive import Layout, chunk_layers, head_dim, num_microbatches, padded_vocab_size
 from configs.plan.flops import active_part
 from configs.plan.tensors import Linear, layer_linears
@@ -69,8 +70,8 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def parameters_per_rank(config: Config, layout: Layout) -> int:
-    """Return the trained parameters of the fullest rank, padded vocabulary included."""
-    return max(sum(_stage_parameters(config, layout, pp_rank)) for pp_rank in range(layout.pp))
+    """Return the trained parameters of the fullest rank: all, padded vocabulary included, or those of the adapters."""
+    return max(sum(_trained_parameters(config, layout, pp_rank)) for pp_rank in range(layout.pp))
 
 
 def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
@@ -83,7 +84,8 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
 
     Weights in the compute format (and in FP8, unless they are gathered so), gradients in fp32, ZeRO-1
     optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
-    experts). Activations: `configs.plan.activations`.
+    experts). With LoRA gradients and optimizer state are those of the adapters. Activations:
+    `configs.plan.activations`.
     """
     weight_bytes = 4 if config.precision.compute == "fp32" else 2
     state_bytes = 8 if config.precision.compute == "fp32" else 12
@@ -92,21 +94,31 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     estimates = []
     for pp_rank in range(layout.pp):
         dense, expert = _stage_parameters(config, layout, pp_rank)
+        trained_dense, trained_expert = _trained_parameters(config, layout, pp_rank)
+        adapters = 0 if config.lora is None else trained_dense + trained_expert
         estimates.append(
             MemoryEstimate(
                 pp_rank=pp_rank,
-                weights=(dense + expert) * weight_bytes
+                weights=(dense + expert + adapters) * weight_bytes
                 + 2 * _in_fp8(config) * (dense + expert - _vocabulary_parameters(config, layout, pp_rank)),
-                gradients=(dense + expert) * 4,
-                optimizer=-(-dense * state_bytes // (layout.dp * layout.cp)) - (-expert * state_bytes // layout.edp),
+                gradients=(trained_dense + trained_expert) * 4,
+                optimizer=-(-trained_dense * state_bytes // (layout.dp * layout.cp))
+                - (-trained_expert * state_bytes // layout.edp),
                 activations=activation_bytes(config, layout, pp_rank, chunks[pp_rank], microbatches),
             )
         )
     return estimates
 
 
+def _trained_parameters(config: Config, layout: Layout, pp_rank: int) -> tuple[int, int]:
+    """Return what one rank trains outside and inside the experts."""
+    if config.lora is not None:
+        return adapter_parameters_of_stage(config, layout, pp_rank)
+    return _stage_parameters(config, layout, pp_rank)
+
+
 def _stage_parameters(config: Config, layout: Layout, pp_rank: int) -> tuple[int, int]:
-    """Return one rank's trained parameters outside and inside the experts."""
+    """Return one rank's parameters that are trained without LoRA, outside and inside the experts."""
     model = config.model
     dense = expert = 0
     for chunk in chunk_layers(model, config.parallel)[pp_rank]:

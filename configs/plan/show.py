@@ -9,6 +9,7 @@ import yaml
 
 from configs.fields import schema_fields
 from configs.load import resolved_dict
+from configs.plan.adapters import count_adapter_parameters
 from configs.plan.derive import (
     Layout,
     chunk_layers,
@@ -95,7 +96,11 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     yield "parameters", f"{count.total:,} ({count.embedding:,} in the vocabulary)"
     if count.active != count.total:
         yield "active parameters", f"{count.active:,} per token"
-    yield "parameters per rank", f"{parameters_per_rank(config, layout):,} on the fullest rank"
+    if config.lora is not None:
+        trained = count_adapter_parameters(model, config.lora)
+        yield "trained parameters", f"{trained:,} of LoRA, {trained / count.total:.3%} of the model's"
+    name = "parameters per rank" if config.lora is None else "trained per rank"
+    yield name, f"{parameters_per_rank(config, layout):,} on the fullest rank"
     fullest = f"on the fullest rank (pipeline stage {memory.pp_rank}), without buffers and fragmentation"
     yield "estimated memory", f"{_size_text(memory.total)} {fullest}"
     for kind in ("weights", "gradients", "optimizer", "activations"):
@@ -128,6 +133,9 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
         places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
     if config.checkpoint.init_from is not None:
         places.append(("checkpoint.init_from", config.checkpoint.init_from, config.checkpoint.init_from))
+    if config.lora is not None and config.lora.init_from is not None:
+        path = config.lora.init_from
+        places.append(("lora.init_from", path, os.path.join(path, "adapter_config.json")))
     if config.checkpoint.resume not in ("auto", "never"):
         places.append(("checkpoint.resume", config.checkpoint.resume, config.checkpoint.resume))
     for name, path, file in places:

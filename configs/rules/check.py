@@ -11,6 +11,7 @@ from configs.fp8 import uses_te_layers
 from configs.rules.data import check_data
 from configs.rules.fp8 import check_fp8
 from configs.rules.layout import check_layout
+from configs.rules.lora import check_lora
 from configs.rules.model import check_model
 from configs.rules.stages import check_stage
 from configs.rules.training import check_training
@@ -28,5 +29,6 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *check_training(config),
         *check_stage(config),
         *check_fp8(config),
+        *check_lora(config, has_te=has_te),
         *check_layout(config, world_size, platform=platform, has_te=uses_te_layers(config, has_te=has_te)),
     ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from configs.rules.model import check_unused
 from configs.sections.data import SourceConfig
-from configs.stages import Config
+from configs.stages import Config, SftConfig
 
 _LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the longest run a config can name
 
@@ -16,9 +16,11 @@ _LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the long
 def check_data(config: Config) -> Iterator[str]:
     """Yield every rule of what is read that is broken, one sentence each with a value that would work."""
     data, train = config.data, config.train
-    if train.num_steps > 0 and not data.train:
+    if isinstance(config, SftConfig):
+        yield from _check_conversations(config)
+    elif train.num_steps > 0 and not data.train:
         yield (
-            f"data.train: {train.num_steps} steps need at least one source; a value that would work: "
+            f"data.train: {_length(config)} need at least one source; a value that would work: "
             "[{path: data/corpus_train}]"
         )
     for name in ("train", "validation"):
@@ -37,18 +39,61 @@ def check_data(config: Config) -> Iterator[str]:
     names = [os.path.basename(source.path) for source in {source.path: source for source in data.validation}.values()]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.validation: several sources are logged under the file name {name}; give them different file names"
-    if train.eval_every is not None and not data.validation:
-        yield "train.eval_every: has no effect without data.validation; a value that would work: null"
+    field = "sft.validation" if isinstance(config, SftConfig) else "data.validation"
+    for name in ("eval_every", "patience"):
+        if getattr(train, name) is not None and not config.sources("validation"):
+            yield f"train.{name}: has no effect without {field}; a value that would work: null"
+    if train.patience is not None and train.eval_every is None:
+        yield (
+            f"train.eval_every: null validates only before the first and after the last step, so that train.patience="
+            f"{train.patience} never counts; a value that would work: {max(train.num_steps // 10, 1)}"
+            if train.num_epochs is None
+            else "train.eval_every: is needed beside train.patience; a value that would work: 100"
+        )
     if not config.run.name.strip():
         yield "run.name: is empty; a value that would work: run"
 
 
+def _length(config: Config) -> str:
+    """Return how long the run is, in words."""
+    epochs = config.train.num_epochs
+    return f"{config.train.num_steps} steps" if epochs is None else f"{epochs:g} epochs"
+
+
+def _check_conversations(config: SftConfig) -> Iterator[str]:
+    """Yield what is wrong with the conversations of fine-tuning, which take the place of `data`'s sources."""
+    data, sft = config.data, config.sft
+    reason = "in supervised fine-tuning, whose sources are in sft"
+    yield from check_unused(data, "data", ("train", "validation", "packing", "document_mask"), reason)
+    if data.tokenizer is None:
+        yield (
+            "data.tokenizer: is needed to tokenise conversations; a value that would work: the directory of the "
+            "model's Hugging Face tokenizer"
+        )
+    if config.train.num_steps > 0 and not sft.train:
+        yield (
+            f"sft.train: {_length(config)} need at least one source; a value that would work: "
+            "[{path: data/chats.jsonl}]"
+        )
+    for name in ("train", "validation"):
+        paths = [os.path.normpath(source.path) for source in getattr(sft, name)]
+        for path in sorted({path for path in paths if paths.count(path) > 1}):
+            yield f"sft.{name}: {path} is listed more than once; list it once and raise its weight"
+    names = [os.path.basename(os.path.normpath(source.path)) for source in sft.validation]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"sft.validation: several sources are logged under the file name {name}; give them different file names"
+    weights = [source.weight for source in sft.train]
+    if None in weights and any(weight is not None for weight in weights):
+        place = weights.index(None)
+        yield f"sft.train[{place}].weight: is missing, and other sources have one; a value that would work: 1.0"
+
+
 def _check_packing(config: Config) -> Iterator[str]:
     data = config.data
-    if data.packing == "best_fit" and not data.document_mask:
+    if data.packing != "concat" and not data.document_mask:
         yield (
-            "data.document_mask: false would let the documents that data.packing=best_fit puts into a row see each "
-            "other; a value that would work: true"
+            f"data.document_mask: false would let what data.packing={data.packing} puts into a row see each other; a "
+            "value that would work: true"
         )
 
 

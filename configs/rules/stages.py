@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.stages import Config, LongContextConfig
+from configs.stages import Config, LongContextConfig, SftConfig
+
+_NEEDS_WEIGHTS = {LongContextConfig: "long context continues", SftConfig: "supervised fine-tuning starts from"}
 
 
 def check_stage(config: Config) -> Iterator[str]:
     """Yield every rule that the config breaks as the stage that its class is."""
-    if isinstance(config, LongContextConfig):
-        yield from _check_has_weights(config)
+    for kind, needs in _NEEDS_WEIGHTS.items():
+        if isinstance(config, kind):
+            yield from _check_has_weights(config, needs)
 
 
-def _check_has_weights(config: Config) -> Iterator[str]:
+def _check_has_weights(config: Config, needs: str) -> Iterator[str]:
     checkpoint = config.checkpoint
     is_going_on = checkpoint.resume not in ("auto", "never")
     if not is_going_on and checkpoint.init_from is None and checkpoint.init_from_hf is None:
         yield (
-            "checkpoint.init_from: long context continues a trained model, and none is named; a value that would work: "
+            f"checkpoint.init_from: {needs} a trained model, and none is named; a value that would work: "
             "runs/demo, the directory of the run that trained it (or checkpoint.init_from_hf, a Hugging Face model's)"
         )

@@ -32,8 +32,9 @@ class DataConfig(Section):
     of a source comes from its documents of at least that many tokens."""
     validation: tuple[SourceConfig, ...] = ()
     """Validation sources; each is evaluated on its own and logged under its file name."""
-    packing: Literal["concat", "best_fit"] = "concat"
-    """How samples are made: documents laid end to end and cut, or packed whole into rows (needs document_mask)."""
+    packing: Literal["concat", "best_fit", "padded"] = "concat"
+    """How samples are made: documents laid end to end and cut, packed whole into rows (best_fit, needs document_mask),
+    or each in a row of its own."""
     document_mask: bool = False
     """Keep attention inside documents, with positions starting at 0 in each, instead of across the whole sample."""
     prefetch_steps: PositiveInt = 2

@@ -21,8 +21,8 @@ class ConversationSource(Section):
 
     path: Annotated[PathText, Field(examples=["data/chats.jsonl"])]
     """JSON, JSONL or Parquet file, a folder of such, or a Hugging Face dataset directory."""
-    weight: PositiveFloat = 1.0
-    """Share of samples drawn from this source, relative to the other weights."""
+    weight: PositiveFloat | None = None
+    """Share of rows drawn from this source, relative to the other weights; null for all: as many as it has."""
     columns: Mapping[ChatColumn, str] = {}
     """The file's own name of a column that has another here; `role` and `content` are keys of a turn. As in
     LLaMA-Factory, with query or response among them prompt, query and response are instruction, input and output."""
@@ -34,7 +34,7 @@ class SftSection(Section):
     """Supervised fine-tuning on conversations."""
 
     template: str | None = None
-    """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null for the tokenizer's."""
+    """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null: the tokenizer's."""
     train: tuple[ConversationSource, ...] = ()
     """Blend of training sources."""
     validation: tuple[ConversationSource, ...] = ()

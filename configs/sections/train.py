@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from configs.sections.base import PositiveInt, Samples, Section
+from configs.sections.base import PositiveFloat, PositiveInt, Samples, Section
+
+STEPS_OF_EPOCHS = 10**12
+"""What `num_steps` is until the data has said how many steps `num_epochs` are."""
 
 
 class RecomputeConfig(Section):
@@ -36,8 +39,10 @@ class BatchRampConfig(Section):
 class TrainConfig(Section):
     """Length and shape of training."""
 
-    num_steps: Annotated[int, Field(ge=0, le=10**12, examples=[1000])]
+    num_steps: Annotated[int, Field(ge=0, le=STEPS_OF_EPOCHS, examples=[1000])]
     """Optimizer updates of the whole run; 0 writes the initial weights as a seed checkpoint and ends."""
+    num_epochs: PositiveFloat | None = None
+    """Passes over the training data instead of train.num_steps, which then follows from the data; null for steps."""
     seq_len: PositiveInt = 4096
     """Tokens per sample."""
     global_batch_size: Samples = 256
@@ -54,5 +59,15 @@ class TrainConfig(Section):
     """Samples per validation source at each validation."""
     max_nonfinite_steps: PositiveInt = 5
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops (exit code 4)."""
+    patience: PositiveInt | None = None
+    """End the run after this many validations in a row without a lower mean validation loss; null to go on."""
     recompute: RecomputeConfig = RecomputeConfig()
     """Activation recomputation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_steps_to_epochs(cls, fields: Any) -> Any:
+        """Let `num_epochs` stand alone: how many steps they are is known when the data is open."""
+        if isinstance(fields, dict) and fields.get("num_epochs") is not None and "num_steps" not in fields:
+            return {**fields, "num_steps": STEPS_OF_EPOCHS}
+        return fields

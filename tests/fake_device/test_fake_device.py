@@ -35,6 +35,7 @@ BIASED = {"activation": "gelu", "norm": "layernorm", "linear_bias": True}
 YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 DYNAMIC = {"scaling": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
 DOCUMENTS = {"data": {"document_mask": True}}
+LORA = {"lora": {"rank": 8}}
 SINKS = model(window_size=48, window_pattern=[True, False], attention_sinks=True)
 # name: (number format, model, other sections, ranks of the world, rank)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
@@ -77,6 +78,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "cp2_tp2_sp": ("bf16", SMALL_MODEL, {"parallel": {"cp": 2, "tp": 2, "sp": True}}, 4, 3),
     "recompute_core": ("bf16", SMALL_MODEL, {"train": {"recompute": {"granularity": "selective"}}}, 1, 0),
     "recompute": ("bf16", SMALL_MODEL, {"train": {"recompute": {"granularity": "full"}}}, 1, 0),
+    "lora": ("bf16", SMALL_MODEL, LORA, 1, 0),
+    "lora_recomputed_dropped": (
+        "bf16", SMALL_MODEL, {"lora": {"dropout": 0.1}, "train": {"recompute": {"granularity": "full"}}}, 1, 0,
+    ),
+    "lora_experts": ("bf16", model(moe=MOE), LORA, 1, 0),
+    "lora_latent_tp2_sp": ("bf16", LATENT_MODEL, LORA | {"parallel": {"tp": 2, "sp": True}}, 2, 1),
+    "lora_dp2": ("bf16", SMALL_MODEL, LORA, 2, 1),
+    "lora_fp8": ("bf16", SMALL_MODEL, LORA | {"precision": fp8("tensorwise")}, 1, 0),
     "fp8_tensorwise": ("bf16", SMALL_MODEL, {"precision": fp8("tensorwise")}, 1, 0),
     "fp8_rowwise_tp2_sp": (
         "bf16", SMALL_MODEL, {"parallel": {"tp": 2, "sp": True}, "precision": fp8("rowwise")}, 2, 1,
@@ -119,6 +128,7 @@ MEMORY_CASES = {
     "recompute_mlp": large(train={"recompute": {"granularity": "selective", "modules": ["mlp"]}}),
     "recompute_all": large(train={"recompute": {"granularity": "full"}}),
     "fp8": large(precision=fp8("tensorwise")),
+    "lora": large(lora={"rank": 16}),
     "dp2": large(ranks=(2, 0)),
     "tp2_sp": large(ranks=(2, 0), parallel={"tp": 2, "sp": True}),
     "pp2_first": large(ranks=(2, 0), parallel={"pp": 2}),
@@ -130,6 +140,7 @@ FURTHER_READS = {
     # the loss scale, the smallest that there is, and whether it was too large
     "fp16": {"update.update_weights", "optimizer._unscale_main_grads_and_check_for_nan"},
     "experts": {"router_losses.read_router_losses"},
+    "lora_experts": {"router_losses.read_router_losses"},
     "ep2": {"router_losses.read_router_losses"},
     "fp8_delayed_experts": {"router_losses.read_router_losses"},
     "tp2": {"update.has_non_finite_duplicate", "collectives.any_rank"},

@@ -109,7 +109,8 @@ def start_and_export(
 
     from trainer.checkpoint.load import warm_start
     from trainer.engine.state import TrainState
-    from trainer.hf.exporting import ExportSource, export_checkpoint
+    from trainer.hf.export_source import ExportSource
+    from trainer.hf.exporting import export_checkpoint
     from trainer.hf.source import HfModel
     from trainer.hf.warm_start import load_hf_weights
 

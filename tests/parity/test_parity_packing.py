@@ -43,6 +43,9 @@ class RandomDocuments:
         """Return tokens of a document."""
         return self.documents[document][start : start + length]
 
+    def read_mask(self, document: int, start: int, length: int) -> None:
+        """Say that every token is trained."""
+
 
 def read_alone() -> Iterator[Any]:
     """Yield every piece of at most a row as a batch of its own, plain causal attention over its own length."""

@@ -64,7 +64,8 @@ def stretch_and_export(
     import torch
 
     from trainer.engine.state import TrainState
-    from trainer.hf.exporting import ExportSource, export_checkpoint
+    from trainer.hf.export_source import ExportSource
+    from trainer.hf.exporting import export_checkpoint
     from trainer.hf.source import HfModel
     from trainer.hf.warm_start import load_hf_weights
 

@@ -128,9 +128,10 @@ def run_model_checks(place):
     import torch.distributed as dist
 
     from parallel.replaced_names import resolve
-    from tools.device_checks import model, routers, steps
+    from tools.device_checks import lora, model, routers, steps
     from tools.one_rank import open_world
     from trainer.engine.engine import Engine
+    from trainer.model.lora.adapter import Adapter
     from trainer.optim.update import update_weights
 
     def update_always(self, sums):
@@ -143,6 +144,7 @@ def run_model_checks(place):
         lambda: routers.check_router_gradient(mesh),
         lambda: steps.check_empty_batch(mesh),
         lambda: model.check_rotation(mesh),
+        lambda: lora.check_lora(mesh, "bf16"),
     ]
     with open_world("cpu") as mesh:
         sound = [check() for check in checks]
@@ -154,6 +156,7 @@ def run_model_checks(place):
             patch("trainer.engine.engine.scale_router_losses", lambda *unused: None),
             patch.object(Engine, "_update", update_always),
             patch("trainer.model.dynamic_rope.compute_dynamic_frequencies", rotate_by_the_longest),
+            patch.object(Adapter, "merge", lambda self: None),
         ]
         broken = []
         for check, fault in zip(checks, faults, strict=True):
@@ -176,10 +179,10 @@ def rotate_by_the_longest(rope, head_dim, lengths):
 
 def test_what_a_model_must_do_on_any_device_is_seen(ranks):
     sound, broken = ranks.run(run_model_checks)[0]
-    assert [one.status for one in sound] == ["passed"] * 6, sound
+    assert [one.status for one in sound] == ["passed"] * 7, sound
     assert "gloo beside gloo" in sound[0].detail and "Adam and gradient norm torch's" in sound[1].detail
     assert "128 of 256 tokens count" in sound[3].detail
-    assert [one.status for one in broken] == ["failed"] * 6, broken
+    assert [one.status for one in broken] == ["failed"] * 7, broken
     for outcome, words in zip(
         broken,
         (
@@ -189,6 +192,7 @@ def test_what_a_model_must_do_on_any_device_is_seen(ranks):
             "gradient is off",
             "changed the",
             "dynamic: losses differ by",
+            "merged logits differ by",
         ),
         strict=True,
     ):

@@ -1,6 +1,6 @@
 """Reads checkpoints: `resume` (everything, any layout) and `warm_start` (weights alone, a new stage).
 
-Both are collective: all ranks of the world must call them.
+All are collective: all ranks of the world must call them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
+from configs.sections.lora import LoraConfig
 from configs.stages import Config
 from parallel.collectives import gather_objects
 from parallel.mesh import Mesh
@@ -29,8 +30,9 @@ from trainer.checkpoint.manifest import (
 from trainer.checkpoint.parts import collect, hand_out
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_model import ShardedModel
-from trainer.engine.sharded_state import build_model_state
+from trainer.engine.sharded_state import build_adapter_state, build_model_state
 from trainer.engine.state import TrainState
+from trainer.model.lora.attach import build_adapter
 from trainer.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,22 @@ def warm_start(model: ShardedModel, checkpoint: Path) -> None:
             for chunk, tensors in state.items()
         }
     model.load_weights(dist_checkpointing.load(state, str(checkpoint)))
+    model.weights_loaded()
+
+
+def merge_adapter(model: ShardedModel, checkpoint: Path) -> None:
+    """Add the adapters of a checkpoint to the weights that they belong to, which the model holds, for good.
+
+    Raises BadInput as `resume` does.
+    """
+    manifest = read_manifest(checkpoint)
+    check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
+    _check_files(model.mesh, checkpoint, manifest)
+    lora = LoraConfig.model_validate(manifest.config["lora"])
+    adapter = build_adapter(model.chunks, lora, model.config.model, model.mesh, seed=0)
+    loaded = dist_checkpointing.load(build_adapter_state(adapter, model.mesh), str(checkpoint))
+    adapter.load([loaded[f"model{index}"] for index in range(len(model.chunks))])
+    adapter.merge()
     model.weights_loaded()
 
 

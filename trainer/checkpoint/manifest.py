@@ -47,6 +47,8 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     """`bytes` and `sha256` by file name."""
+    base: dict[str, str] | None = None
+    """Of adapters, whose files hold no other weights: which they belong to (`trainer.checkpoint.base_weights`)."""
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -135,6 +137,7 @@ def check_continues(manifest: Manifest, config: Config, stage: str, where: Path)
             f"weights set checkpoint.init_from to it and {other}."
         )
     check_architecture(manifest, resolved_dict(config)["model"], where, is_warm_start=False, otherwise=other)
+    _check_same_adapters(manifest, config, where, other)
     anew = f"{other} (with checkpoint.init_from={where} from its weights)"
     saved_seed = manifest.config["run"]["seed"]
     if saved_seed != config.run.seed:
@@ -144,19 +147,37 @@ def check_continues(manifest: Manifest, config: Config, stage: str, where: Path)
         )
     ledger = manifest.stage["state"].get("data")
     seq_len = config.train.seq_len
-    saved_seq_len = ledger.get("seq_len", seq_len) if ledger is not None and config.data.train else seq_len
+    has_data = ledger is not None and bool(config.sources("train"))
+    saved_seq_len = ledger.get("seq_len", seq_len) if has_data else seq_len
     if saved_seq_len != seq_len:
         raise BadInput(
             f"train.seq_len: {seq_len} differs from the {saved_seq_len} of {where}, whose data order cannot go on; use "
             f"{saved_seq_len}, or {anew}."
         )
-    packing = config.data.packing
-    saved_packing = ledger.get("packing", "concat") if ledger is not None and config.data.train else packing
+    packing = config.packing
+    saved_packing = ledger.get("packing", "concat") if has_data else packing
     if saved_packing != packing:
         raise BadInput(
-            f"data.packing: {packing} differs from the {saved_packing} of {where}, whose data order cannot go on; use "
+            f"packing: {packing} differs from the {saved_packing} of {where}, whose data order cannot go on; use "
             f"{saved_packing}, or {anew}."
         )
+
+
+def _check_same_adapters(manifest: Manifest, config: Config, where: Path, other: str) -> None:
+    """Raise BadInput unless what the checkpoint holds, all weights or adapters, is what the run trains."""
+    saved, present = manifest.config.get("lora"), resolved_dict(config)["lora"]
+    if (saved is None) != (present is None):
+        there, here = ("all weights", "adapters") if saved is None else ("adapters (lora)", "all weights")
+        raise BadInput(
+            f"lora: {where} holds {there} and this run trains {here}; keep its lora section, or {other} (with "
+            f"checkpoint.init_from={where} from its weights)."
+        )
+    if saved is None or present is None:
+        return
+    compared = {name: present[name] for name in ("rank", "alpha", "use_rslora", "target_modules")}
+    differences = list(_differences("lora", saved, compared))
+    if differences:
+        raise BadInput(f"{where}: holds other adapters: {'; '.join(differences)}; use its lora section, or {other}.")
 
 
 def _differences(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:

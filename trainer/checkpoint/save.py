@@ -28,6 +28,7 @@ from configs.load import resolved_dict
 from configs.stages import Config
 from parallel.collectives import barrier, gather_objects
 from parallel.mesh import Mesh
+from trainer.checkpoint.base_weights import BaseWeights
 from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
 from trainer.checkpoint.manifest import Manifest, hash_file
 from trainer.checkpoint.parts import collect
@@ -66,12 +67,15 @@ class CheckpointWriter:
         mesh: Mesh,
         last_saved_step: int | None = None,
         on_published: Callable[[Path], None] | None = None,
+        base: BaseWeights | None = None,
     ) -> None:
         """Write under `run_dir`; `last_saved_step` is the step the run was resumed from, which is on disk already.
 
-        `on_published` is called on all ranks with each checkpoint once it is visible.
+        `on_published` is called on all ranks with each checkpoint once it is visible; `base` is what adapters belong
+        to, where they are what is saved.
         """
         self._on_published = on_published
+        self._base = base
         self._dir = checkpoints_dir(run_dir)
         self._config = config
         self._settings = config.checkpoint
@@ -211,6 +215,7 @@ class CheckpointWriter:
             "layout": mesh.sizes(),
             "config": resolved_dict(self._config),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
+            "base": self._base.as_dict() if self._base is not None else None,
         }
 
 

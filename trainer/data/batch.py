@@ -73,13 +73,13 @@ class Batch:
         documents = self.documents
         return replace(
             self,
-            tokens=_copy(self.tokens, device),
-            labels=_copy(self.labels, device),
-            position_ids=_copy(self.position_ids, device),
-            loss_mask=_copy(self.loss_mask, device),
-            documents=documents and replace(documents, cu_seqlens=_copy(documents.cu_seqlens, device)),
-            columns={name: _copy(column, device) for name, column in self.columns.items()},
-            sequences={name: _copy(values, device) for name, values in self.sequences.items()},
+            tokens=copy_to(self.tokens, device),
+            labels=copy_to(self.labels, device),
+            position_ids=copy_to(self.position_ids, device),
+            loss_mask=copy_to(self.loss_mask, device),
+            documents=documents and replace(documents, cu_seqlens=copy_to(documents.cu_seqlens, device)),
+            columns={name: copy_to(column, device) for name, column in self.columns.items()},
+            sequences={name: copy_to(values, device) for name, values in self.sequences.items()},
         )
 
 
@@ -116,6 +116,34 @@ def build_packed_batch(rows: NDArray[np.int64], sample_ids: tuple[int, ...]) -> 
     return Batch(tokens, labels.clamp(min=0), positions, loss_mask, documents, sample_ids=sample_ids)
 
 
+def with_sample_weights(batch: Batch) -> Batch:
+    """Return `batch` of packed documents with what weighs every document alike: two columns `[micro_batch, seq]`.
+
+    `weights`, fp32: one over the number of trained tokens of the token's document, 0 where the token is not trained.
+    `ends`, int32: 1 at the last trained token of each document, so that their sum counts documents on any split.
+    """
+    assert batch.documents is not None
+    trained = (batch.loss_mask > 0).flatten()
+    lengths = torch.tensor(batch.documents.bounds).diff()
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    counts = torch.zeros(len(lengths), dtype=torch.int64).index_add_(0, document, trained.long())
+    weights = torch.where(trained, 1 / counts.clamp(min=1)[document], 0.0)
+    places = torch.where(trained, torch.arange(trained.numel()), -1)
+    last = torch.full((len(lengths),), -1).scatter_reduce_(0, document, places, "amax")
+    ends = torch.zeros(trained.numel(), dtype=torch.int32)
+    ends[last[last >= 0]] = 1
+    shape = batch.tokens.shape
+    return replace(batch, columns={**batch.columns, "weights": weights.view(shape), "ends": ends.view(shape)})
+
+
+def with_document_lengths(batch: Batch) -> Batch:
+    """Return `batch` of packed documents with a column `lengths`, fp32: the tokens of each token's document."""
+    assert batch.documents is not None
+    lengths = torch.tensor(batch.documents.bounds).diff()
+    column = torch.repeat_interleave(lengths.float(), lengths).view(batch.tokens.shape)
+    return replace(batch, columns={**batch.columns, "lengths": column})
+
+
 def document_boundaries(tokens: Tensor, document_end_id: int) -> Tensor:
     """Compute where documents begin in `tokens` [micro_batch, seq] flattened, and its end: int64 [num_documents + 1].
 
@@ -149,13 +177,20 @@ def share_of(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
 
 def without_loss(batch: Batch, row: int) -> Batch:
     """Return `batch` with the loss of its rows from `row` on taken out and their sample numbers set to -1."""
-    loss_mask = batch.loss_mask.clone()
-    loss_mask[row:] = 0
+
+    def blank(column: Tensor) -> Tensor:
+        column = column.clone()
+        column[row:] = 0
+        return column
+
     padding = (-1,) * (len(batch.sample_ids) - row)
-    return replace(batch, loss_mask=loss_mask, sample_ids=batch.sample_ids[:row] + padding)
+    columns = {name: blank(column) for name, column in batch.columns.items()}
+    sample_ids = batch.sample_ids[:row] + padding
+    return replace(batch, loss_mask=blank(batch.loss_mask), columns=columns, sample_ids=sample_ids)
 
 
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to `device` through pinned memory, without waiting, when it is not where it is."""
     if tensor.device.type == device.type:
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned

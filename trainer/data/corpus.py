@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from configs.errors import BadInput
-from configs.plan.derive import consumed_samples_after, global_batch_size_at
+from configs.plan.derive import consumed_samples_after, global_batch_size_at, steps_of_samples
+from configs.sections.data import DataConfig
 from configs.stages import Config
 from trainer.data.blend import Blend, open_blend
 from trainer.data.dataset_files import DatasetMeta
 from trainer.data.indexed import TokenDataset, check_tokenizer, check_vocab_size
-from trainer.data.reader import BatchReader, ValidationReader
+from trainer.data.reader import BatchReader, Finish, ValidationReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -22,13 +24,19 @@ class Corpus:
     """Everything `data` names, open and checked."""
 
     config: Config
+    """With as many steps as `train.num_epochs` are, where that is given."""
+    data: DataConfig
+    """What is read: the config's own, or what was made of its conversations."""
     tokenizer: Tokenizer | None
     blend: Blend | None
     validation: dict[str, TokenDataset]
     """Validation sources by the name they are logged under."""
 
-    def build_reader(self, *, dp_rank: int, dp_size: int) -> BatchReader | None:
-        """Return the training reader of one data-parallel rank, or None where no training data is named."""
+    def build_reader(self, *, dp_rank: int, dp_size: int, finish: Finish | None = None) -> BatchReader | None:
+        """Return the training reader of one data-parallel rank, or None where no training data is named.
+
+        `finish` adds to every microbatch what a stage needs beside.
+        """
         if self.blend is None:
             return None
         return BatchReader(
@@ -38,8 +46,9 @@ class Corpus:
             dp_size=dp_size,
             global_batch_size_at=partial(global_batch_size_at, self.config.train),
             vocab_size=self.config.model.vocab_size,
-            document_end_id=_mask_end(self.config, self.blend.sources[0].dataset, self.tokenizer),
-            prefetch_steps=self.config.data.prefetch_steps,
+            document_end_id=_mask_end(self.data, self.blend.sources[0].dataset, self.tokenizer),
+            prefetch_steps=self.data.prefetch_steps,
+            finish=finish,
         )
 
     def describe_order(self) -> list[str]:
@@ -48,7 +57,9 @@ class Corpus:
         num_samples = consumed_samples_after(train, train.num_steps)
         return list(self.blend.describe_order(num_samples)) if self.blend is not None else []
 
-    def build_validation_readers(self, *, dp_rank: int, dp_size: int) -> dict[str, ValidationReader]:
+    def build_validation_readers(
+        self, *, dp_rank: int, dp_size: int, finish: Finish | None = None
+    ) -> dict[str, ValidationReader]:
         """Return one reader per validation source for one data-parallel rank."""
         train = self.config.train
         return {
@@ -60,16 +71,20 @@ class Corpus:
                 dp_rank=dp_rank,
                 dp_size=dp_size,
                 vocab_size=self.config.model.vocab_size,
-                document_end_id=_mask_end(self.config, dataset, self.tokenizer),
-                packing=self.config.data.packing,
+                document_end_id=_mask_end(self.data, dataset, self.tokenizer),
+                packing=self.data.packing,
+                finish=finish,
             )
             for name, dataset in self.validation.items()
         }
 
 
-def open_corpus(config: Config) -> Corpus:
-    """Open and check all data of the config. Raises BadInput naming the field or file; writes nothing."""
-    data = config.data
+def open_corpus(config: Config, data: DataConfig | None = None) -> Corpus:
+    """Open and check all data of the config, or `data` in its place. Raises BadInput naming the field or file.
+
+    Writes nothing.
+    """
+    data = data or config.data
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer is not None else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise BadInput(
@@ -85,18 +100,28 @@ def open_corpus(config: Config) -> Corpus:
         check_vocab_size(dataset, config.model.vocab_size)
         if tokenizer is not None:
             check_tokenizer(dataset, tokenizer)
-        _mask_end(config, dataset, tokenizer)
+        _mask_end(data, dataset, tokenizer)
     trained_on = [source.dataset for source in blend.sources] if blend else []
     if data.document_mask and data.packing == "concat":
         _check_one_document_end(trained_on, tokenizer)
     if tokenizer is not None and trained_on and trained_on[0].meta is not None:
         tokenizer = _as_in_data(tokenizer, trained_on[0].meta)
-    return Corpus(config, tokenizer, blend, validation)
+    return Corpus(_with_steps_of_epochs(config, blend), data, tokenizer, blend, validation)
 
 
-def _mask_end(config: Config, dataset: TokenDataset, tokenizer: Tokenizer | None) -> int | None:
+def _with_steps_of_epochs(config: Config, blend: Blend | None) -> Config:
+    """Return the config with the steps in which `train.num_epochs` times the samples of all sources are drawn."""
+    train = config.train
+    if train.num_epochs is None or blend is None:
+        return config
+    num_samples = math.ceil(train.num_epochs * sum(source.num_samples for source in blend.sources))
+    num_steps = steps_of_samples(train, num_samples)
+    return config.model_copy(update={"train": train.model_copy(update={"num_steps": num_steps})})
+
+
+def _mask_end(data: DataConfig, dataset: TokenDataset, tokenizer: Tokenizer | None) -> int | None:
     """Return the token by which document masks find the ends of documents, None where nothing asks for it."""
-    is_searched = config.data.document_mask and config.data.packing == "concat"  # packed rows know their bounds
+    is_searched = data.document_mask and data.packing == "concat"  # packed rows know their bounds
     return find_document_end(dataset, tokenizer) if is_searched else None
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from configs.errors import BadInput
 from trainer.data.index_file import COPY_OR_MAKE_AGAIN, MAKE_AGAIN, IndexHeader, read_header
 
+MASK_SUFFIX = ".mask"
+"""Of the file with a byte for each token that is 1 where the token is trained."""
+
 
 @dataclass(frozen=True)
 class DatasetMeta:
@@ -32,6 +35,7 @@ class DatasetMeta:
     eod_token: str | None = None  # None: made before it was written down
     bos_id: int | None = None  # what every document begins with, if anything
     num_missing_documents: int = 0  # records without text, left out
+    mask_sha256: str | None = None  # of `<prefix>.mask`, a byte a token: is it trained? None: there is none, all are
 
     def write(self, file: Path) -> None:
         """Write as JSON, atomically."""
@@ -51,6 +55,12 @@ def check_sizes(prefix: str) -> IndexHeader:
             raise BadInput(f"data {file}: no such file; {MAKE_AGAIN} --out {prefix}")
     header = read_header(idx)
     check_size(data, header.num_tokens * header.itemsize)
+    meta = read_meta(prefix)
+    if meta is not None and meta.mask_sha256 is not None:
+        mask = Path(prefix + MASK_SUFFIX)
+        if not mask.is_file():
+            raise BadInput(f"data {mask}: no such file; {COPY_OR_MAKE_AGAIN}")
+        check_size(mask, header.num_tokens)
     if header.num_tokens == 0:
         raise BadInput(f"data {data}: it holds no tokens; {MAKE_AGAIN} from files with text")
     return header

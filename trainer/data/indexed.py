@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
-from trainer.data.dataset_files import check_size, check_sizes, read_meta
+from trainer.data.dataset_files import MASK_SUFFIX, check_size, check_sizes, read_meta
 from trainer.data.index_file import MAKE_AGAIN, Index, read_index
 from trainer.data.tokenizer import Tokenizer
 
@@ -35,6 +35,10 @@ class TokenDataset:
         self._dtype, self._itemsize = index.dtype, index.header.itemsize
         self._starts = index.starts
         self._content = memoryview(np.memmap(prefix + ".bin", dtype=np.uint8, mode="r"))
+        self._mask: NDArray[np.uint8] | None = None
+        if self.meta is not None and self.meta.mask_sha256 is not None:
+            self._mask = np.memmap(prefix + MASK_SUFFIX, dtype=np.uint8, mode="r")
+            self.identity += "/" + self.meta.mask_sha256
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.integer]:
         """Read `length` tokens of `document` from its token `start` on; [length], a view of the mapped file."""
@@ -45,6 +49,13 @@ class TokenDataset:
             raise BadInput(
                 f"data {self.prefix}: its .idx points outside its .bin at document {document} ({error}); {MAKE_AGAIN}"
             ) from error
+
+    def read_mask(self, document: int, start: int, length: int) -> NDArray[np.uint8] | None:
+        """Read which of `length` tokens of `document` from its token `start` on are trained, 1 or 0; None: all are."""
+        if self._mask is None:
+            return None
+        begin = int(self._starts[document]) // self._itemsize + start
+        return self._mask[begin : begin + length]
 
     def subset(self, documents: NDArray[np.int64], prefix: str, part: str) -> TokenDataset:
         """Return the dataset of these documents alone, told from the whole by name and by `part` of its identity.

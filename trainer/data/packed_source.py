@@ -5,6 +5,7 @@ Sample k of a source depends on (seed, data, seq_len, k) alone. Knows nothing of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from configs.errors import BadInput
 from trainer.data.indexed import TokenDataset
-from trainer.data.packing import pack_best_fit
+from trainer.data.packing import Packing, pack_best_fit, place_alone
 from trainer.data.permutation import permute
 from trainer.data.source import TokenSource
 
@@ -37,6 +38,7 @@ class PackedSource:
     """
 
     packing = "best_fit"
+    _pack: Callable[[NDArray[np.int64], int], Packing] = staticmethod(pack_best_fit)
 
     def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, field: str = "data.train") -> None:
         """Pack `dataset` into rows of `seq_len`.
@@ -48,7 +50,7 @@ class PackedSource:
         self.seed = seed
         num_predictions = self._num_predictions()
         rests = num_predictions % seq_len
-        self._plan = pack_best_fit(np.bincount(rests, minlength=seq_len), seq_len)
+        self._plan = self._pack(np.bincount(rests, minlength=seq_len), seq_len)
         self._split = np.flatnonzero(num_predictions >= seq_len)  # documents that fill rows of their own
         self._split_ends = np.cumsum(num_predictions[self._split] // seq_len, dtype=np.int64)
         num_full_rows = int(self._split_ends[-1]) if self._split.size else 0
@@ -109,6 +111,9 @@ class PackedSource:
         count = piece.shape[1]
         tokens = self.dataset.read(document, start, count + 1)
         piece[TOKENS], piece[LABELS] = tokens[:-1], tokens[1:]
+        trained = self.dataset.read_mask(document, start + 1, count)
+        if trained is not None:
+            piece[LABELS][trained == 0] = -1
         piece[POSITIONS] = np.arange(count)
 
     def _epoch(self, number: int) -> _Epoch:
@@ -132,5 +137,14 @@ class PackedSource:
         return np.maximum(self.dataset.lengths, 1) - np.int32(1)
 
 
-SOURCES: dict[str, type[TokenSource] | type[PackedSource]] = {"concat": TokenSource, "best_fit": PackedSource}
-"""By `data.packing`."""
+class PaddedSource(PackedSource):
+    """The same with every document in a row of its own, the rest of which is padding."""
+
+    packing = "padded"
+    _pack = staticmethod(place_alone)
+
+
+SOURCES: dict[str, type[TokenSource] | type[PackedSource]] = {
+    source.packing: source for source in (TokenSource, PackedSource, PaddedSource)
+}
+"""By `data.packing`, and what serves fine-tuning alone."""

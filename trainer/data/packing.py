@@ -55,6 +55,12 @@ def pack_best_fit(counts: NDArray[np.int64], row_len: int) -> Packing:
     return Packing(pieces, bounds)
 
 
+def place_alone(counts: NDArray[np.int64], row_len: int) -> Packing:
+    """Give each of `counts[n]` pieces of every length n, int64 [at most row_len + 1], a row of `row_len` of its own."""
+    num_pieces = int(counts[1 : row_len + 1].sum())
+    return Packing(np.arange(num_pieces, dtype=np.int32), np.arange(num_pieces + 1, dtype=np.int64))
+
+
 class _OpenRows:
     """Rows by the room they have left."""
 

@@ -18,6 +18,8 @@ from trainer.data.blend import Blend
 from trainer.data.indexed import TokenDataset
 from trainer.data.packed_source import POSITIONS, SOURCES
 
+Finish = Callable[[Batch], Batch]
+"""Adds to a microbatch what a stage needs beside."""
 _VALIDATION_SEED = 0  # the same validation samples whatever the seed of the run, so that runs can be compared
 
 
@@ -36,10 +38,12 @@ class BatchReader:
         vocab_size: int,
         document_end_id: int | None = None,
         prefetch_steps: int = 2,
+        finish: Finish | None = None,
     ) -> None:
         """Read `blend` for one rank; `global_batch_size_at` maps samples consumed to the size of the step that follows.
 
-        `document_end_id` switches document masks on (see `build_batch`); `prefetch_steps` bounds the read-ahead.
+        `document_end_id` switches document masks on (see `build_batch`); `prefetch_steps` bounds the read-ahead;
+        `finish` adds to every microbatch what a stage needs beside.
         """
         self._blend = blend
         self._micro_batch_size = micro_batch_size
@@ -49,6 +53,7 @@ class BatchReader:
         self._vocab_size = vocab_size
         self._document_end_id = document_end_id
         self._prefetch_steps = prefetch_steps
+        self._finish = finish
         self._state = blend.state_dict()  # after the last step handed out; the blend itself runs ahead
         self._ready: queue.Queue[tuple[list[Batch], dict[str, Any]] | BaseException] | None = None
         self._first: Any = None  # what `check` has taken out
@@ -138,7 +143,8 @@ class BatchReader:
         check_ids(read, self._vocab_size, f"data.train: a token of the samples {assignment.first_sample} to +{size}")
         ids = rows + assignment.first_sample
         return [
-            _build(own, tuple(id_row.tolist()), self._document_end_id) for own, id_row in zip(samples, ids, strict=True)
+            _build(own, tuple(id_row.tolist()), self._document_end_id, self._finish)
+            for own, id_row in zip(samples, ids, strict=True)
         ]
 
 
@@ -157,6 +163,7 @@ class ValidationReader:
         vocab_size: int,
         document_end_id: int | None = None,
         packing: str = "concat",
+        finish: Finish | None = None,
     ) -> None:
         """Read at most `num_samples` of `dataset`, fewer when it has fewer: none is read twice."""
         self.source = SOURCES[packing](dataset, seq_len, _VALIDATION_SEED, field="data.validation")
@@ -166,6 +173,7 @@ class ValidationReader:
         self._dp_size = dp_size
         self._vocab_size = vocab_size
         self._document_end_id = document_end_id
+        self._finish = finish
 
     @property
     def num_microbatches(self) -> int:
@@ -184,16 +192,20 @@ class ValidationReader:
             samples = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
             own = self.source.read(np.minimum(samples, self.num_samples - 1))
             check_ids(own, self._vocab_size, f"data.validation: a token of {self.source.dataset.prefix}")
-            batch = _build(own, tuple(samples.tolist()), self._document_end_id)
+            batch = _build(own, tuple(samples.tolist()), self._document_end_id, self._finish)
             kept = max(self.num_samples - first, 0)
             yield batch if kept >= self._micro_batch_size else without_loss(batch, kept)
 
 
-def _build(samples: np.ndarray, sample_ids: tuple[int, ...], document_end_id: int | None) -> Batch:
+def _build(
+    samples: np.ndarray, sample_ids: tuple[int, ...], document_end_id: int | None, finish: Finish | None
+) -> Batch:
     """Build the batch of windows `[micro_batch, seq + 1]` or of packed rows `[micro_batch, 3, seq]`."""
     if samples.ndim == 3:
-        return build_packed_batch(samples, sample_ids)
-    return build_batch(samples, sample_ids, document_end_id)
+        batch = build_packed_batch(samples, sample_ids)
+    else:
+        batch = build_batch(samples, sample_ids, document_end_id)
+    return batch if finish is None else finish(batch)
 
 
 def check_ids(samples: np.ndarray, vocab_size: int, what: str) -> None:

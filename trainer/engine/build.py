@@ -17,6 +17,7 @@ from trainer.engine.kernels import replace_kernels
 from trainer.engine.sharded_model import ShardedModel
 from trainer.model.build import build_model_chunks
 from trainer.model.fp8.attach import Fp8State, attach_fp8
+from trainer.model.lora.attach import attach_lora
 from trainer.optim.update import build_optimizer
 
 POLICY = "policy"
@@ -28,7 +29,7 @@ class ModelPlan:
     """One model of a stage, on the run's mesh."""
 
     config: Config
-    """Its architecture and number formats; the layout is the run's."""
+    """Its architecture and number formats, and the adapters of a trained one; the layout is the run's."""
     is_trained: bool
     start: str | None = None
     """Where the weights come from: a checkpoint, a run directory, or a Hugging Face model. The policy's start is the
@@ -61,8 +62,11 @@ def _build(config: Config, mesh: Mesh, *, is_trained: bool) -> ShardedModel:
         for chunk in chunks:
             chunk.requires_grad_(False)
         return ShardedModel(config, mesh, chunks, fp8)
+    adapter = None
+    if config.lora is not None:  # before the replicas, which hold gradients of what is trained alone
+        adapter = attach_lora(chunks, config.lora, config.model, mesh, config.run.seed)
     replicas = replicate(chunks, config, is_overlapping=mesh.platform.overlaps_communication)
-    return Engine(config, mesh, replicas, build_optimizer(config, replicas, mesh.platform), fp8)
+    return Engine(config, mesh, replicas, build_optimizer(config, replicas, mesh.platform), fp8, adapter)
 
 
 def _attach_fp8(config: Config, mesh: Mesh, chunks: list[Any]) -> Fp8State | None:

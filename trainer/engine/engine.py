@@ -9,6 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.state import StepResult
 from trainer.engine.sums import BatchSums, add_up, count_ahead
 from trainer.model.fp8.attach import Fp8State
+from trainer.model.lora.adapter import Adapter
 from trainer.model.router_biases import RouterBiases
 from trainer.model.router_losses import read_router_losses, router_loss_names, scale_router_losses
 from trainer.optim.update import UpdateResult, set_rates, update_weights
@@ -37,9 +39,15 @@ class Engine(ShardedModel):
     """One sharded model with its optimizer; every stage of training runs on it."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, replicas: list[Any], optimizer: Any, fp8: Fp8State | None = None
+        self,
+        config: Config,
+        mesh: Mesh,
+        replicas: list[Any],
+        optimizer: Any,
+        fp8: Fp8State | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        super().__init__(config, mesh, replicas, fp8)
+        super().__init__(config, mesh, replicas, fp8, adapter)
         self.optimizer = optimizer
         self._report = MicrobatchReport()
         self._connect()
@@ -126,6 +134,13 @@ class Engine(ShardedModel):
     def finish_parameter_gather(self) -> None:
         """Wait until every rank holds the updated weights; needed before anything but a forward pass reads them."""
         gather_parameters(self.modules)
+
+    @contextmanager
+    def merged_adapter(self) -> Iterator[None]:
+        """Compute with merged weights within the context; every rank has the updated adapters first."""
+        self.finish_parameter_gather()
+        with super().merged_adapter():
+            yield
 
     def weights_loaded(self) -> None:
         """Let what was made from the weights be made anew, the optimizer's main copy too."""

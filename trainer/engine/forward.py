@@ -7,18 +7,23 @@ from typing import Any
 import torch
 
 from trainer.data.batch import Batch
+from trainer.model.attention.cache import CachedTokens
 from trainer.model.attention.documents import PackedDocuments
+from trainer.model.chosen_logits import compute_chosen_logits
 from trainer.model.output_loss import compute_token_losses, compute_token_scores
 from trainer.model.token_scores import Scoring, TokenScores
 
 
-def forward_language_model(model: Any, batch: Batch) -> torch.Tensor:
+def forward_language_model(model: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """Return per-token losses `[batch, seq]` in nats from the last chunk, hidden states from the others.
+
+    `label_smoothing` is the share of the target that all ids have alike (`trainer.model.output_loss`).
 
     With document boundaries the rows are laid end to end (`[1, batch * seq]`) and each document is attended alone,
     with its own positions.
     """
-    output = _forward(model, batch, output_processor=compute_token_losses)
+    smoothing = {"output_processor_context": label_smoothing} if label_smoothing else {}
+    output = _forward(model, batch, output_processor=compute_token_losses, **smoothing)
     return output.view_as(batch.labels) if output.dim() == batch.labels.dim() else output
 
 
@@ -32,6 +37,19 @@ def score_language_model(
     asked = Scoring(temperature, entropy, is_greedy)
     output = _forward(model, batch, output_processor=compute_token_scores, output_processor_context=asked)
     return output.map(lambda one: one.view_as(batch.labels)) if isinstance(output, TokenScores) else output
+
+
+def forward_cached(model: Any, tokens: CachedTokens) -> torch.Tensor:
+    """Return the logits `[wanted, vocab/tp]` of the tokens that are wanted, hidden states from chunks but the last."""
+    wanted = slice(0, len(tokens.slots or ())) if tokens.wanted is None else tokens.wanted
+    return model(
+        tokens.ids[None],
+        tokens.positions[None],
+        None,
+        packed_seq_params=tokens,
+        output_processor=compute_chosen_logits,
+        output_processor_context=wanted,
+    )
 
 
 def _forward(model: Any, batch: Batch, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,23 +19,37 @@ from parallel.collectives import any_rank, from_last_pp_stage, gather_over_cp, g
 from parallel.mesh import Mesh
 from parallel.schedule import run_schedule
 from trainer.data.batch import Batch, share_of
+from trainer.engine.forward import forward_cached
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
-from trainer.engine.sharded_state import build_model_state
+from trainer.engine.sharded_state import build_adapter_state, build_model_state, load_model_state
+from trainer.model.attention.cache import CachedTokens
 from trainer.model.dynamic_rope import rotated_at
 from trainer.model.fp8.attach import Fp8State
+from trainer.model.lora.adapter import Adapter
 from trainer.model.token_scores import TokenScores
 
 
 class ShardedModel:
     """The model chunks of this rank and what they compute."""
 
-    def __init__(self, config: Config, mesh: Mesh, modules: list[Any], fp8: Fp8State | None = None) -> None:
-        """`modules` are what the schedule runs, one a virtual pipeline stage: bare chunks, or their replicas."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        modules: list[Any],
+        fp8: Fp8State | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """`modules` are what the schedule runs, one a virtual pipeline stage: bare chunks, or their replicas.
+
+        With an `adapter` the model's own weights are frozen, and what is saved and resumed are the adapters alone.
+        """
         self.config = config
         self.mesh = mesh
         self.modules = modules
         self.fp8 = fp8
+        self.adapter = adapter
 
     @property
     def chunks(self) -> list[Any]:
@@ -97,24 +112,70 @@ class ShardedModel:
             logits = logits[:, :seq_len, :vocab_size].contiguous()
         return from_last_pp_stage(logits, self.mesh)
 
+    @torch.no_grad()
+    def compute_next_logits(self, microbatches: Sequence[CachedTokens]) -> torch.Tensor | None:
+        """Return the logits `[wanted, vocab/tp]` after the tokens of equally long microbatches, which the cache keeps.
+
+        On the last pipeline stage, of all microbatches together and as they are, padding of the vocabulary included;
+        elsewhere None. Collective within a replica; where experts lie on several ranks, on all of these.
+        """
+        self._set_training(False)
+
+        def forward_step(remaining: Iterator[CachedTokens], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            return forward_cached(model, next(remaining)), _hand_over
+
+        outputs = run_schedule(
+            forward_step,
+            microbatches,
+            self.modules,
+            seq_len=len(microbatches[0].ids),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_outputs=True,
+        )
+        return torch.cat(outputs) if outputs else None
+
+    def finish_parameter_gather(self) -> None:
+        """Wait until every rank holds the same weights, which models that are not trained always do."""
+
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
-        """Return weights and FP8 history to save, or, given what a checkpoint holds, to load of it."""
+        """Return weights (with an adapter, its own) and FP8 history to save, or, given a checkpoint's, to load."""
         history = None if self.fp8 is None else self.fp8.history
         if saved is None:
             fp8 = build_history_state(history, self.mesh)
         else:
             fp8 = request_history_state(history, self.mesh, saved)
+        if self.adapter is not None:
+            return build_adapter_state(self.adapter, self.mesh) | {"fp8": fp8}
         return build_model_state(self.chunks, self.mesh) | {"fp8": fp8}
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Put in place what was asked for by `sharded_state`."""
-        self.load_weights(loaded)
+        if self.adapter is None:
+            self.load_weights(loaded)
+        else:
+            self.adapter.load([loaded[f"model{index}"] for index in range(len(self.chunks))])
         load_history(None if self.fp8 is None else self.fp8.history, loaded.get("fp8", {}))
 
     def load_weights(self, loaded: dict[str, Any]) -> None:
-        """Put the weights of every chunk in place."""
-        for index, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(loaded[f"model{index}"])
+        """Put the weights of every chunk in place; an adapter stays as it is."""
+        load_model_state(self.chunks, loaded)
+        if self.fp8 is not None:
+            self.fp8.weights_changed()
+
+    @contextmanager
+    def merged_adapter(self) -> Iterator[None]:
+        """Compute with merged weights within the context, as for generation; nothing is trained meanwhile.
+
+        Without an adapter nothing happens.
+        """
+        if self.adapter is None:
+            yield
+            return
+        with self.adapter.merged():
+            if self.fp8 is not None:
+                self.fp8.weights_changed()
+            yield
         if self.fp8 is not None:
             self.fp8.weights_changed()
 

@@ -1,20 +1,69 @@
-"""Weights and random generators as the shards that Megatron-Core's `dist_checkpointing` moves by layout."""
+"""Weights, adapters and random generators as the shards that Megatron-Core's `dist_checkpointing` moves by layout."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from parallel.mesh import Mesh
 from parallel.seeding import get_rng_state, set_rng_state
 from trainer.engine.parts import SavedState
+from trainer.model.lora.adapter import ADAPTERS, Adapter
+from trainer.model.lora.linear import LoraLinear
 
 
 def build_model_state(chunks: list[Any], mesh: Mesh) -> dict[str, Any]:
-    """Return the sharded weights of this rank's model chunks, by `model<chunk>`."""
+    """Return the sharded weights of this rank's model chunks, without adapters, by `model<chunk>`."""
     metadata = _metadata(mesh)
-    return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
+    return {
+        f"model{index}": {
+            name: shard
+            for name, shard in chunk.sharded_state_dict(metadata=metadata).items()
+            if not name.startswith(ADAPTERS)
+        }
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def load_model_state(chunks: list[Any], loaded: dict[str, Any]) -> None:
+    """Put the weights that `build_model_state` asked for in place; adapters stay as they are."""
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        missing = [name for name in missing if not name.startswith(ADAPTERS)]
+        if missing or unexpected:
+            raise KeyError(f"chunk {index} of the model lacks {missing} and does not know {unexpected}")
+
+
+def build_adapter_state(adapter: Adapter, mesh: Mesh) -> dict[str, Any]:
+    """Return the sharded adapters of this rank, by `model<chunk>` and the parameter's name in the chunk.
+
+    Their keys are `lora.<linear>.a` and `.b`, where experts lie along an axis in front.
+    """
+    return {
+        f"model{index}": {
+            name: _shard_adapter(module, matrix, mesh) for name, (module, matrix) in adapter.matrices(index).items()
+        }
+        for index in range(len(adapter.of_chunks))
+    }
+
+
+def _shard_adapter(module: LoraLinear, matrix: str, mesh: Mesh) -> ShardedTensor:
+    site, group = module.site, module.group
+    key, offsets, dp_group = f"{ADAPTERS}{site.path}.{matrix}", [], mesh.dp_cp_group
+    if site.expert is not None:
+        num_experts, dp_group = module.adapted.linear.num_experts, mesh.expert_dp_group
+        assert num_experts is not None
+        key = key.replace(f".experts.{site.expert}.", ".experts.")
+        offsets.append((0, site.expert, num_experts))
+    dim, in_front = module.split_dims[matrix], len(offsets)
+    if dim is not None and group.size() > 1:
+        offsets.append((in_front + dim, group.rank(), group.size()))
+    replica = (0, 0 if dim is not None else group.rank(), dist.get_rank(dp_group))
+    return ShardedTensor.from_rank_offsets(
+        key, getattr(module, matrix), *offsets, replica_id=replica, prepend_axis_num=in_front
+    )
 
 
 class RandomGenerators:

@@ -61,6 +61,10 @@ class TrainState:
     num_nonfinite_in_a_row: int = 0
     num_empty_steps: int = 0
     """Steps of which nothing counted; they are among the skipped ones."""
+    lowest_validation_loss: float | None = None
+    """Of the validations since the first step, the mean over sources in nats."""
+    num_stale_validations: int = 0
+    """Validations in a row, up to the last one, that were no lower than the lowest before."""
 
     def after(self, result: StepResult) -> TrainState:
         """Return the state after one more step."""
@@ -77,6 +81,12 @@ class TrainState:
             num_nonfinite_in_a_row=num_in_a_row,
             num_empty_steps=self.num_empty_steps + result.is_empty,
         )
+
+    def after_validation(self, loss: float) -> TrainState:
+        """Return the state after a validation with this mean loss; one that is NaN is no lower than any."""
+        if self.lowest_validation_loss is None or loss < self.lowest_validation_loss:
+            return replace(self, lowest_validation_loss=loss, num_stale_validations=0)
+        return replace(self, num_stale_validations=self.num_stale_validations + 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""

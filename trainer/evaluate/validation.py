@@ -28,14 +28,16 @@ class Evaluator:
     def evaluate(self, engine: Engine, objective: Objective) -> dict[str, float]:
         """Return `validation_loss/<source>` in nats and `validation_perplexity/<source>` for each source.
 
+        And what else the objective takes means of, as `validation_<name>/<source>`.
         Collective: all ranks of the world must call this.
         """
         values = {}
         for name, reader in self._readers.items():
             batches = fill_pipeline(list(reader.batches()), engine.mesh.pp_size if engine.mesh.vpp_size > 1 else 1)
-            loss = engine.sum_losses(batches, objective).mean
-            values[VALIDATION_LOSS + name] = loss
+            sums = engine.sum_losses(batches, objective)
+            loss = values[VALIDATION_LOSS + name] = sums.mean
             values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
+            values |= {f"validation_{figure}/{name}": value for figure, value in sums.means.items()}
         return values
 
 

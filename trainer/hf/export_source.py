@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import BadInput
+from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from parallel.collectives import gather_objects
+from trainer.checkpoint.base_weights import BaseWeights, recorded_base
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.checkpoint.manifest import find_damage, read_manifest
+from trainer.checkpoint.tensors import CheckpointTensors
+from trainer.hf.adapters import HfTensors, MergedTensors, StoredAdapters, TensorStore
 from trainer.hf.companions import carried_folder
-from trainer.hf.exporting import ExportSource
 from trainer.hf.megatron_lm import find_megatron_checkpoint, read_megatron_model
+from trainer.hf.rules import Rule
+from trainer.hf.source import HfModel
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What is exported: a checkpoint of ours, or one that Megatron-LM wrote."""
+
+    checkpoint: Path
+    model: ModelConfig
+    carried: Path | None = None
+    """Folder with the `config.json` and companions of the model that the run began from."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer that the run used."""
+    lora: LoraConfig | None = None
+    """Of a checkpoint that holds adapters alone."""
+    base: BaseWeights | None = None
+    """The weights that they belong to."""
 
 
 def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSource:
@@ -35,5 +58,32 @@ def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSourc
     problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
     if problems:
         raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted, export another one.")
-    model, tokenizer = ModelConfig.model_validate(manifest.config["model"]), manifest.config["data"]["tokenizer"]
-    return ExportSource(checkpoint, model, carried_folder(checkpoint.parent.parent), tokenizer)
+    return describe_source(checkpoint)
+
+
+def describe_source(checkpoint: Path) -> ExportSource:
+    """Return a checkpoint of ours as what is exported, with the base of one that holds adapters. Raises BadInput."""
+    manifest = read_manifest(checkpoint)
+    config, lora = manifest.config, manifest.config.get("lora")
+    return ExportSource(
+        checkpoint,
+        ModelConfig.model_validate(config["model"]),
+        carried_folder(checkpoint.parent.parent),
+        config["data"]["tokenizer"],
+        lora=None if lora is None else LoraConfig.model_validate(lora),
+        base=recorded_base(manifest.base, checkpoint),
+    )
+
+
+def open_tensors(source: ExportSource, rules: Sequence[Rule]) -> TensorStore:
+    """Return the whole model's tensors by their names in the engine, adapters merged into their base's."""
+    stored = CheckpointTensors(source.checkpoint)
+    if source.lora is None or source.base is None:
+        return stored
+    base: TensorStore
+    if source.base.is_checkpoint:
+        base = open_tensors(describe_source(Path(source.base.path)), rules)
+    else:
+        base = HfTensors(HfModel(source.base.path, source.model))
+    by_name = {rule.megatron.name: rule for rule in rules}
+    return MergedTensors(base, StoredAdapters(stored, source.model, source.lora), by_name)

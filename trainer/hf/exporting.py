@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs.errors import BadInput
-from configs.sections.model import ModelConfig
 from parallel.collectives import gather_objects
-from trainer.checkpoint.tensors import CheckpointTensors
 from trainer.disk.growing import growing_directory
+from trainer.hf.adapters import TensorStore
 from trainer.hf.companions import carried_config, drop_missing_code, set_token_limit, token_ids, write_companions
 from trainer.hf.config_json import find_family, has_other_context, write_model
+from trainer.hf.export_source import ExportSource, open_tensors
 from trainer.hf.importing import ConversionReport, count_non_finite, share
 from trainer.hf.rules import Rule
 from trainer.hf.safetensors_files import OutputTensor, plan_files, write_file, write_index
@@ -25,18 +24,6 @@ from trainer.hf.tensors import model_rules
 
 MAX_FILE_BYTES = 5 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class ExportSource:
-    """What is exported: a checkpoint of ours, or one that Megatron-LM wrote."""
-
-    checkpoint: Path
-    model: ModelConfig
-    carried: Path | None = None
-    """Folder with the `config.json` and companions of the model that the run began from."""
-    tokenizer: str | None = None
-    """Directory of the tokenizer that the run used."""
 
 
 def export_checkpoint(
@@ -55,8 +42,8 @@ def export_checkpoint(
     """
     started = time.perf_counter()
     config = write_model(source.model, carried_config(source.carried))
-    stored = CheckpointTensors(source.checkpoint)
-    parts = _Parts(stored, list(model_rules(source.model, find_family(config, "config.json").names)), dtype)
+    rules = list(model_rules(source.model, find_family(config, "config.json").names))
+    parts = _Parts(open_tensors(source, rules), rules, dtype)
     files = plan_files(parts.outputs, max_file_bytes)
     mine = share([sum(tensor.num_bytes for tensor in group) for group in files.values()], rank, world_size)
     with growing_directory(target, rank=rank) as growing:
@@ -80,7 +67,7 @@ def export_checkpoint(
 class _Parts:
     """The Hugging Face tensors of a checkpoint, made when their turn comes."""
 
-    def __init__(self, stored: CheckpointTensors, rules: list[Rule], dtype: torch.dtype | None) -> None:
+    def __init__(self, stored: TensorStore, rules: list[Rule], dtype: torch.dtype | None) -> None:
         self._stored = stored
         self._places: dict[str, tuple[Rule, int]] = {}
         self._last: tuple[str, list[torch.Tensor]] | None = None
@@ -137,7 +124,7 @@ def _write_rest(growing: Path, source: ExportSource, config: dict[str, Any], dty
     return notes + drop_missing_code(growing)
 
 
-def _check_stored(stored: CheckpointTensors, rule: Rule) -> None:
+def _check_stored(stored: TensorStore, rule: Rule) -> None:
     """Raise BadInput unless the checkpoint holds the tensor; a vocabulary may be padded further than we would."""
     name, shape = rule.megatron.name, stored.shape(rule.megatron.name)
     if shape is None:

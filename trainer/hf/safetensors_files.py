@@ -54,6 +54,20 @@ class StoredTensor(_Sized):
     shape: tuple[int, ...]
 
 
+class SafetensorsFile:
+    """The tensors of one safetensors file."""
+
+    def __init__(self, file: Path) -> None:
+        """Read the header. Raises BadInput for a missing, truncated or malformed file."""
+        if not file.is_file():
+            raise BadInput(f"{file}: missing; give a directory that holds it.")
+        self.tensors = dict(_read_header(file))
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor in memory of its own. Raises KeyError if there is none of that name."""
+        return _read_tensor(self.tensors[name], name)
+
+
 class SafetensorsDirectory:
     """The tensors of all safetensors files of a model directory."""
 
@@ -70,13 +84,7 @@ class SafetensorsDirectory:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in memory of its own. Raises KeyError if there is none of that name."""
-        stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        with open(stored.file, "rb") as file:
-            file.seek(stored.offset)
-            if tensor.numel() and file.readinto(_bytes_of(tensor)) != stored.num_bytes:
-                raise BadInput(f"{stored.file}: ends within {name}; download it again.")
-        return tensor
+        return _read_tensor(self.tensors[name], name)
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,15 @@ def write_index(directory: Path, files: dict[str, list[OutputTensor]]) -> None:
         "weight_map": {tensor.name: file for file, group in files.items() for tensor in group},
     }
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_tensor(stored: StoredTensor, name: str) -> torch.Tensor:
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    with open(stored.file, "rb") as file:
+        file.seek(stored.offset)
+        if tensor.numel() and file.readinto(_bytes_of(tensor)) != stored.num_bytes:
+            raise BadInput(f"{stored.file}: ends within {name}; download it again.")
+    return tensor
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

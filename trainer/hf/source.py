@@ -58,6 +58,11 @@ class HfModel:
         stored = max(self._files.tensors.values(), key=lambda tensor: tensor.num_bytes).dtype
         return self._full_format if stored in _FP8 else stored
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the number format in which the engine's tensor of that name is read."""
+        stored = self._files.tensors[self.rules[name].hf[0].name].dtype
+        return self._full_format if stored in _FP8 else stored
+
     def num_bytes(self, rule: Rule) -> int:
         """Return the bytes of all Hugging Face tensors of a rule."""
         return sum(self._files.tensors[part.name].num_bytes for part in rule.hf)

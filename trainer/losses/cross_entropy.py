@@ -7,12 +7,15 @@ import torch
 from trainer.losses.loss import Loss
 
 
-def compute_cross_entropy(token_losses: torch.Tensor, loss_mask: torch.Tensor) -> Loss:
-    """Sum the per-token negative log-likelihoods in nats where the mask is 1; both `[batch, seq]`.
+def compute_cross_entropy(
+    token_losses: torch.Tensor, loss_mask: torch.Tensor, weights: torch.Tensor | None = None
+) -> Loss:
+    """Sum the per-token negative log-likelihoods in nats where the mask is 1, times `weights`; all `[batch, seq]`.
 
     Masked positions count for nothing even where their loss is not finite.
     """
-    return Loss(torch.where(loss_mask > 0, token_losses.float(), 0.0).sum())
+    losses = token_losses.float() if weights is None else token_losses.float() * weights
+    return Loss(torch.where(loss_mask > 0, losses, 0.0).sum())
 
 
 def count_tokens(loss_mask: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from trainer.model.config import build_transformer_config
 from trainer.model.dynamic_rope import DynamicRotaryEmbedding, rotate_by_document
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
-from trainer.model.rotate import rotate_by_position
+from trainer.model.rotate import TokenAngles, rotate_by_position
 
 
 def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTModel]:
@@ -37,7 +37,7 @@ def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTM
     transformer = build_transformer_config(config, mesh, use_te=use_te)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
     # Without Transformer Engine's rotation documents need ours, which gives its attention no boundaries.
-    has_own_rotation = config.data.document_mask and not transformer.apply_rope_fusion
+    has_own_rotation = config.has_document_mask and not transformer.apply_rope_fusion
     attention = None
     if not uses_te_attention(config, use_te=use_te) or has_own_rotation:
         attention = CORE_ATTENTIONS[mesh.platform.attention_kernels(config.precision.compute)]
@@ -137,19 +137,27 @@ def _set_rotary_frequencies(chunk: GPTModel, model: ModelConfig, device: torch.d
     on all of it but `truncate`.
     """
     if model.mla is None:
-        head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-        embeddings = [chunk.rotary_pos_emb]
+        head_dim, embedding = model.head_dim or model.hidden_size // model.num_attention_heads, chunk.rotary_pos_emb
     else:
-        head_dim = model.mla.qk_rope_head_dim
-        embeddings = [layer.self_attention.rotary_pos_emb for layer in chunk.decoder.layers]
+        head_dim, embedding = model.mla.qk_rope_head_dim, _share_embedding(chunk)
     if model.rope.scaling == "dynamic":
-        chunk.rotary_pos_emb = DynamicRotaryEmbedding(model.rope, head_dim, chunk.rotary_pos_emb, device)
+        chunk.rotary_pos_emb = DynamicRotaryEmbedding(model.rope, head_dim, embedding, device)
         return
-    for embedding in embeddings:
-        if model.rope.scaling == "yarn":
-            embedding.correction_range_round_to_int = model.rope.truncate
-            continue
+    chunk.token_angles = TokenAngles(embedding)
+    if embedding is None:  # a pipeline stage without layers
+        return
+    if model.rope.scaling == "yarn":
+        embedding.correction_range_round_to_int = model.rope.truncate
+    else:
         embedding.inv_freq = compute_inverse_frequencies(model.rope, head_dim).to(device)
+
+
+def _share_embedding(chunk: GPTModel) -> Any:
+    """Return the rotary embedding of latent attention, now one for all layers; Megatron-Core gives each its own."""
+    layers = [layer.self_attention for layer in chunk.decoder.layers]
+    for layer in layers:
+        layer.rotary_pos_emb = layers[0].rotary_pos_emb
+    return layers[0].rotary_pos_emb if layers else None
 
 
 def _normalise_latent_alone(chunk: GPTModel, mla: MlaConfig) -> None:
@@ -214,6 +222,7 @@ def _hide_vocabulary_padding(chunk: GPTModel, model: ModelConfig, mesh: Mesh) ->
     """Give padded ids no probability, so that loss, sampling and gradients do not depend on the padding."""
     if not chunk.post_process:
         return
+    chunk.output_layer.num_real_ids = model.vocab_size
     shard_size = padded_vocab_size(model) // mesh.tp_size
     num_real = model.vocab_size - mesh.tp_rank * shard_size
     if num_real >= shard_size:

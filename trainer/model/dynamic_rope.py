@@ -17,6 +17,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 from configs.sections.model import RopeConfig
 from parallel.sequence_split import segments_of
+from trainer.model.attention.cache import CachedTokens
 from trainer.model.attention.documents import PackedDocuments
 from trainer.model.rope import compute_dynamic_frequencies
 from trainer.model.rotate import angles_of_this_rank
@@ -51,9 +52,17 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
         return torch.outer(positions, compute_dynamic_frequencies(self._rope, self._head_dim, length)[0])
 
     def see_documents(self, positions: torch.Tensor, packed: PackedDocuments | None) -> None:
-        """Take the next pass's `positions [total]` of this rank in their documents, or None for rows alone."""
+        """Take the next pass's `positions [total]` of this rank in their documents, or None for rows alone.
+
+        In generation a token is rotated by the length that its row has when it comes, as transformers does it: keys
+        that are in the cache keep their angles, which a forward pass over the whole text would not give them.
+        """
         self._of_tokens = None
         if packed is None:
+            return
+        if isinstance(packed, CachedTokens):
+            frequencies = compute_dynamic_frequencies(self._rope, self._head_dim, packed.lengths)
+            self._of_tokens = positions, frequencies
             return
         lengths = packed.cu_seqlens_q.diff()  # [num_documents]
         frequencies = compute_dynamic_frequencies(self._rope, self._head_dim, lengths)
@@ -70,14 +79,14 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
 def rotate_by_document(chunk: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Show the packed documents to the embedding: what `rotate_by_position` is elsewhere.
 
-    There is an angle for each token then, which `rotate_documents` finds by the token's place.
+    There is an angle for each token then, and `rotate_documents` needs no positions.
     """
     packed, positions = options.get("packed_seq_params"), args[1].flatten()
     chunk.rotary_pos_emb.see_documents(positions, packed)  # type: ignore[union-attr,operator]
     if packed is None:
         return None
-    places = torch.arange(len(positions), device=positions.device)
-    packed = replace(packed, cu_seqlens_q_padded=places, cu_seqlens_kv_padded=places)
+    none = positions[:0]
+    packed = replace(packed, cu_seqlens_q_padded=none, cu_seqlens_kv_padded=none)
     return args, options | {"packed_seq_params": packed}
 
 

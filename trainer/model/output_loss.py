@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from configs.plan.logits import num_logit_pieces
+from trainer.model.label_smoothing import label_over_mean
 from trainer.model.token_scores import Scoring, TokenScores, score_logits
 
 
@@ -23,17 +24,21 @@ def compute_token_losses(
     output_weight: torch.Tensor | None,
     labels: torch.Tensor,
     compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    context: float | None = None,
     **unused: Any,
 ) -> torch.Tensor:
     """Return the losses `[batch, seq/cp]` in nats: an output processor of Megatron-Core's `GPTModel`.
 
     hidden_states `[seq/cp, batch, hidden]`, with sp `[seq/(cp*tp), batch, hidden]`; labels `[batch, seq/cp]`. With a
-    vocabulary split over tp the losses are the same on all of its ranks.
+    vocabulary split over tp the losses are the same on all of its ranks. `context` is the share of label smoothing.
     """
 
     def losses_of(hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor]:
         logits, _ = output_layer(hidden, weight=output_weight)
-        return (compute_language_model_loss(wanted, logits),)
+        if not context:
+            return (compute_language_model_loss(wanted, logits),)
+        excess = label_over_mean(logits, wanted, output_layer)  # first: the loss may write over the logits
+        return (compute_language_model_loss(wanted, logits) + context * excess,)
 
     weight = output_layer.weight if output_weight is None else output_weight
     (losses,) = _compute_in_pieces(losses_of, hidden_states, labels, output_layer, weight)

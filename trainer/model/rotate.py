@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 
 from parallel.sequence_split import segments_of
+from trainer.model.attention.cache import CachedTokens
 
 _NUM_COMPILED = 64
 _rotate_otherwise = rope_utils._apply_rotary_pos_emb_bshd
@@ -25,11 +26,41 @@ def rotate_by_position(chunk: torch.nn.Module, args: tuple[Any, ...], options: d
     Megatron-Core gives the rotation, alone, the padded boundaries where there are any; ours are never padded.
     """
     packed = options.get("packed_seq_params")
+    is_cached = isinstance(packed, CachedTokens)
+    chunk.token_angles.see(packed.positions if is_cached else None)  # type: ignore[union-attr,operator]
     if packed is None:
         return None
     positions = args[1].flatten()
+    if is_cached:
+        positions = positions[:0]
     packed = replace(packed, cu_seqlens_q_padded=positions, cu_seqlens_kv_padded=positions)
     return args, options | {"packed_seq_params": packed}
+
+
+class TokenAngles:
+    """Lets a rotary embedding give, in passes of generation, one angle for each token and not one for each position.
+
+    Latent attention cuts its table of angles to the number of tokens, which says nothing of their positions here.
+    """
+
+    def __init__(self, embedding: torch.nn.Module | None) -> None:
+        self._positions: torch.Tensor | None = None
+        self._picked: Any = None
+        if embedding is not None:
+            embedding.register_forward_hook(self._pick)
+
+    def see(self, positions: torch.Tensor | None) -> None:
+        """Take the next pass's `positions [tokens]`, or None where angles are to be those of all positions."""
+        self._positions, self._picked = positions, None
+
+    def _pick(self, embedding: torch.nn.Module, args: Any, output: Any) -> Any:
+        if self._positions is None:
+            return None
+        if self._picked is None:  # once for all layers
+            table, *scale = output if isinstance(output, tuple) else (output,)
+            picked = table[self._positions]
+            self._picked = (picked, *scale) if scale else picked
+        return self._picked
 
 
 def rotate_documents(
@@ -37,11 +68,11 @@ def rotate_documents(
 ) -> torch.Tensor:
     """Rotate `tokens [total, heads, dim]` by the angles `frequencies [max_seqlen, 1, 1, rotated]`, in radians.
 
-    Su et al. 2021 (arXiv:2104.09864) eq. 34, at the `positions [total]` that `rotate_by_position` handed down. The
-    arguments are otherwise those of Megatron-Core's own function.
+    Su et al. 2021 (arXiv:2104.09864) eq. 34, at the `positions [total]` that `rotate_by_position` handed down; where
+    these are empty, the angles are those of the tokens. The arguments are otherwise those of Megatron-Core's own function.
     """
     options.pop("cp_group", None)
-    angles = frequencies[positions]
+    angles = frequencies[positions] if positions.numel() else frequencies
     return rope_utils._apply_rotary_pos_emb_bshd(tokens.unsqueeze(1), angles, *args, **options).squeeze(1)
 
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from configs.errors import BadInput
 from configs.fp8 import describe_fp8, resolve_backend, uses_te_layers
 from configs.load import resolved_dict
+from configs.plan.adapters import adapted_modules, count_adapter_parameters
 from configs.stages import Config
 from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
 from parallel.mesh import Mesh
@@ -224,6 +225,7 @@ def show_start(config: Config, environment: Mapping[str, Any]) -> None:
         "collectives": environment["platform"]["collectives"],
         "layout": layout,
         "precision": f"{config.precision.compute} compute, fp32 main weights, reductions and moments",
+        "trained": _trained(config),
         "FP8": environment["chosen"]["fp8"],
         "Transformer Engine": te or "not installed: its layers and fusions are not used",
         "apex": "found" if importlib.util.find_spec("apex") else "not installed",
@@ -235,6 +237,14 @@ def show_start(config: Config, environment: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _trained(config: Config) -> str:
+    if config.lora is None:
+        return "all weights"
+    number = count_adapter_parameters(config.model, config.lora)
+    modules = ", ".join(adapted_modules(config.model, config.lora))
+    return f"LoRA of rank {config.lora.rank}: {number:,} parameters, beside {modules}"
 
 
 def _find_commit() -> str | None:

@@ -9,8 +9,8 @@ from configs.stages import Config
 from parallel.collectives import on_rank_zero
 from parallel.mesh import Mesh
 from trainer.checkpoint.layout import EXPORT, checkpoints_dir
-from trainer.hf.companions import carried_folder
-from trainer.hf.exporting import ExportSource, export_checkpoint
+from trainer.hf.export_source import describe_source
+from trainer.hf.exporting import export_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def lacks_export(checkpoint: Path, run_dir: Path) -> bool:
 def export_run_checkpoint(config: Config, mesh: Mesh, checkpoint: Path) -> None:
     """Write a checkpoint as a Hugging Face model too. Collective: all ranks of the world must call this."""
     report = export_checkpoint(
-        ExportSource(checkpoint, config.model, carried_folder(checkpoint.parent.parent), config.data.tokenizer),
+        describe_source(checkpoint),
         checkpoint / EXPORT,
         dtype=None,
         rank=mesh.rank,

@@ -52,7 +52,7 @@ class Hooks:
     def on_start(self, state: TrainState) -> None:
         """Measure the validation loss before the first step of a run."""
         if state.step == 0 and self._config.train.num_steps > 0:
-            if self._config.data.validation:
+            if self._config.sources("validation"):
                 log.info("step 0: validation before the first step is under way")
             self._first_validation = self._evaluate(state)
             self._reporter.write_start(state.step, self._first_validation)
@@ -64,8 +64,13 @@ class Hooks:
         """Return whether any rank has been asked to save and exit."""
         return self._signals.is_agreed
 
-    def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Report faults, evaluate, log and save after a step."""
+    def is_patience_over(self, state: TrainState) -> bool:
+        """Return whether validation has not improved for so long that the run ends."""
+        patience = self._config.train.patience
+        return patience is not None and state.num_stale_validations >= patience
+
+    def after_step(self, state: TrainState, result: StepResult) -> TrainState:
+        """Report faults, evaluate, log and save after a step; return the state with what validation has found."""
         self._lock.check()
         if not result.is_applied:
             self._report_skip(state, result)
@@ -74,6 +79,9 @@ class Hooks:
         extras: dict[str, float] = {}
         if is_last or (train.eval_every is not None and state.step % train.eval_every == 0):
             extras = self._evaluate(state)
+            losses = [value for name, value in extras.items() if name.startswith(VALIDATION_LOSS)]
+            if losses:
+                state = state.after_validation(sum(losses) / len(losses))
         started = time.perf_counter()
         is_any_rank_writing, extras["peak_memory_gb"] = self._vote()
         self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)
@@ -93,6 +101,14 @@ class Hooks:
                 f"{state.num_nonfinite_in_a_row} steps in a row, up to step {state.step}, had a non-finite loss or "
                 f"gradient and were skipped ({culprits}); lower optimizer.lr, or look at that data"
             )
+        if self.is_patience_over(state) and not is_last:
+            log.info(
+                "step %d: the last %d validations were not below %.4f; the run ends here (train.patience)",
+                state.step,
+                state.num_stale_validations,
+                state.lowest_validation_loss,
+            )
+        return state
 
     def on_end(self, state: TrainState) -> None:
         """Save where the run is, unless that has been done, and wait until it is on disk."""

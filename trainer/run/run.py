@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from configs.errors import BadInput, ExitCode
-from configs.stages import Config
+from configs.sections.data import DataConfig
+from configs.stages import Config, SftConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
@@ -23,7 +24,7 @@ from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
-from trainer.run.weights import load_weights
+from trainer.run.weights import load_peft_adapter, load_weights
 
 if TYPE_CHECKING:
     from trainer.engine.sharded_model import ShardedModel
@@ -44,6 +45,7 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     if problem:
         raise BadInput(problem)
     check_run_directory(str(config.run.dir))
+    data = _prepare_data(config, environment)
     device = platform.activate(environment.local_rank)
     init_world(platform, config, rank=environment.rank, world_size=environment.world_size, init_method="env://")
     try:
@@ -51,7 +53,8 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
         lock = RunLock(str(config.run.dir))
         with lock.held(mesh, patience_seconds=_patience(config, environment)):
             try:
-                return _run_locked(config, stage_name, environment, mesh, lock)
+                corpus = on_all_ranks(lambda: open_corpus(config, data))
+                return _run_locked(corpus, stage_name, environment, mesh, lock)
             except Exception:
                 lock.check()  # what failed may have, because the directory went
                 raise
@@ -60,15 +63,24 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
         dist.destroy_process_group()
 
 
+def _prepare_data(config: Config, environment: Environment) -> DataConfig:
+    """Return what is read, after tokenising what no earlier run has: on one rank of each host, without a time limit."""
+    if not isinstance(config, SftConfig):
+        return config.data
+    from trainer.data.chat.cache import prepare_conversations
+
+    return prepare_conversations(config, is_maker=environment.local_rank == 0)
+
+
 def _patience(config: Config, environment: Environment) -> int:
     """Return for how many seconds a run waits for its directory: one that was queued again, for what it was before."""
     return config.parallel.timeout_seconds if environment.is_restart else 0
 
 
-def _run_locked(config: Config, stage_name: str, environment: Environment, mesh: Mesh, lock: RunLock) -> ExitCode:
+def _run_locked(corpus: Corpus, stage_name: str, environment: Environment, mesh: Mesh, lock: RunLock) -> ExitCode:
+    config = corpus.config  # which knows how many steps its epochs are
     start = on_rank_zero(lambda: find_start(config, stage_name))
     on_all_ranks(partial(start.wait_until_visible, config.parallel.timeout_seconds))
-    corpus = on_all_ranks(lambda: open_corpus(config))
     # From here on a signal saves and ends the run; before, there is nothing to save and it just ends.
     signals = StopSignals()
     # These import Megatron-Core, which must happen after the platform is active.
@@ -107,11 +119,15 @@ def _load(config: Config, mesh: Mesh, start: Start, stage: Stage, policy: Sharde
     """Put in place what the run starts from and return its progress."""
     from trainer.checkpoint.load import resume
 
+    if start.base is not None:
+        load_weights(policy, start.base.path)
     if start.resume_from is not None:
         return resume(config, mesh, stage, start.resume_from)
     weights = start.init_from or start.init_from_hf
-    if weights is not None:
+    if weights is not None and start.base is None:
         load_weights(policy, str(weights))
+    if config.lora is not None and config.lora.init_from is not None:
+        load_peft_adapter(policy, config.lora.init_from)
     return TrainState()
 
 
@@ -143,6 +159,7 @@ def _fit(
             mesh,
             last_saved_step=state.step if start.resume_from else None,
             on_published=partial(export_run_checkpoint, config, mesh) if is_exporting else None,
+            base=start.base,
         ),
         signals=signals,
         lock=lock,

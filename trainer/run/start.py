@@ -16,6 +16,7 @@ from configs.load import resolved_dict
 from configs.plan.derive import head_dim
 from configs.sections.model import ModelConfig
 from configs.stages import Config
+from trainer.checkpoint.base_weights import BaseWeights, identify_base, recorded_base
 from trainer.checkpoint.layout import existing_checkpoint, latest_checkpoint
 from trainer.checkpoint.manifest import (
     FREE_MODEL_FIELDS,
@@ -30,12 +31,13 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.hf.companions import carried_config, carried_folder
 from trainer.hf.config_json import check_same_architecture, write_model
+from trainer.hf.directories import find_model_directory
 from trainer.hf.source import HfModel
 from trainer.optim.learning_rate import compute_learning_rate
 
 log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
-_STEERING_SECTIONS = ("model", "precision", "data", "train", "optimizer", "schedule")
+_STEERING_SECTIONS = ("model", "precision", "data", "train", "optimizer", "schedule", "lora")
 _QUIET_FIELDS = ("train.log_every", "data.prefetch_steps")
 
 
@@ -46,6 +48,8 @@ class Start:
     resume_from: Path | None = None
     init_from: Path | None = None
     init_from_hf: Path | None = None
+    base: BaseWeights | None = None
+    """The frozen weights of a run that trains adapters."""
     changes: tuple[str, ...] = ()
     """What of the config steers training and is not what the checkpoint to resume from was written with; of a warm
     start, in what the model is used otherwise than its weights were trained."""
@@ -112,12 +116,15 @@ def _find(config: Config, stage_name: str) -> Start:
     if resume_from is not None:
         manifest = read_manifest(resume_from)
         check_continues(manifest, config, stage_name, resume_from)
-        return Start(resume_from=resume_from, changes=_all_changes(manifest, config))
+        is_named = manifest.base is not None and (settings.init_from_hf or settings.init_from) is not None
+        base = recorded_base(manifest.base, resume_from, _base_place(config) if is_named else None)
+        return Start(resume_from=resume_from, base=base, changes=_all_changes(manifest, config))
+    base = identify_base(_base_place(config)) if config.lora is not None else None
     if settings.init_from_hf is not None:
         theirs = check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
         HfModel(settings.init_from_hf, config.model)  # refuses missing and damaged files
         changes = describe_new_use(theirs, theirs.max_position_embeddings, config)
-        return Start(init_from_hf=Path(settings.init_from_hf), changes=changes)
+        return Start(init_from_hf=Path(settings.init_from_hf), base=base, changes=changes)
     if settings.init_from is None:
         return Start()
     init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
@@ -126,7 +133,16 @@ def _find(config: Config, stage_name: str) -> Start:
     before = ModelConfig.model_validate(manifest.config["model"])
     is_imported = manifest.stage["name"] == IMPORT_STAGE
     trained_len = before.max_position_embeddings if is_imported else manifest.config["train"]["seq_len"]
-    return Start(init_from=init_from, changes=describe_new_use(before, trained_len, config))
+    return Start(init_from=init_from, base=base, changes=describe_new_use(before, trained_len, config))
+
+
+def _base_place(config: Config) -> Path:
+    """Return the directory of the weights that the config names. Raises BadInput if it is none."""
+    settings = config.checkpoint
+    if settings.init_from_hf is not None:
+        return find_model_directory(Path(settings.init_from_hf))
+    assert settings.init_from is not None  # the config check asks for a base
+    return existing_checkpoint(settings.init_from, "checkpoint.init_from")
 
 
 def describe_new_use(before: ModelConfig, trained_len: int, config: Config) -> tuple[str, ...]:
@@ -161,7 +177,7 @@ def describe_changes(
     """Return each field of the config that steers training and differs from the saved one: what, from what, to what."""
     changes = []
     for section in sections:
-        before, after = _flat(saved.get(section) or {}, section), _flat(present[section], section)
+        before, after = _flat(saved.get(section) or {}, section), _flat(present[section] or {}, section)
         changes += [
             f"{path} is {value_text(value)}, it was {value_text(before[path])}"
             for path, value in after.items()

@@ -15,14 +15,39 @@ if TYPE_CHECKING:
 def load_weights(model: ShardedModel, place: str) -> None:
     """Put in place the weights of a checkpoint, a run directory or a Hugging Face model.
 
-    Raises BadInput for what holds none, is damaged or is another architecture. Collective: all ranks of the world.
+    Of a checkpoint of adapters these are its base's, with the adapters merged into them. A model's own adapters stay as
+    they are. Raises BadInput for what holds no weights, is damaged or is another architecture. Collective: all ranks of
+    the world.
     """
+    from trainer.checkpoint.base_weights import recorded_base
     from trainer.checkpoint.layout import existing_checkpoint, resolve_checkpoint
-    from trainer.checkpoint.load import warm_start
+    from trainer.checkpoint.load import merge_adapter, warm_start
+    from trainer.checkpoint.manifest import read_manifest
     from trainer.hf.source import HfModel
     from trainer.hf.warm_start import load_hf_weights
 
     if on_rank_zero(lambda: resolve_checkpoint(place) is None and (Path(place) / "config.json").is_file()):
         load_hf_weights(model, on_all_ranks(partial(HfModel, place, model.config.model)))
+        return
+    checkpoint = on_rank_zero(partial(existing_checkpoint, place, "weights"))
+    base = on_rank_zero(lambda: recorded_base(read_manifest(checkpoint).base, checkpoint))
+    if base is None:
+        warm_start(model, checkpoint)
     else:
-        warm_start(model, on_rank_zero(partial(existing_checkpoint, place, "weights")))
+        load_weights(model, base.path)
+        merge_adapter(model, checkpoint)
+
+
+def load_peft_adapter(model: ShardedModel, directory: str) -> None:
+    """Put in place the adapters of a PEFT directory, of which each rank takes its part.
+
+    Raises BadInput where it holds others than the model has. Collective: all ranks of the world must call this.
+    """
+    from trainer.hf.peft import PeftAdapter
+
+    architecture, lora = model.config.model, model.config.lora
+    assert model.adapter is not None and lora is not None
+    source = on_all_ranks(partial(PeftAdapter, Path(directory), architecture, lora))
+    for module in model.adapter.modules():
+        module.fill(*source.read(module.site.layer, module.site.name, module.site.expert))
+    model.weights_loaded()

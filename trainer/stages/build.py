@@ -6,8 +6,10 @@ from functools import partial
 
 from trainer.stages.base import StageKind
 from trainer.stages.next_token import build_next_token_stage
+from trainer.stages.sft import build_sft_stage
 
 STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(partial(build_next_token_stage, "pretrain")),
     "long_context": StageKind(partial(build_next_token_stage, "long_context")),
+    "sft": StageKind(build_sft_stage),
 }

@@ -39,6 +39,6 @@ def build_next_token_stage(name: str, context: StageContext) -> TrainingStage:
     """Return the stage that reads the blend in order and minimises the mean next-token loss."""
     corpus, mesh, engine = context.corpus, context.mesh, context.models[POLICY]
     assert isinstance(engine, Engine)
-    place = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    evaluator = Evaluator(corpus.build_validation_readers(**place))
-    return TrainingStage(name, engine, corpus.build_reader(**place), NextTokenObjective(), evaluator)
+    reader = corpus.build_reader(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+    evaluator = Evaluator(corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size))
+    return TrainingStage(name, engine, reader, NextTokenObjective(), evaluator)

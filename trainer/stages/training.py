@@ -46,11 +46,21 @@ class TrainingStage:
     """One update a step, on the next global batch."""
 
     def __init__(
-        self, name: str, engine: Engine, reader: StepReader | None, objective: Objective, evaluator: Evaluator
+        self,
+        name: str,
+        engine: Engine,
+        reader: StepReader | None,
+        objective: Objective,
+        evaluator: Evaluator,
+        evaluated: Objective | None = None,
     ) -> None:
-        """Read from `reader`; None serves a run of no steps, which writes a seed checkpoint."""
+        """Read from `reader`; None serves a run of no steps, which writes a seed checkpoint.
+
+        Validation measures `evaluated`, or what is trained.
+        """
         self.name = name
         self.objective = objective
+        self._evaluated = evaluated or objective
         self.parts: Mapping[str, Checkpointed] = {POLICY: engine, "rng": RandomGenerators(engine.mesh)}
         self._engine = engine
         self.reader = reader
@@ -75,7 +85,7 @@ class TrainingStage:
 
     def evaluate(self) -> dict[str, float]:
         """Return the validation losses. Collective: all ranks of the world must call this."""
-        return self._evaluator.evaluate(self._engine, self.objective)
+        return self._evaluator.evaluate(self._engine, self._evaluated)
 
     def describe_fault(self) -> str:
         """Return what made the last step non-finite. Collective: all ranks of the world must call this."""

@@ -13,7 +13,7 @@ from typing import Any
 from configs.sections.sft import ChatRole, ConversationSource
 from trainer.data.chat.conversation import BadRow, Conversation, Message
 from trainer.data.chat.tool_json import describe, parse_tools
-from trainer.data.chat.turns import MEDIA, check_order, check_text, parse_turn
+from trainer.data.chat.turn_forms import MEDIA, check_order, check_text, parse_turn
 
 # Columns that a row of a form has; the first must not be null.
 _FORMS = (

@@ -1,209 +1,222 @@
-"""One turn of a file, in OpenAI's, ShareGPT's or LLaMA-Factory's spelling, as a `Message`; and which turns may follow.
+"""The rule of what is trained, in characters: from the end of the generation prompt to the end-of-turn token inclusive.
 
-Torch-free. Knows neither columns nor files.
+Every turn is rendered as the model will see it at inference; turns that one rendering can hold share a sample.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from configs.sections.sft import ChatRole
-from trainer.data.chat.conversation import BadRow, Message, Role, ToolCall
-from trainer.data.chat.tool_json import describe, parse_calls
+from trainer.data.chat.behaviour import Behaviour
+from trainer.data.chat.conversation import BadRow, Conversation
+from trainer.data.chat.messages import to_openai
+from trainer.data.chat.spelled import mark, spells
+from trainer.data.chat.template import ChatTemplate, Rendered
+from trainer.data.chat.thinking import behind_thinking_prompt
 
-FUNCTION_CALL = "function_call"
-ROLES: dict[str, Role] = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
-    "tool_result": "tool", "ipython": "tool",
-}  # fmt: skip
-_CALLS = {FUNCTION_CALL, "tool_call"}
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-_WEIGHTS = ("loss_weight", "weight")  # LLaMA-Factory's, and that of OpenAI's fine-tuning
-_PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # in the order in which a turn is written
-MEDIA = {"images", "image", "audios", "audio", "videos", "video"}  # keys of turns, and columns
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
-# How data whose calls are plain text (Hermes, Glaive) marks them; a result may follow these too.
-_CALLS_AS_TEXT = ("<tool_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
+TrainOn = Literal["assistant", "last", "all"]
 
 
-def parse_turn(turn: Any, columns: Mapping[str, str], roles: Mapping[str, ChatRole]) -> Message:
-    """Read one turn.
+@dataclass
+class Turn:
+    """A turn of the assistant behind its generation prompt."""
 
-    `columns` may name the keys that hold `role` and `content`, which are else these, or `from` and `value`; `roles`
-    names roles beside the known ones. Raises BadRow with a sentence that does not say which turn.
-    """
-    if not isinstance(turn, dict):
-        raise BadRow(f'{describe(turn)}, not a turn like {{"role": "user", "content": "..."}}')
-    role = _find_role(turn, columns, roles)
-    content = turn.get(columns.get("content") or ("content" if "content" in turn else "value"))
-    has_more = len(turn) > 2 or not isinstance(content, str)  # than a role and text
-    is_trained = not has_more or _is_trained(turn)
-    if role in _CALLS:
-        return _parse_function_call(content, is_trained)
-    text, reasoning, calls = _parse_content(content, role, turn)
-    if has_more:
-        reasoning, calls = _parse_rest(turn, role, reasoning, calls)
-    if role == "assistant":
-        if not calls and not reasoning and not text.strip():
-            raise BadRow("an assistant's turn that says nothing and calls nothing; drop the turn, or the row")
-        return Message(role, text, reasoning, calls, is_trained=is_trained)
-    if role == "tool":
-        call_id, name = _name_in(turn, "tool_call_id"), _name_in(turn, "name")
-        return Message(role, text, tool_call_id=call_id, name=name, is_trained=is_trained)
-    return Message(cast(Role, role), text, is_trained=is_trained)
+    index: int
+    """Of its message in the conversation."""
+    text: str
+    """The conversation up to it, as rendered."""
+    start: int
+    """Character at which the generation prompt ends and training begins."""
+    end: int
+    """Character behind its end-of-turn token."""
+    end_token: str
+    remarks: list[str] = field(default_factory=list)
 
 
-def check_order(messages: Sequence[Message], where: str) -> None:
-    """Raise BadRow unless there is a turn to learn, and every result of a tool follows a call.
+@dataclass
+class SampleText:
+    """The text of one sample, and what is trained of it."""
 
-    All other orders are left to the chat template.
-    """
-    called: Message | None = None  # the turn whose calls the next results answer
-    has_answer = False
-    for number, message in enumerate(messages):
-        if message.role == "assistant":
-            has_answer, called = True, message
-        elif message.role != "tool":
-            called = None
-        elif called is None or not _answers(message, called):
-            which = f" with the id {message.tool_call_id!r}" if called and called.tool_calls else ""
-            raise BadRow(
-                f"{where}[{number}]: a tool's result without a call{which} before it; give the turn before it "
-                "tool_calls (ShareGPT: function_call), or drop the row"
-            )
-    if not has_answer:
-        found = f"only {', '.join(dict.fromkeys(message.role for message in messages))}" if messages else "no turn"
-        raise BadRow(f"{where}: {found}, and so nothing to learn; a conversation needs a turn of the assistant")
+    text: str
+    spans: list[tuple[int, int]]
+    """(start, end) in characters, in order."""
+    end_tokens: list[str]
+    """The end-of-turn token in which each span ends; empty where everything is trained."""
+    turns: tuple[int, ...]
+    """The messages that are trained."""
+    remarks: tuple[str, ...]
+    """What is not as the data has it; alike for alike cases, so that they can be counted."""
 
 
-def _answers(result: Message, called: Message) -> bool:
-    ids = {call.id for call in called.tool_calls}
-    if called.tool_calls:
-        return result.tool_call_id is None or None in ids or result.tool_call_id in ids
-    return any(mark in called.content for mark in _CALLS_AS_TEXT)
-
-
-def check_text(text: Any, what: str) -> str:
-    """Return `text`. Raises BadRow unless it is text that UTF-8 can hold."""
-    if not isinstance(text, str):
-        raise BadRow(f"{what} is {describe(text)}, not text; write it as a string")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadRow(f"{what} holds half a surrogate pair; replace it by \\ufffd") from error
-    return text
-
-
-def _find_role(turn: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str, ChatRole]) -> str:
-    """Return a role, or the name of a turn that holds a call."""
-    name = turn.get(columns.get("role") or ("role" if "role" in turn else "from"))
-    if not isinstance(name, str):
-        missing = "no role" if name is None else f"a role that is {describe(name)}"
-        advice = 'write {"role": ..., "content": ...} or {"from": ..., "value": ...}'
-        mapped = "name other keys under columns, e.g. columns: {role: speaker, content: text}"
-        raise BadRow(f"{missing} among its keys {list(turn)}; {advice}, or {mapped}")
-    found = roles.get(name) or ROLES.get(name) or (name if name in _CALLS else None)
-    if found is None:
-        known = ", ".join([*ROLES, *sorted(_CALLS)])
-        raise BadRow(f"unknown role {name!r}; known are {known}; name others, e.g. roles: {{{name}: assistant}}")
-    return found
-
-
-def _is_trained(turn: dict[str, Any]) -> bool:
-    """Return what `train` and `loss_weight` say; true where neither is there."""
-    train = turn.get("train")
-    if train is not None and not isinstance(train, bool):
-        raise BadRow(f"train is {describe(train)}; give true or false")
-    is_trained = train is not False
-    for key in _WEIGHTS:
-        weight = turn.get(key)
-        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-            raise BadRow(f"{key} is {weight!r}; give 0 (not trained) or 1, since turns are not weighed in between")
-        is_trained = is_trained and weight != 0
-    return is_trained
-
-
-def _parse_function_call(content: Any, is_trained: bool) -> Message:
-    """Read a turn whose content is a call, or a list of calls, behind a thought in LLaMA-Factory's marks if any."""
-    reasoning = None
-    if isinstance(content, str) and (thought := _THOUGHT.match(content)):
-        reasoning, content = thought.group(1).strip() or None, content[thought.end() :]
-    return Message("assistant", "", reasoning, _some_calls(content, "a function_call"), is_trained=is_trained)
-
-
-def _some_calls(value: Any, what: str) -> tuple[ToolCall, ...]:
-    calls = parse_calls(value)
-    if not calls:
-        raise BadRow(f'{what} without a call; write it like {{"name": "add", "arguments": {{"a": 1}}}}')
-    return calls
-
-
-def _parse_content(content: Any, role: str, turn: dict[str, Any]) -> tuple[str, str | None, tuple[ToolCall, ...]]:
-    """Return text, reasoning and calls of a content that is text, null or a list of parts."""
-    if isinstance(content, str):
-        return check_text(content, "the content"), None, ()
-    if content is None:
-        if role not in ("assistant", "tool"):
-            raise BadRow(f"no content among its keys {list(turn)}; give text, or drop the turn")
-        return "", None, ()
-    if not isinstance(content, list):
-        raise BadRow(f"the content is {describe(content)}; give a string, or a list of parts")
-    texts: list[str] = []
-    thoughts: list[str] = []
-    calls: list[ToolCall] = []
-    last = 0
-    for part in content:
-        kind, value = _open_part(part)
-        if _PARTS[kind] != 1 and role != "assistant":
-            raise BadRow(f"a {kind} part in a turn of role {role}; only the assistant's have such")
-        if _PARTS[kind] < last:
-            raise BadRow(f"a {kind} part behind one of text or a call; templates write reasoning, text, calls")
-        last = _PARTS[kind]
-        if kind == "tool_call":
-            calls += _some_calls(value, "a tool_call part")
+def render_samples(
+    conversation: Conversation, template: ChatTemplate, behaviour: Behaviour, train_on: TrainOn
+) -> list[SampleText]:
+    """Render a conversation into its samples. Raises BadRow where what is trained could only be guessed."""
+    script = _Script(conversation, template, behaviour)
+    if train_on == "all":
+        return [_everything(script)]
+    trained = _trained_turns(conversation, train_on)
+    if not trained:
+        raise BadRow("nothing in it is trained: it has no turn of the assistant that is to be learnt")
+    samples: list[list[Turn]] = []
+    for index in trained:
+        turn = script.turn(index)
+        last = samples[-1][-1] if samples else None
+        if last is not None and last.end <= turn.start and turn.text.startswith(last.text[: last.end]):
+            samples[-1].append(turn)
         else:
-            (texts if kind == "text" else thoughts).append(check_text(value, f"a {kind} part"))
-    return "".join(texts), "".join(thoughts) or None, tuple(calls)
+            samples.append([turn])
+    return [_sample(turns, script, turns is samples[-1]) for turns in samples]
 
 
-def _open_part(part: Any) -> tuple[str, Any]:
-    """Return kind and content of a part."""
-    if isinstance(part, str):
-        return "text", part
-    kind = part.get("type") if isinstance(part, dict) else describe(part)
-    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _PARTS:
-        known = ", ".join(_PARTS)
-        raise BadRow(f"a part of type {kind!r} in the content; read are {known}, not images, audio or video")
-    return kind, next((part[key] for key in ("value", kind, "text") if part.get(key) is not None), None)
+def _trained_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
+    turns = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+    turns = turns[-1:] if train_on == "last" else turns
+    return [index for index in turns if conversation.messages[index].is_trained]
 
 
-def _parse_rest(
-    turn: dict[str, Any], role: str, reasoning: str | None, calls: tuple[ToolCall, ...]
-) -> tuple[str | None, tuple[ToolCall, ...]]:
-    """Return reasoning and calls, those of keys beside the content included."""
-    for key in sorted(MEDIA & turn.keys()):
-        if turn[key]:
-            raise BadRow(f"{key} in the turn, and only text is learnt here; drop the row, or the key")
-    thoughts = {check_text(turn[key], key) for key in _REASONING if turn.get(key)}
-    if reasoning:
-        thoughts.add(reasoning)
-    if len(thoughts) > 1:
-        raise BadRow(f"two different texts of reasoning; keep one of {', '.join(_REASONING)} and the reasoning part")
-    called = (*parse_calls(turn.get("tool_calls")), *parse_calls(turn.get("function_call")))
-    if role != "assistant" and (thoughts or called):
-        what = "reasoning" if thoughts else "tool_calls"
-        raise BadRow(f"{what} in a turn of role {role}; only the assistant's have such")
-    if calls and called:
-        raise BadRow("calls both as parts of the content and as tool_calls; keep one of them")
-    return next(iter(thoughts), None), calls or called
+def _sample(turns: list[Turn], script: _Script, is_last: bool) -> SampleText:
+    """Make one sample of turns that share their beginning: the last one's rendering, or the whole where that agrees."""
+    last = turns[-1]
+    text = last.text
+    if is_last and last.index + 1 < len(script.messages):
+        whole = script.render(len(script.messages)).text
+        text = whole if whole.startswith(text[: last.end]) else text
+    remarks = dict.fromkeys([*script.remarks, *(remark for turn in turns for remark in turn.remarks)])
+    return SampleText(
+        text=text,
+        spans=[(turn.start, turn.end) for turn in turns],
+        end_tokens=[turn.end_token for turn in turns],
+        turns=tuple(turn.index for turn in turns),
+        remarks=tuple(remarks),
+    )
 
 
-def _name_in(turn: dict[str, Any], key: str) -> str | None:
-    value = turn.get(key)
-    return None if value is None else check_text(value, key)
+def _everything(script: _Script) -> SampleText:
+    """Make one sample in which every token is trained but those of turns that say they are not."""
+    text = script.render(len(script.messages)).text
+    spans, begin = [], 0
+    for index, message in enumerate(script.conversation.messages):
+        if message.role == "assistant" and not message.is_trained:
+            turn = script.turn(index)
+            if not text.startswith(turn.text[: turn.end]):
+                raise script.refusal(index, "is not trained, and the template changes it where another follows")
+            spans.append((begin, turn.start))
+            begin = turn.end
+    spans.append((begin, len(text)))
+    return SampleText(text, [span for span in spans if span[0] < span[1]], [], (), tuple(script.remarks))
+
+
+class _Script:
+    """A conversation in the template's form, rendered up to any turn."""
+
+    def __init__(self, conversation: Conversation, template: ChatTemplate, behaviour: Behaviour):
+        self.conversation, self.template, self.behaviour = conversation, template, behaviour
+        if not conversation.messages:
+            raise BadRow("it has no messages")
+        self.messages = to_openai(conversation.messages, behaviour.call_form)
+        self.tools: list[Mapping[str, Any]] = list(conversation.tools)
+        self.remarks: list[str] = []
+        self._check_calls()
+        if any([spells(self.messages, behaviour.control), spells(self.tools, behaviour.control)]):
+            self.messages, self.tools = mark(self.messages, behaviour.control), mark(self.tools, behaviour.control)
+            self.remarks.append("spells chat tokens, which are encoded as characters")
+        if self.tools and not self._writes_tools():
+            self.remarks.append(f"template {template.name} leaves out the definitions of tools")
+
+    def render(self, count: int, add_generation_prompt: bool = False, **variables: Any) -> Rendered:
+        """Render the first `count` messages."""
+        return self.template.render(self.messages[:count], self.tools, add_generation_prompt, **variables)
+
+    def turn(self, index: int) -> Turn:
+        """Render the conversation up to a turn of the assistant and find what of it the model generates."""
+        rendered = self.render(index + 1)
+        text, start, remarks = self._behind_prompt(index, rendered.text)
+        found = self.behaviour.find_end_of_turn(text[start:])
+        if found is not None:
+            end, token = start + found[0], found[1]
+        elif self.behaviour.end_token is None:
+            token = self.behaviour.eos_token
+            text = text[:start] + text[start:].rstrip() + token
+            end = len(text)
+            remarks.append(f"template {self.template.name} has no end of turn: {token} is added")
+        else:
+            raise self.refusal(index, "is not ended by an end-of-turn token")
+        if rendered.generated and text is rendered.text:
+            self._check_tags(index, rendered, start, end)
+        self._check_parts(index, text[start:end], remarks)
+        return Turn(index, text, start, end, token, remarks)
+
+    def refusal(self, index: int, what: str) -> BadRow:
+        """Return the error that says what the template does with a turn."""
+        return BadRow(f"template {self.template.name}: message {index + 1} (assistant) {what}")
+
+    def _behind_prompt(self, index: int, text: str) -> tuple[str, int, list[str]]:
+        """Return the rendering of a turn and where the prompt that generates it ends, both as at inference."""
+        prompts = []
+        for variables in self._prompt_variables(index):
+            prompt = self.render(index, add_generation_prompt=True, **variables).text
+            if text.startswith(prompt):
+                return text, len(prompt), []
+            prompts.append(prompt)
+        found = behind_thinking_prompt(
+            prompts[0], text, self.messages[index], lambda message: self._render_instead(index, message)
+        )
+        if found is not None:
+            return found
+        same = _shared_length(prompts[0], text)
+        raise self.refusal(
+            index,
+            f"is not written behind its generation prompt: after {prompts[0][max(0, same - 24) : same]!r} the prompt "
+            f"goes on with {prompts[0][same : same + 24]!r}, the conversation with {text[same : same + 24]!r}, so "
+            "that what the model would see at inference cannot be told",
+        )
+
+    def _prompt_variables(self, index: int) -> Iterator[dict[str, Any]]:
+        """Yield what generation prompts are asked with: nothing, as usual; then thinking or not, as the turn has it."""
+        yield {}
+        if "enable_thinking" in self.template.text:
+            yield {"enable_thinking": self.conversation.messages[index].reasoning is not None}
+
+    def _render_instead(self, index: int, message: Mapping[str, Any]) -> str:
+        return self.template.render([*self.messages[:index], message], self.tools).text
+
+    def _check_calls(self) -> None:
+        """Refuse calls that the template cannot write: the turn would be learnt without them."""
+        calls = any(message.tool_calls for message in self.conversation.messages)
+        if calls and not self.behaviour.writes_calls:
+            raise BadRow(f"template {self.template.name} writes no calls of tools; name one that does, such as chatml")
+        if calls and self.behaviour.missing_for_calls:
+            token = self.behaviour.missing_for_calls[0]
+            raise BadRow(f"template {self.template.name} writes calls with {token}, which the tokenizer does not have")
+
+    def _check_parts(self, index: int, completion: str, remarks: list[str]) -> None:
+        """Refuse a turn that lacks one of its calls; remark that it lacks its reasoning."""
+        message = self.messages[index]
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        written = sum(completion.count(name) for name in set(names))
+        if written < len(names):
+            raise self.refusal(index, f"makes {len(names)} calls, of which the template writes {written}")
+        if message.get("thinking", "").strip() not in completion:
+            remarks.append(f"template {self.template.name} leaves out the reasoning of turns")
+
+    def _check_tags(self, index: int, rendered: Rendered, start: int, end: int) -> None:
+        """Refuse a turn of which the template's own {% generation %} blocks mark nothing: both cannot be right."""
+        if not any(begin <= end and start <= finish for begin, finish in rendered.generated):
+            raise self.refusal(index, "is left out by the template's {% generation %} blocks")
+
+    def _writes_tools(self) -> bool:
+        names = [tool.get("function", tool).get("name", "") for tool in self.tools]
+        text = self.render(len(self.messages)).text
+        return all(name in text for name in names)
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Return how many characters two texts have in common from their beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low

@@ -5,17 +5,8 @@ They import neither torch nor megatron, so that starting them costs a fraction o
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +14,7 @@ from numpy.typing import NDArray
 from configs.errors import BadInput
 from trainer.data.making.documents import Block, InputFile, texts_of
 from trainer.data.making.parts import TokenizedBlock, hash_file
+from trainer.data.making.pool import WorkerPool
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 _HASHED_AT_ONCE = 64
@@ -99,6 +91,11 @@ class Worker:
             raise BadInput(f"input {error.filename}: {reason}") from error
 
 
+def start_worker(recipe: Recipe) -> Worker:
+    """Return a worker with a tokenizer of its own."""
+    return Worker(recipe, recipe.load_tokenizer())
+
+
 class DocumentWorkers:
     """A pool of workers with one tokenizer each; results come in order of the blocks, few in memory at once."""
 
@@ -107,87 +104,23 @@ class DocumentWorkers:
 
         `tokenizer` is the recipe's, loaded.
         """
-        self._here = Worker(recipe, tokenizer)
-        self._depth = 2 * num_workers + 2
-        self._pool: ProcessPoolExecutor | None = None
-        if num_workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(num_workers, context, _start_worker, (recipe,))
+        self._pool = WorkerPool(start_worker, recipe, Worker(recipe, tokenizer), num_workers)
 
     def __enter__(self) -> DocumentWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
     def tokenize(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, TokenizedBlock]]:
         """Tokenize blocks, in order. Raises BadInput as `documents.texts_of` does."""
-        return self._in_order(Worker.tokenize, blocks)
+        return self._pool.in_order(Worker.tokenize, blocks)
 
     def sample(self, blocks: Iterable[Block], every: int) -> Iterator[tuple[Block, BlockSample]]:
         """Tokenize every `every`-th document of each block again, in order."""
-        return self._in_order(Worker.sample, blocks, every)
+        return self._pool.in_order(Worker.sample, blocks, every)
 
     def hash_files(self, files: list[InputFile]) -> list[str]:
         """Compute the SHA-256 of each file, in order."""
         groups = [files[start : start + _HASHED_AT_ONCE] for start in range(0, len(files), _HASHED_AT_ONCE)]
-        return [value for _, group in self._in_order(Worker.hash, groups) for value in group]
-
-    def _in_order(self, task: Callable[..., Any], items: Iterable[Any], *arguments: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield (item, `task(worker, item, *arguments)`) in order, worked out a bounded number ahead."""
-        if self._pool is None:
-            with _one_thread():
-                for item in items:
-                    yield item, task(self._here, item, *arguments)
-            return
-        source = iter(items)
-        running: deque[tuple[Any, Future]] = deque()
-        for item in islice(source, self._depth):
-            running.append((item, self._pool.submit(_in_worker, task, item, *arguments)))
-        while running:
-            item, future = running.popleft()
-            result = future.result()
-            for following in islice(source, 1):
-                running.append((following, self._pool.submit(_in_worker, task, following, *arguments)))
-            yield item, result
-
-
-_THREADS = "TOKENIZERS_PARALLELISM"  # read by the tokenizers library whenever it is given a batch
-_worker: Worker | None = None  # of this worker process
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep the tokenizers library to one thread: as many cores are used as workers were asked for."""
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_THREADS]
-        else:
-            os.environ[_THREADS] = before
-
-
-def _start_worker(recipe: Recipe) -> None:
-    """Set a worker up: one thread each, Ctrl-C left to the parent, and gone when the parent is."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ[_THREADS] = "false"
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker = Worker(recipe, recipe.load_tokenizer())
-
-
-def _leave_with_parent() -> None:
-    """End this process with its parent: a pool's workers would otherwise wait for work for ever after a kill -9."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _in_worker(task: Callable[..., Any], item: Any, *arguments: Any) -> Any:
-    assert _worker is not None
-    return task(_worker, item, *arguments)
+        return [value for _, group in self._pool.in_order(Worker.hash, groups) for value in group]

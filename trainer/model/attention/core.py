@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from trainer.model.attention.cache import CachedTokens, attend_cached
 from trainer.model.attention.documents import PackedDocuments
 from trainer.model.attention.heads import repeat_heads, widen
 from trainer.model.attention.methods import METHODS, Attended, Sharing, Split, attend_alone
@@ -55,6 +56,7 @@ class SdpaCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self._method, self._sharing = None, None
+        self._layer_number = layer_number
         assert config.kv_channels is not None
         if max(k_channels or config.kv_channels, v_channels or config.kv_channels) > self.widest_head:
             self.tiles, self.takes_groups = EfficientTiles(), False
@@ -86,7 +88,8 @@ class SdpaCoreAttention(MegatronModule):
         """Attend within each row, or within each document when `packed_seq_params` gives their boundaries.
 
         query `[sq, batch, heads/tp, dim]`, key, value `[sk, batch, groups/tp, dim]` -> `[sq, batch, heads/tp * dim_v]`.
-        Packed: the same without the batch dimension -> `[total, heads/tp * dim_v]`. Explicit masks and biases raise
+        Packed: the same without the batch dimension -> `[total, heads/tp * dim_v]`; `CachedTokens` are kept, and seen,
+        in the cache of generation, where ranks that share sequences in training have rows of their own. Explicit masks and biases raise
         NotImplementedError: they would need a seq x seq tensor.
         """
         if attention_mask is not None or attention_bias is not None:
@@ -94,7 +97,14 @@ class SdpaCoreAttention(MegatronModule):
         causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
         # As a slice of the projection's output it would keep all of that, queries and keys, for the backward pass.
         value = value.contiguous()
-        if self._method is not None:
+        if isinstance(packed_seq_params, CachedTokens):
+            packed_seq_params.cache.write(self._layer_number, key, value, packed_seq_params.places)
+            if packed_seq_params.slots is not None:
+                scale = self.softmax_scale or query.shape[-1] ** -0.5
+                return attend_cached(
+                    query, self._layer_number, packed_seq_params, scale, self._window, self.softmax_offset
+                )
+        elif self._method is not None:
             return self._attend_over_ranks(query, key, value, packed_seq_params)
         if self._hides(query, key, packed_seq_params):
             if not causal and len(query) > 1:

@@ -1,0 +1,71 @@
+"""Label smoothing and noise on embeddings on one rank and two, against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.pool import Place
+from tests.small_runs import open_engine, small_config
+
+SMOOTHING, ALPHA = 0.2, 5.0
+
+
+def losses_and_logits(place: Place, parallel: dict[str, Any], smoothing: float) -> tuple[Any, Any, Any]:
+    """Return labels, logits of all real ids, and losses with label smoothing, of one batch."""
+    import torch
+
+    from tools.device_checks.engine import made_up_batches
+    from trainer.engine.forward import forward_language_model
+
+    with open_engine(place, small_config(place.world_size, parallel=parallel)) as engine:
+        batch = made_up_batches(engine.config)[0]
+        with torch.no_grad():
+            losses = forward_language_model(engine.chunks[0], batch, label_smoothing=smoothing)
+        return batch.labels, engine.compute_logits(batch.tokens).double(), losses
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tp": 2, "sp": True})])
+def test_losses_are_those_of_a_smoothed_target(ranks, world, parallel):
+    import torch
+
+    for labels, logits, losses in ranks.run(losses_and_logits, parallel, SMOOTHING, world=world):
+        plain = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=SMOOTHING)  # torch's own, in float64
+        expected = plain(logits.flatten(0, 1), labels.flatten()).view_as(losses)
+        torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def add_noise(place: Place, parallel: dict[str, Any], alpha: float) -> tuple[Any, Any]:
+    """Return the noise over alpha that two documents of 4 and 28 tokens get, and what no noise adds."""
+    import torch
+
+    from tools.device_checks.engine import made_up_batches
+    from trainer.model.embedding_noise import noisy_embeddings
+
+    with open_engine(place, small_config(place.world_size, parallel=parallel)) as engine:
+        batch, chunk = made_up_batches(engine.config)[0], engine.chunks[0]
+        lengths = torch.tensor([4.0] * 4 + [28.0] * 28).expand(batch.tokens.shape)
+
+        def embed(strength: float) -> Any:
+            with noisy_embeddings(chunk, lengths, strength), torch.no_grad():
+                return chunk.embedding(batch.tokens, batch.position_ids)  # [seq/tp with sp, batch, hidden]
+
+        plain = embed(0.0)
+        return (embed(alpha) - plain) / alpha, embed(0.0) - plain
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tp": 2}), (2, {"tp": 2, "sp": True})])
+def test_noise_is_uniform_and_scaled_by_length(ranks, world, parallel):
+    import torch
+
+    found = ranks.run(add_noise, parallel, ALPHA, world=world)
+    noise = torch.cat([one for one, _ in found]) if "sp" in parallel else found[0][0]
+    assert not any(nothing.any() for _, nothing in found)
+    if world == 2 and "sp" not in parallel:
+        assert torch.equal(found[0][0], found[1][0]), "tp ranks hold the same tokens"
+    for place, length in ((slice(0, 4), 4), (slice(4, 32), 28)):
+        bound = (length * noise.shape[-1]) ** -0.5  # arXiv:2310.05914, algorithm 1
+        part = noise[place]
+        assert part.abs().max() <= bound * 1.001 and part.abs().max() > 0.95 * bound
+        assert abs(float(part.mean())) < 0.1 * bound and abs(float(part.std()) / bound - 3**-0.5) < 0.05

@@ -1,0 +1,79 @@
+"""Make small questions with worked answers as chats, to fine-tune on, and held-out ones to ask.
+
+Run: python tools/make_small_tasks.py --out data/tasks [--rows 20000] [--held-out 200] [--seed 0]
+Writes DIR/train.jsonl and DIR/held_out.jsonl: a row has `messages`, and the `answer` that is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.console import end_process, run_command
+from tools.outputs import check_directory
+from tools.paths import path_text
+
+
+def make_small_tasks(out: str, num_rows: int, num_held_out: int, seed: int) -> None:
+    """Write both files; no question that is held out is among those to train on."""
+    from trainer.environments.small_tasks import SmallTask, draw_task
+
+    source = random.Random(seed)
+    held_out: dict[str, SmallTask] = {}
+    while len(held_out) < num_held_out:
+        task = draw_task(source)
+        held_out[task.question] = task
+    train: list[SmallTask] = []
+    while len(train) < num_rows:
+        task = draw_task(source)
+        if task.question not in held_out:
+            train.append(task)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tasks in (("train", train), ("held_out", list(held_out.values()))):
+        path = folder / f"{name}.jsonl"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(_row(task)) + "\n" for task in tasks), encoding="utf-8")
+        os.replace(temporary, path)
+        print(f"{path}: {len(tasks):,} chats")
+
+
+def _row(task: object) -> dict[str, object]:
+    from trainer.environments.small_tasks import SmallTask
+
+    assert isinstance(task, SmallTask)
+    messages = [{"role": "user", "content": task.question}, {"role": "assistant", "content": task.worked}]
+    return {"messages": messages, "kind": task.kind, "answer": task.answer}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(prog="make_small_tasks.py", description="Small questions with answers, as chats.")
+    parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory to write")
+    for name, default, meaning in (
+        ("rows", 20_000, "chats to train on"),
+        ("held-out", 200, "chats to ask, none of which is trained on"),
+        ("seed", 0, "of what is drawn"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    arguments = parser.parse_args(argv)
+    if arguments.rows < 1 or not 1 <= arguments.held_out <= 2000:
+        parser.error("--rows and --held-out: must be at least 1, and at most 2000 are held out; try 20000 and 200")
+
+    def command() -> None:
+        check_directory(arguments.out, "data/tasks")
+        make_small_tasks(arguments.out, arguments.rows, arguments.held_out, arguments.seed)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    end_process(main)

@@ -1,0 +1,196 @@
+"""Show what a recipe of supervised fine-tuning makes of its conversations: which tokens are trained, what is left out.
+
+Run: python tools/preview_sft.py RECIPE [key=value ...] [--split validation] [--show 3] [--html FILE] [--json FILE]
+Trained tokens are green, context is plain, special tokens are bold. `--json` has an object a sample, before packing:
+source, row (from 0), input_ids, loss_mask, dropped. Writes nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.errors import BadInput
+from tools.console import Progress, end_process, run_command
+from tools.outputs import check_file
+from tools.paths import path_argument
+
+if TYPE_CHECKING:
+    from configs.stages import SftConfig
+    from trainer.data.chat.worker import EncodedRow
+    from trainer.data.tokenizer import Tokenizer
+
+STYLES = {"trained": "green", "context": "default", "special": "bold yellow", "trained special": "bold green"}
+COLOURS = {"trained": "#1a7f37", "context": "#57606a", "special": "#9a6700", "trained special": "#116329"}
+Piece = tuple[str, str]
+"""What a token spells, and its kind."""
+
+
+def encode_rows(config: SftConfig, split: str) -> Iterator[EncodedRow]:
+    """Yield what becomes of every row of a split's sources; rows that a run refuses come as dropped ones."""
+    from trainer.data.chat.rows import iter_blocks, list_chat_files
+    from trainer.data.chat.worker import ConversationWorker, Recipe
+
+    lenient = config.model_copy(update={"sft": config.sft.model_copy(update={"bad_rows": "drop"})})
+    for number, source in enumerate(config.sources(split)):  # type: ignore[arg-type]
+        recipe = Recipe.of(lenient, f"sft.{split}[{number}]", source)
+        worker = ConversationWorker(recipe)
+        num_bytes = sum(file.num_bytes for file in list_chat_files(source, recipe.field)[0])
+        with Progress(f"tokenising {source.path}", num_bytes) as progress:
+            done = 0
+            for block in iter_blocks(source, recipe.field):
+                yield from worker.encode(block)
+                done += block.num_disk_bytes
+                progress.show(done)
+
+
+def spell(tokenizer: Tokenizer, input_ids: Sequence[int], loss_mask: Sequence[int]) -> Iterator[Piece]:
+    """Yield what each token of a sample spells and its kind; the bytes of a character are shown at the last of them."""
+    special = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special}
+    waiting: list[int] = []
+    for token, is_trained in zip(input_ids, loss_mask, strict=True):
+        text = tokenizer.backend.id_to_token(token) or ""
+        is_special = text in special
+        if not is_special:
+            waiting.append(token)
+            text = tokenizer.backend.decode(waiting, skip_special_tokens=False)
+            text = "" if text.endswith("\ufffd") and len(waiting) < 4 else text
+        if text:
+            waiting.clear()
+        yield text, ("trained " * bool(is_trained) + "special" * is_special).strip() or "context"
+
+
+def summarise(config: SftConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, str]]:
+    """Return what a person wants to know of all samples: lengths, trained share, packing, what is left out and why."""
+    import numpy as np
+
+    from trainer.data.packing import pack_best_fit, place_alone
+
+    samples = [sample for row in rows for sample in row.samples]
+    dropped = Counter(row.dropped for row in rows if row.dropped is not None)
+    table = [("rows", f"{len(rows):,}"), ("samples", f"{len(samples):,}")]
+    if samples:
+        lengths = np.array([len(sample.input_ids) for sample in samples])
+        trained = sum(sum(sample.loss_mask) for sample in samples)
+        low, half, high = (int(value) for value in np.quantile(lengths, (0, 0.5, 1), method="nearest"))
+        table.append(("tokens of a sample", f"{low:,} to {high:,}, half of them up to {half:,}"))
+        table.append(("trained", f"{trained:,} of {int(lengths.sum()):,} tokens ({trained / lengths.sum():.1%})"))
+        seq_len = config.train.seq_len
+        pack = pack_best_fit if config.sft.packing else place_alone
+        num_rows = pack(np.bincount(lengths - 1, minlength=seq_len + 1), seq_len).num_rows
+        filled = (lengths - 1).sum() / (num_rows * seq_len)
+        table.append(("rows of train.seq_len", f"{num_rows:,} of {seq_len:,} tokens, {filled:.1%} of them filled"))
+    num_truncated = sum(row.num_truncated for row in rows)
+    if num_truncated:
+        table.append(("cut at train.seq_len", f"{num_truncated:,} samples"))
+    refusal = ", which a run refuses (sft.bad_rows=refuse)" if config.sft.bad_rows == "refuse" else ""
+    for reason, count in dropped.most_common():
+        is_bad = refusal if "train.seq_len" not in reason else ""
+        table.append(("left out", f"{count:,} rows{is_bad}: {reason}"))
+    return table
+
+
+def write_json(path: Path, rows: Sequence[EncodedRow]) -> None:
+    """Write an object a sample, and one for each row, or part of one, that is left out."""
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            found: list[dict[str, Any]] = [
+                {"input_ids": list(sample.input_ids), "loss_mask": list(map(int, sample.loss_mask)), "dropped": None}
+                for sample in row.samples
+            ]
+            if row.dropped is not None:
+                found.append({"input_ids": [], "loss_mask": [], "dropped": row.dropped})
+            for entry in found:
+                stream.write(json.dumps({"source": row.file, "row": row.row, **entry}, ensure_ascii=False) + "\n")
+
+
+def write_html(
+    path: Path, title: str, table: Sequence[tuple[str, str]], shown: Sequence[tuple[str, list[Piece]]]
+) -> None:
+    """Write a page with the summary and the samples, each token in the colour of its kind."""
+    css = "".join(f".{kind.replace(' ', '-')}{{color:{colour}}}" for kind, colour in COLOURS.items())
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;"
+        f"max-width:60em;margin:2em auto}}pre{{white-space:pre-wrap;border:1px solid #d0d7de;padding:1em}}{css}"
+        f".trained,.trained-special{{background:#dafbe1}}td{{padding-right:2em}}</style><h1>{html.escape(title)}</h1><table>"
+    ]
+    parts += [f"<tr><td>{html.escape(name)}<td>{html.escape(value)}" for name, value in table]
+    parts.append("</table>")
+    for heading, pieces in shown:
+        spans = "".join(f"<span class={k.replace(' ', '-')}>{html.escape(text)}</span>" for text, k in pieces)
+        parts.append(f"<h3>{html.escape(heading)}</h3><pre>{spans}</pre>")
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(prog="preview_sft.py", description="What a recipe makes of its conversations.")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--split", choices=("train", "validation"), default="train")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
+    parser.add_argument("--html", type=path_argument, metavar="FILE", help="write a page with 100 samples")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write an object a sample")
+    arguments = parser.parse_args(argv)
+
+    def command() -> None:
+        for path in (arguments.html, arguments.json):
+            if path is not None:
+                check_file(path)
+        preview(arguments)
+
+    return run_command(command)
+
+
+def preview(arguments: argparse.Namespace) -> None:
+    """Print and write what was asked for. Raises BadInput."""
+    from configs.load import load_config
+    from configs.rules.data import check_data
+    from configs.stages import SftConfig
+    from trainer.data.tokenizer import load_tokenizer
+
+    config = load_config(arguments.recipe, arguments.overrides, "sft")
+    assert isinstance(config, SftConfig)
+    problems = list(check_data(config))
+    if problems:
+        raise BadInput("\n".join(problems))
+    if not config.sources(arguments.split):
+        raise BadInput(
+            f"sft.{arguments.split}: the recipe names no source; a value that would work: [{{path: chats.jsonl}}]"
+        )
+    tokenizer = load_tokenizer(str(config.data.tokenizer))
+    rows = list(encode_rows(config, arguments.split))
+    table = summarise(config, rows)
+    samples = [(f"{row.file}, row {row.row}", sample) for row in rows for sample in row.samples]
+    pieces = [(title, list(spell(tokenizer, one.input_ids, one.loss_mask))) for title, one in samples[:100]]
+    _print(table, pieces[: arguments.show])
+    if arguments.json is not None:
+        write_json(arguments.json, rows)
+    if arguments.html is not None:
+        write_html(arguments.html, f"{arguments.recipe}: {arguments.split}", table, pieces)
+
+
+def _print(table: Sequence[tuple[str, str]], shown: Sequence[tuple[str, list[Piece]]]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    for title, pieces in shown:
+        console.print(title, style="underline", markup=False)
+        console.print(Text.assemble(*((text, STYLES[kind]) for text, kind in pieces)))
+        console.print()
+    for name, value in table:
+        console.print(f"{name:<24}{value}", markup=False)
+
+
+if __name__ == "__main__":
+    end_process(main)

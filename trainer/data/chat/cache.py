@@ -1,0 +1,253 @@
+"""Sources of conversations as tokenised datasets in a cache: one for each content, template, tokenizer and rule.
+
+The first start makes them, with many processes; later ones find them at once. Torch-free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import BadInput
+from configs.sections.data import DataConfig, SourceConfig
+from configs.stages import SftConfig
+from trainer.data.chat.rows import iter_blocks, list_chat_files
+from trainer.data.chat.template import load_template
+from trainer.data.chat.worker import ConversationWorker, Recipe
+from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta
+from trainer.data.index_file import write_index
+from trainer.data.making.documents import BLOCK_BYTES
+from trainer.data.making.parts import hash_file
+from trainer.data.making.pool import WorkerPool
+from trainer.data.making.workers import token_dtype
+from trainer.data.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+_FORMAT = 1  # raise it when the same settings give other samples
+_SECONDS_BETWEEN_NEWS = 5.0
+SUMMARY_SUFFIX = ".summary.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of the rows of a source."""
+
+    num_rows: int
+    num_samples: int
+    num_tokens: int
+    num_trained_tokens: int
+    num_truncated: int
+    """Samples cut at their end."""
+    dropped: dict[str, int]
+    """Rows, or parts of them, left out by reason."""
+
+
+def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataConfig:
+    """Return what the run reads: tokenised datasets in the place of the config's conversations.
+
+    What the cache lacks is made, by processes with `is_maker`; the others wait for it. Raises BadInput.
+    """
+    sources: dict[str, tuple[SourceConfig, ...]] = {}
+    for split in ("train", "validation"):
+        recipes = [
+            Recipe.of(config, f"sft.{split}[{number}]", source) for number, source in enumerate(config.sources(split))
+        ]
+        prefixes = [prepare_source(recipe, is_maker=is_maker) for recipe in recipes]
+        weights = [_weight(recipe, prefix) for recipe, prefix in zip(recipes, prefixes, strict=True)]
+        sources[split] = tuple(
+            SourceConfig(path=prefix, weight=weight) for prefix, weight in zip(prefixes, weights, strict=True)
+        )
+    fields = {**sources, "packing": config.packing, "document_mask": True}
+    return config.data.model_copy(update=fields)
+
+
+def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
+    """Return the prefix of the dataset of one source, made now unless the cache has it. Raises BadInput."""
+    cache, quick = Path(recipe.sft.cache), _quick_key(recipe)
+    name = Path(recipe.source.path.rstrip("/")).name.split(".")[0] or "source"
+    known = cache / f"{quick}.key"
+    while True:
+        prefix = cache / known.read_text(encoding="utf-8") / name if known.is_file() else None
+        if prefix is not None and Path(f"{prefix}.meta.json").is_file():
+            return str(prefix)
+        if is_maker:
+            break
+        time.sleep(0.5)
+    key = _content_key(recipe)
+    prefix = cache / key / name
+    with _held(cache, key):
+        if not Path(f"{prefix}.meta.json").is_file():
+            _make(recipe, cache, key, name)
+        _write_whole(known, key)
+    return str(prefix)
+
+
+def read_summary(prefix: str) -> Summary:
+    """Read what became of the rows of a source."""
+    return Summary(**json.loads(Path(prefix + SUMMARY_SUFFIX).read_bytes()))
+
+
+def _weight(recipe: Recipe, prefix: str) -> float:
+    """Return the source's weight, by default as many rows as it fills."""
+    if recipe.source.weight is not None:
+        return recipe.source.weight
+    summary = read_summary(prefix)
+    return float(summary.num_tokens if recipe.sft.packing else summary.num_samples)
+
+
+def _make(recipe: Recipe, cache: Path, key: str, name: str) -> None:
+    """Tokenise a source and rename the result into place."""
+    folder = cache / f".{key}.making"
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill has left; the cache is held
+    try:
+        folder.mkdir(parents=True)
+        _tokenise(recipe, folder / name)
+        shutil.rmtree(cache / key, ignore_errors=True)
+        os.rename(folder, cache / key)
+    except OSError as error:
+        raise BadInput(f"sft.cache: {cache} cannot be written to ({error}); choose another path") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tokenise(recipe: Recipe, prefix: Path) -> None:
+    """Write the dataset of a source, its mask and its summary."""
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    worker = ConversationWorker(recipe)
+    num_workers = recipe.sft.num_workers or len(os.sched_getaffinity(0))
+    num_bytes = sum(file.num_bytes for file in list_chat_files(recipe.source, recipe.field)[0])
+    pool = WorkerPool(ConversationWorker, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
+    dropped: Counter[str] = Counter()
+    lengths: list[np.ndarray] = []
+    num_rows = num_truncated = num_trained = 0
+    news = _News(recipe.source.path, num_bytes)
+    try:
+        with open(f"{prefix}.bin", "wb") as tokens, open(f"{prefix}{MASK_SUFFIX}", "wb") as mask:
+            for rows, block in pool.in_order(ConversationWorker.pack, iter_blocks(recipe.source, recipe.field)):
+                tokens.write(block.tokens)
+                mask.write(block.mask)
+                lengths.append(block.lengths)
+                dropped += block.dropped
+                num_rows, num_truncated = num_rows + block.num_rows, num_truncated + block.num_truncated
+                num_trained += block.mask.count(1)
+                news.tell(num_rows, rows.num_disk_bytes)
+    finally:
+        pool.close()
+    num_samples = sum(map(len, lengths))
+    if not num_samples:
+        reasons = ", ".join(f"{count} rows: {reason}" for reason, count in dropped.most_common(3))
+        raise BadInput(f"{recipe.field}: {recipe.source.path} gives no sample ({reasons or 'it has no rows'})")
+    dtype = token_dtype(tokenizer.vocab_size)
+    write_index(Path(f"{prefix}.idx"), dtype, lengths)
+    num_tokens = int(sum(int(part.sum()) for part in lengths))
+    summary = Summary(num_rows, num_samples, num_tokens, num_trained, num_truncated, dict(dropped))
+    _write_whole(Path(f"{prefix}{SUMMARY_SUFFIX}"), json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n")
+    DatasetMeta(
+        vocabulary_hash=tokenizer.vocabulary_hash,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        dtype=dtype.__name__,
+        num_documents=num_samples,
+        num_tokens=num_tokens,
+        num_empty_documents=0,
+        fingerprint="",
+        bin_sha256=hash_file(f"{prefix}.bin"),
+        idx_sha256=hash_file(f"{prefix}.idx"),
+        mask_sha256=hash_file(f"{prefix}{MASK_SUFFIX}"),
+    ).write(Path(f"{prefix}.meta.json"))
+    news.finish(summary)
+
+
+class _News:
+    """Tells how far a source is, every few seconds, and what became of it."""
+
+    def __init__(self, path: str, num_bytes: int) -> None:
+        self._path, self._num_bytes, self._done = path, num_bytes, 0
+        self._started = self._last = time.monotonic()
+
+    def tell(self, num_rows: int, num_bytes: int) -> None:
+        """Say that so many rows are done in all, and so many bytes more."""
+        self._done += num_bytes
+        now = time.monotonic()
+        if now - self._last > _SECONDS_BETWEEN_NEWS:
+            self._last = now
+            rate = num_rows / (now - self._started)
+            share = 100 * self._done / max(self._num_bytes, 1)
+            log.info("tokenising %s: %.0f %%, %d rows, %.0f a second", self._path, share, num_rows, rate)
+
+    def finish(self, summary: Summary) -> None:
+        """Say what became of all rows."""
+        log.info("tokenised %s in %.1f s: %s", self._path, time.monotonic() - self._started, describe(summary))
+
+
+def describe(summary: Summary) -> str:
+    """Return a summary in words."""
+    share = summary.num_trained_tokens / max(summary.num_tokens, 1)
+    text = f"{summary.num_rows:,} rows, {summary.num_samples:,} samples, {summary.num_tokens:,} tokens, "
+    text += f"{share:.0%} of them trained"
+    if summary.num_truncated:
+        text += f"; {summary.num_truncated:,} samples cut at train.seq_len"
+    for reason, count in sorted(summary.dropped.items(), key=lambda item: -item[1]):
+        text += f"; {count:,} left out: {reason}"
+    return text
+
+
+def _quick_key(recipe: Recipe) -> str:
+    """Return a key that changes with the files' names, sizes and times, without reading them."""
+    files = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(recipe)]
+    return _digest([files, *_settings(recipe)])
+
+
+def _content_key(recipe: Recipe) -> str:
+    """Return a key that changes with what is in the files."""
+    return _digest([[(os.path.basename(path), hash_file(path)) for path in _files(recipe)], *_settings(recipe)])
+
+
+def _files(recipe: Recipe) -> Sequence[str]:
+    return [file.path for file in list_chat_files(recipe.source, recipe.field)[0]]
+
+
+def _settings(recipe: Recipe) -> Iterator[Any]:
+    """Yield everything but the rows on which samples depend."""
+    sft, source = recipe.sft, recipe.source
+    yield [_FORMAT, recipe.seq_len, sft.train_on, sft.bad_rows, sft.too_long, dict(source.columns), dict(source.roles)]
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    yield tokenizer.vocabulary_hash
+    yield hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
+    yield load_template(sft.template, recipe.tokenizer).fingerprint
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _held(cache: Path, key: str) -> Iterator[None]:
+    """Hold a key of the cache: another run that wants the same waits."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        stream = open(cache / f".{key}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise BadInput(f"sft.cache: {cache} cannot be written to ({error}); choose another path") from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

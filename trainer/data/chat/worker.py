@@ -1,0 +1,160 @@
+"""What one process does with a block of rows: conversations, their samples, what is left out and why. Torch-free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import BadInput
+from configs.sections.sft import ConversationSource, SftSection
+from configs.stages import SftConfig
+from trainer.data.chat.check import check_samples, find_problem
+from trainer.data.chat.conversation import BadRow, Conversation
+from trainer.data.chat.encode import ChatEncoder, Sample
+from trainer.data.chat.forms import parse_conversation
+from trainer.data.chat.rows import RowBlock, read_block
+from trainer.data.chat.template import load_template
+from trainer.data.making.workers import token_dtype
+from trainer.data.tokenizer import load_tokenizer
+
+NOTHING_TRAINED_IN_REACH = "nothing trained within train.seq_len"
+TOO_LONG = "longer than train.seq_len"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the conversations of a source become samples."""
+
+    source: ConversationSource
+    field: str
+    """Of the config, which errors name."""
+    tokenizer: str
+    """Its directory."""
+    sft: SftSection
+    seq_len: int
+
+    @classmethod
+    def of(cls, config: SftConfig, field: str, source: ConversationSource) -> Recipe:
+        """Return the recipe of one of the config's sources."""
+        return cls(source, field, str(config.data.tokenizer), config.sft, config.train.seq_len)
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """What became of one row."""
+
+    file: str
+    row: int
+    """Its number in the file, from 0."""
+    samples: tuple[Sample, ...] = ()
+    """One, or one for each trained turn where the template shows earlier turns otherwise."""
+    dropped: str | None = None
+    """Why the row, or a part of it, is left out."""
+    num_truncated: int = 0
+    """Samples that are cut at their end."""
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """The samples of a block, end to end."""
+
+    tokens: bytes  # of the dataset's dtype
+    mask: bytes  # a byte a token, 1 where it is trained
+    lengths: NDArray[np.int32]  # [num_samples] tokens of each
+    num_rows: int
+    num_truncated: int
+    dropped: Counter[str]
+    """Rows left out, by reason."""
+
+
+class _Unmeant(BadRow):
+    """A sample whose mask cannot be meant."""
+
+    def __init__(self, sample: Sample, message: str) -> None:
+        super().__init__(message)
+        self.sample = sample
+
+
+class ConversationWorker:
+    """A tokenizer, a template, and what is done with them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Load what the recipe names. Raises BadInput."""
+        self._recipe = recipe
+        self._tokenizer = load_tokenizer(recipe.tokenizer)
+        template = load_template(recipe.sft.template, recipe.tokenizer)
+        self._encoder = ChatEncoder(template, self._tokenizer, recipe.sft.train_on)
+        self._dtype = token_dtype(self._tokenizer.vocab_size)
+
+    def encode(self, block: RowBlock) -> list[EncodedRow]:
+        """Return what becomes of every row of a block. Raises BadInput for the first bad one, unless bad rows drop."""
+        return list(self._encode(block))
+
+    def pack(self, block: RowBlock) -> EncodedBlock:
+        """Return the samples of a block as they are stored."""
+        rows = self.encode(block)
+        samples = [sample for row in rows for sample in row.samples]
+        return EncodedBlock(
+            b"".join(np.array(sample.input_ids, self._dtype).tobytes() for sample in samples),
+            b"".join(np.array(sample.loss_mask, np.uint8).tobytes() for sample in samples),
+            np.array([len(sample.input_ids) for sample in samples], np.int32),
+            len(rows),
+            sum(row.num_truncated for row in rows),
+            Counter(row.dropped for row in rows if row.dropped is not None),
+        )
+
+    def _encode(self, block: RowBlock) -> Iterator[EncodedRow]:
+        rows = read_block(block)
+        parsed = [self._parse(block.path, number, row) for number, row in rows]
+        encoded = iter(self._encoder.encode_batch([one for one in parsed if isinstance(one, Conversation)]))
+        for (number, _), one in zip(rows, parsed, strict=True):
+            samples = self._judge(one if isinstance(one, BadRow) else next(encoded))
+            if not isinstance(samples, BadRow):
+                yield self._fit(EncodedRow(block.path, number, tuple(samples)))
+            elif self._recipe.sft.bad_rows == "drop":
+                yield EncodedRow(block.path, number, dropped=str(samples))
+            else:
+                if isinstance(samples, _Unmeant):
+                    check_samples([samples.sample], self._recipe.sft.train_on, self._tokenizer, self._recipe.field)
+                raise BadInput(
+                    f"{self._recipe.field}: row {number} of {block.path}: {samples}; mend the row, or leave such rows "
+                    "out with sft.bad_rows=drop"
+                )
+
+    def _parse(self, path: str, number: int, row: dict[str, Any]) -> Conversation | BadRow:
+        try:
+            return parse_conversation(row, self._recipe.source, path, number)
+        except BadRow as error:
+            return error
+
+    def _judge(self, samples: list[Sample] | BadRow) -> list[Sample] | BadRow:
+        """Return the samples, or the fault of the first whose mask cannot be meant."""
+        if isinstance(samples, BadRow):
+            return samples
+        for sample in samples:
+            problem = find_problem(sample, self._recipe.sft.train_on)
+            if problem is not None:
+                return _Unmeant(sample, f"it {problem}")
+        return samples or BadRow("nothing of it is trained")
+
+    def _fit(self, row: EncodedRow) -> EncodedRow:
+        """Return the row with samples that a row of `train.seq_len` predictions holds."""
+        longest = self._recipe.seq_len + 1
+        kept, dropped, num_truncated = [], None, 0
+        for sample in row.samples:
+            if len(sample.input_ids) <= longest:
+                kept.append(sample)
+            elif self._recipe.sft.too_long == "drop":
+                dropped = TOO_LONG
+            elif not any(sample.loss_mask[:longest]):
+                dropped = NOTHING_TRAINED_IN_REACH
+            else:
+                cut = {"input_ids": sample.input_ids[:longest], "loss_mask": sample.loss_mask[:longest]}
+                kept.append(replace(sample, **cut))  # type: ignore[arg-type]
+                num_truncated += 1
+        return EncodedRow(row.file, row.row, tuple(kept), dropped, num_truncated)

@@ -1,0 +1,92 @@
+"""Small questions in words whose answers can be checked: sums, comparisons, letters, words the other way round.
+
+For demos: a model of a few million parameters can learn them in minutes. Knows nothing of tokens or templates.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Ida", "Jon", "Kim", "Leo", "Mia")
+_THINGS = ("apples", "books", "coins", "eggs", "keys", "nuts", "pens", "shells")
+_WORDS = tuple(
+    "arm ask bag bed big bit box boy bug bus cap car cat cow cup cut day dog dry ear egg eye fan far fly fox fun gas "
+    "gum hat hen hot ice ink jam jar job key kid leg lid lip map mud net nut oak oil old owl pan pen pig pot rag ram "
+    "red rib rod rug sad sea sky sun tag tap ten tie tin toe toy van wax web wet wig yak zip".split()
+)
+ANSWER = "The answer is "
+"""What precedes the final answer of a worked one."""
+
+
+@dataclass(frozen=True)
+class SmallTask:
+    """A question, a worked answer to learn from, and the final answer alone."""
+
+    kind: str
+    question: str
+    worked: str
+    answer: str
+
+
+def draw_task(source: random.Random) -> SmallTask:
+    """Draw a task of any kind."""
+    return source.choice(KINDS)(source)
+
+
+def is_right(task: SmallTask, reply: str) -> bool:
+    """Return whether a reply ends in the right answer, after the last `ANSWER` in it; a full stop may follow."""
+    _, found, final = reply.rpartition(ANSWER)
+    return bool(found) and final.strip().rstrip(".").strip() == task.answer
+
+
+def _sum(source: random.Random) -> SmallTask:
+    first, second = source.randrange(1, 10), source.randrange(1, 10)
+    name, thing = source.choice(_NAMES), source.choice(_THINGS)
+    question = source.choice((
+        f"{name} has {first} {thing} and gets {second} more. How many {thing} are there?",
+        f"There are {first} {thing} here and {second} there. How many does {name} see?",
+        f"What is {first} plus {second}?",
+    ))  # fmt: skip
+    return _task("sum", question, f"{first} + {second} = {first + second}.", first + second)
+
+
+def _larger(source: random.Random) -> SmallTask:
+    first, second = source.sample(range(1, 30), 2)
+    name, thing = source.choice(_NAMES), source.choice(_THINGS)
+    question = source.choice((
+        f"{name} may take {first} {thing} or {second} {thing}. How many are more?",
+        f"Which is larger, {first} or {second}?",
+    ))  # fmt: skip
+    return _task("larger", question, f"{max(first, second)} > {min(first, second)}.", max(first, second))
+
+
+def _letter(source: random.Random) -> SmallTask:
+    word, place = source.choice(_WORDS), source.randrange(3)
+    order = ("first", "second", "last")[place]
+    question = source.choice((
+        f"What is the {order} letter of {word}?",
+        f"{source.choice(_NAMES)} writes {word}. Which letter is {order}?",
+    ))  # fmt: skip
+    return _task("letter", question, f"{_spelled(word)}.", word[place])
+
+
+def _reverse(source: random.Random) -> SmallTask:
+    word = source.choice(_WORDS)
+    question = source.choice((
+        f"Write {word} the other way round.",
+        f"{source.choice(_NAMES)} reads {word} from the end. What does it say?",
+    ))  # fmt: skip
+    return _task("reverse", question, f"{_spelled(word)}, {_spelled(word[::-1])}.", word[::-1])
+
+
+KINDS: tuple[Callable[[random.Random], SmallTask], ...] = (_sum, _larger, _letter, _reverse)
+
+
+def _task(kind: str, question: str, steps: str, answer: int | str) -> SmallTask:
+    return SmallTask(kind, question, f"{steps} {ANSWER}{answer}.", str(answer))
+
+
+def _spelled(word: str) -> str:
+    return " ".join(word)
