@@ -26,6 +26,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _WEIGHTS = ("loss_weight", "weight")  # LLaMA-Factory's, and that of OpenAI's fine-tuning
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # in the order in which a turn is written
 MEDIA = {"images", "image", "audios", "audio", "videos", "video"}  # keys of turns, and columns
+_MOST_CHARACTERS = 40  # of a name in a message
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 # How data whose calls are plain text (Hermes, Glaive) marks them; a result may follow these too.
 _CALLS_AS_TEXT = ("<tool_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
@@ -111,7 +112,8 @@ def _find_role(turn: dict[str, Any], columns: Mapping[str, str], roles: Mapping[
     found = roles.get(name) or ROLES.get(name) or (name if name in _CALLS else None)
     if found is None:
         known = ", ".join([*ROLES, *sorted(_CALLS)])
-        raise BadRow(f"unknown role {name!r}; known are {known}; name others, e.g. roles: {{{name}: assistant}}")
+        short = name if len(name) <= _MOST_CHARACTERS else name[:_MOST_CHARACTERS] + "..."
+        raise BadRow(f"unknown role {short!r}; known are {known}; name others, e.g. roles: {{{short}: assistant}}")
     return found
 
 
