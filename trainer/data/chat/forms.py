@@ -10,43 +10,50 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from configs.sections.sft import ConversationSource
+from configs.sections.sft import ChatRole, ConversationSource
 from trainer.data.chat.conversation import BadRow, Conversation, Message
 from trainer.data.chat.tool_json import describe, parse_tools
-from trainer.data.chat.turn_forms import MEDIA, TurnKeys, check_order, check_text, parse_turn
+from trainer.data.chat.turn_forms import MEDIA, check_order, check_text, parse_turn
 
-# What a row needs to be of a form; the first is what decides, and must not be null.
-_FORMS = (("messages",), ("conversations",), ("output", "instruction"), ("output", "input"), ("completion", "prompt"))
+# Columns that a row of a form has; the first must not be null.
+_FORMS = (
+    ("messages", "messages"),
+    ("conversations", "conversations"),
+    ("output", "instruction"),
+    ("output", "input"),
+    ("completion", "prompt"),
+)
+_DECIDING = {name for form in _FORMS for name in form}
 _LLAMA_FACTORY = {"prompt": "instruction", "query": "input", "response": "output"}
 _PREFERENCE = {"chosen", "rejected"}
 _TELLING = MEDIA | _PREFERENCE
 
 
-def parse_conversation(row: Mapping[str, Any], source: ConversationSource) -> Conversation:
+def parse_conversation(
+    row: Mapping[str, Any], source: ConversationSource, path: str = "", number: int = 0
+) -> Conversation:
     """Read a row as a conversation, in the form that its columns, or the source's, name.
 
     Of several forms in a row the first of messages, conversations, output, completion counts. Turns of a `prompt` that
     is a list are context and not trained, as in TRL; answers in `history` are trained, as in LLaMA-Factory, and a turn
-    of the system goes before the column `system`. `source` and `row` of the result are left to the caller.
-    Raises BadRow.
+    of the system goes before the column `system`. `path` and `number` are the row's file and place. Raises BadRow.
     """
     columns = _name_columns(source.columns)
     if not _TELLING.isdisjoint(row):
         _refuse_by_columns(row, columns)
     form, column = _find_form(row, columns)
-    keys = TurnKeys(columns.get("role"), columns.get("content"), source.roles)
     if form == "output":
         messages = list(_parse_instruction(row, columns))
     elif form == "completion":
-        messages = _parse_completion(row, columns, keys)
+        messages = _parse_completion(row, columns, source.roles)
     else:
-        messages = _parse_turns(row[column], column, keys)
+        messages = _parse_turns(row[column], column, columns, source.roles)
     check_order(messages, column)
     system = row.get(columns.get("system", "system"))
     if system and messages[0].role != "system":
         messages.insert(0, Message("system", check_text(system, "the system prompt")))
     tools = row.get(columns.get("tools", "tools"))
-    return Conversation(tuple(messages), parse_tools(tools) if tools else ())
+    return Conversation(tuple(messages), parse_tools(tools) if tools else (), path, number)
 
 
 def _name_columns(columns: Mapping[Any, str]) -> Mapping[str, str]:
@@ -58,17 +65,18 @@ def _name_columns(columns: Mapping[Any, str]) -> Mapping[str, str]:
 
 def _find_form(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
     """Return the form of a row by the column that decides, in our name and in the file's."""
-    named = {name for form in _FORMS for name in form} & columns.keys()
-    for name in sorted(named):
+    named = [name for name in columns if name in _DECIDING]
+    for name in named:
         if columns[name] not in row:
             raise BadRow(f"no column {columns[name]!r}, which columns.{name} names; there are {_columns_of(row)}")
-    for form in _FORMS:
-        column, *others = (columns.get(name, name) for name in form)
-        if (not named or not named.isdisjoint(form)) and row.get(column) is not None and row.keys() >= set(others):
-            return form[0], column
+    for answer, question in _FORMS:
+        column = columns.get(answer, answer)
+        if row.get(column) is not None and columns.get(question, question) in row:
+            if not named or answer in named or question in named:
+                return answer, column
     raise BadRow(
         f"no conversation in its columns {_columns_of(row)}; expected are messages, or conversations, or instruction "
-        f"and output, or prompt and completion; name yours, e.g. {_suggest_columns(row)}"
+        f"and output, or prompt and completion; {_advise(row)}"
     )
 
 
@@ -76,14 +84,19 @@ def _columns_of(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} (null)" if value is None else name for name, value in row.items()) or "none"
 
 
-def _suggest_columns(row: Mapping[str, Any]) -> str:
-    """Return `columns` that would read such a row, as far as its values tell."""
-    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+def _advise(row: Mapping[str, Any]) -> str:
+    """Return what would make such a row readable, as far as its values tell."""
+    lists = {name: value[0] for name, value in row.items() if isinstance(value, list) and value}
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    if lists:
-        return f"columns: {{messages: {lists[0]}}}"
+    turns = [
+        name for name, first in lists.items() if isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
+    ]
+    if turns:
+        return f"name yours, e.g. columns: {{messages: {turns[0]}}}"
+    if lists and len(row) == 1:
+        return f"if its rows are in {next(iter(lists))!r}, write that list alone to the file"
     first, last = (texts[0], texts[1]) if len(texts) > 1 else ("question", "answer")
-    return f"columns: {{prompt: {first}, completion: {last}}}"
+    return f"name yours, e.g. columns: {{prompt: {first}, completion: {last}}}"
 
 
 def _refuse_by_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
@@ -92,19 +105,19 @@ def _refuse_by_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> No
         if row[name]:
             raise BadRow(f"column {name!r} is not empty, and only text is learnt here; drop the row, or the column")
     if row.keys() >= _PREFERENCE and _PREFERENCE.isdisjoint(columns.values()):
-        raise BadRow(
-            "a preference of chosen over rejected, and SFT learns one answer; name it, e.g. columns: "
-            "{instruction: instruction, output: chosen}, or write both into one list of messages"
-        )
+        asked = next((name for name in ("conversations", "messages", "prompt") if name in row), None)
+        answer = "output: chosen" if "instruction" in row else "messages: chosen"
+        advice = f"prompt: {asked}, completion: chosen" if asked else answer
+        raise BadRow(f"a preference of chosen over rejected, and SFT learns one: name it, e.g. columns: {{{advice}}}")
 
 
-def _parse_turns(turns: Any, where: str, keys: TurnKeys) -> list[Message]:
+def _parse_turns(turns: Any, where: str, columns: Mapping[str, str], roles: Mapping[str, ChatRole]) -> list[Message]:
     if not isinstance(turns, list):
         raise BadRow(f"{where} is {describe(turns)}, not a list of turns; write [{{role: ..., content: ...}}, ...]")
     messages = []
     for number, turn in enumerate(turns):
         try:
-            messages.append(parse_turn(turn, keys))
+            messages.append(parse_turn(turn, columns, roles))
         except BadRow as error:
             raise BadRow(f"{where}[{number}]: {error}") from error
     return messages
@@ -131,17 +144,20 @@ def _answer(text: Any, what: str) -> Message:
     return Message("assistant", text)
 
 
-def _parse_completion(row: Mapping[str, Any], columns: Mapping[str, str], keys: TurnKeys) -> list[Message]:
+def _parse_completion(
+    row: Mapping[str, Any], columns: Mapping[str, str], roles: Mapping[str, ChatRole]
+) -> list[Message]:
     """Return the turns of a prompt and its completion, both texts or both lists of turns."""
     names = columns.get("prompt", "prompt"), columns.get("completion", "completion")
     prompt, completion = (row[name] for name in names)
-    if isinstance(prompt, list) and isinstance(completion, list):
-        context = _parse_turns(prompt, names[0], keys)
-        answer = _parse_turns(completion, names[1], keys)
-        if not any(message.role == "assistant" for message in answer):
-            raise BadRow(f"{names[1]}: no turn of the assistant in it, and so nothing to learn")
-        return [replace(message, is_trained=False) for message in context] + answer
-    if isinstance(prompt, list) or isinstance(completion, list):
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [Message("user", check_text(prompt, names[0])), _answer(completion, names[1])]
+    completion = [completion] if isinstance(completion, dict) else completion
+    if not isinstance(prompt, list) or not isinstance(completion, list):
         kinds = f"{names[0]} is {describe(prompt)} and {names[1]} {describe(completion)}"
         raise BadRow(f"{kinds}; give both as text, or both as lists of turns")
-    return [Message("user", check_text(prompt, names[0])), _answer(completion, names[1])]
+    context = _parse_turns(prompt, names[0], columns, roles)
+    answer = _parse_turns(completion, names[1], columns, roles)
+    if not any(message.role == "assistant" for message in answer):
+        raise BadRow(f"{names[1]}: no turn of the assistant in it, and so nothing to learn")
+    return [replace(message, is_trained=False) for message in context] + answer

@@ -38,6 +38,7 @@ class RowBlock:
     path: str
     first_row: int
     """Number of the first row in its file, from 0; blank lines are no rows."""
+    num_rows: int
     first_line: int
     """Number of its line, from 1; of lines alone."""
     kind: Literal["lines", "objects", "table"]
@@ -67,8 +68,17 @@ def iter_blocks(source: ConversationSource, field: str) -> Iterator[RowBlock]:
     """Cut the files of a source into blocks of about a megabyte, in order, whatever reads them later.
 
     Lines and tables are cut here and read by `read_block`; a JSON array must be read to be cut, so its blocks hold
-    objects. Raises BadInput, naming `field`, for files that cannot be read.
+    objects. Raises BadInput, naming `field`, for files that cannot be read, and where there is no row in any of them.
     """
+    num_rows = 0
+    for block in _cut(source, field):
+        num_rows += block.num_rows
+        yield block
+    if not num_rows:
+        raise BadInput(f"{field}.path: input {source.path}: no row in it; give a file that has some")
+
+
+def _cut(source: ConversationSource, field: str) -> Iterator[RowBlock]:
     files, _ = list_chat_files(source, field)
     with _named(field):
         for file in files:
@@ -91,7 +101,7 @@ def read_block(block: RowBlock) -> list[tuple[int, dict[str, Any]]]:
     with _named(block.field):
         if block.kind == "table":
             return list(enumerate(_read_table(block), start=block.first_row))
-        rows = []
+        rows: list[tuple[int, dict[str, Any]]] = []
         for number, line in enumerate(block.payload.split(b"\n"), start=block.first_line):
             if _is_row(line):
                 rows.append((block.first_row + len(rows), _read_line(line, f"input {block.path}:{number}")))
@@ -123,15 +133,17 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 def _is_row(line: bytes) -> bool:
     """Return whether a line holds anything; a byte order mark alone is nothing."""
-    return bool(line) and not line.isspace() and bool(line.removeprefix(BOM).strip())
+    return bool(line.removeprefix(BOM).strip())
 
 
 def _line_blocks(file: InputFile, pieces: Iterator[bytes], field: str) -> Iterator[RowBlock]:
     first_row = 0
-    for block in cut_lines(file, pieces):
-        assert isinstance(block.payload, bytes)
-        yield RowBlock(field, file.path, first_row, block.first_record, "lines", block.payload, block.num_disk_bytes)
-        first_row += sum(map(_is_row, block.payload.split(b"\n")))
+    for lines in cut_lines(file, pieces):
+        payload, first_line, share = lines.payload, lines.first_record, lines.num_disk_bytes
+        assert isinstance(payload, bytes)
+        num_rows = sum(map(_is_row, payload.split(b"\n")))
+        yield RowBlock(field, file.path, first_row, num_rows, first_line, "lines", payload, share)
+        first_row += num_rows
 
 
 def _array_blocks(file: InputFile, pieces: Iterator[bytes], field: str) -> Iterator[RowBlock]:
@@ -142,21 +154,22 @@ def _array_blocks(file: InputFile, pieces: Iterator[bytes], field: str) -> Itera
         num_waiting += len(text) + 1
         if num_waiting >= BLOCK_BYTES:
             share = 0 if file.compression else num_waiting
-            yield RowBlock(field, file.path, first_row, 1, "objects", tuple(rows), share)
+            yield RowBlock(field, file.path, first_row, len(rows), 1, "objects", tuple(rows), share)
             first_row, num_waiting, num_told, rows = first_row + len(rows), 0, num_told + share, []
-    yield RowBlock(field, file.path, first_row, 1, "objects", tuple(rows), max(0, file.num_bytes - num_told))
+    share = max(0, file.num_bytes - num_told)
+    yield RowBlock(field, file.path, first_row, len(rows), 1, "objects", tuple(rows), share)
 
 
 def _table_blocks(file: InputFile, field: str) -> Iterator[RowBlock]:
     import pyarrow
 
     first_row = 0
-    for batch, num_disk_bytes in iter_batches(file, lambda schema: schema.names):
+    for batch, share in iter_batches(file, lambda schema: schema.names):
         stream = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(stream, batch.schema) as writer:
             writer.write_batch(batch)
         payload = stream.getvalue().to_pybytes()
-        yield RowBlock(field, file.path, first_row, 1, "table", payload, num_disk_bytes)
+        yield RowBlock(field, file.path, first_row, batch.num_rows, 1, "table", payload, share)
         first_row += batch.num_rows
 
 
@@ -185,8 +198,10 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
         raise BadInput(f"{where}: nested too deep to be read; drop that line") from error
     except ValueError as error:  # of JSON, of UTF-8, or a number of more than 4300 digits
         advice = "each line must be one JSON object, or the whole file an array of them"
-        at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else in_one_line(error)
-        raise BadInput(f"{where}: not valid JSON ({at}); {advice}") from error
+        reason = in_one_line(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise BadInput(f"{where}: not valid JSON ({reason}); {advice}") from error
     if not isinstance(row, dict):
         raise BadInput(f"{where}: not a JSON object, as each line must be; mend or drop that line")
     return row

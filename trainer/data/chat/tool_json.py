@@ -55,7 +55,7 @@ def parse_calls(value: Any) -> tuple[ToolCall, ...]:
     if value is None:
         return ()
     calls = tuple(map(_parse_call, value if isinstance(value, list) else [value]))
-    check_json([(call.name, call.arguments) for call in calls], "the call")
+    check_json([(call.name, call.arguments, call.id) for call in calls], "the call")
     return calls
 
 
@@ -74,7 +74,9 @@ def _parse_call(entry: Any) -> ToolCall:
         arguments = _object_in(arguments)
     elif not isinstance(arguments, dict):
         raise BadRow(f"a call of {name!r} whose arguments are {describe(arguments)}, not an object; like {_CALL}")
-    return ToolCall(name, arguments, None if identity is None else str(identity))
+    if identity is not None and not isinstance(identity, str):
+        raise BadRow(f"a call of {name!r} whose id is {describe(identity)}; write it as a string")
+    return ToolCall(name, arguments, identity)
 
 
 def _object_in(text: str) -> Mapping[str, Any] | str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from configs.sections.sft import ChatRole
 from trainer.data.chat.conversation import BadRow, Message, Role, ToolCall
 from trainer.data.chat.tool_json import describe, parse_calls
 
@@ -26,48 +26,37 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _WEIGHTS = ("loss_weight", "weight")  # LLaMA-Factory's, and that of OpenAI's fine-tuning
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # in the order in which a turn is written
 MEDIA = {"images", "image", "audios", "audio", "videos", "video"}  # keys of turns, and columns
+_MOST_CHARACTERS = 40  # of a name in a message
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 # How data whose calls are plain text (Hermes, Glaive) marks them; a result may follow these too.
 _CALLS_AS_TEXT = ("<tool_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
 
 
-@dataclass(frozen=True)
-class TurnKeys:
-    """How a file spells its turns."""
+def parse_turn(turn: Any, columns: Mapping[str, str], roles: Mapping[str, ChatRole]) -> Message:
+    """Read one turn.
 
-    role: str | None = None
-    """Key of the role; None: `role` or `from`."""
-    content: str | None = None
-    """Key of the content; None: `content` or `value`."""
-    roles: Mapping[str, str] | None = None
-    """Names of roles beside the known ones."""
-
-
-def parse_turn(turn: Any, keys: TurnKeys) -> Message:
-    """Read one turn. Raises BadRow with a sentence that does not say which turn."""
+    `columns` may name the keys that hold `role` and `content`, which are else these, or `from` and `value`; `roles`
+    names roles beside the known ones. Raises BadRow with a sentence that does not say which turn.
+    """
     if not isinstance(turn, dict):
         raise BadRow(f'{describe(turn)}, not a turn like {{"role": "user", "content": "..."}}')
-    role = _find_role(turn, keys)
-    content = turn.get(keys.content or ("content" if "content" in turn else "value"))
-    is_trained = len(turn) == 2 or _is_trained(turn)
+    role = _find_role(turn, columns, roles)
+    content = turn.get(columns.get("content") or ("content" if "content" in turn else "value"))
+    has_more = len(turn) > 2 or not isinstance(content, str)  # than a role and text
+    is_trained = not has_more or _is_trained(turn)
     if role in _CALLS:
         return _parse_function_call(content, is_trained)
-    text, reasoning, calls = content, None, ()
-    if not isinstance(content, str):
-        text, reasoning, calls = _parse_parts(content, role, turn)
-    else:
-        check_text(content, "the content")
-    if len(turn) > 2:  # more than role and content
+    text, reasoning, calls = _parse_content(content, role, turn)
+    if has_more:
         reasoning, calls = _parse_rest(turn, role, reasoning, calls)
     if role == "assistant":
         if not calls and not reasoning and not text.strip():
             raise BadRow("an assistant's turn that says nothing and calls nothing; drop the turn, or the row")
-        return Message("assistant", text, reasoning, calls, is_trained=is_trained)
+        return Message(role, text, reasoning, calls, is_trained=is_trained)
     if role == "tool":
-        call_id, name = turn.get("tool_call_id"), turn.get("name")
-        call_id = None if call_id is None else str(call_id)
-        return Message(role, text, tool_call_id=call_id, name=name_of(name), is_trained=is_trained)
-    return Message(role, text, is_trained=is_trained)  # type: ignore[arg-type]
+        call_id, name = _name_in(turn, "tool_call_id"), _name_in(turn, "name")
+        return Message(role, text, tool_call_id=call_id, name=name, is_trained=is_trained)
+    return Message(cast(Role, role), text, is_trained=is_trained)
 
 
 def check_order(messages: Sequence[Message], where: str) -> None:
@@ -112,18 +101,19 @@ def check_text(text: Any, what: str) -> str:
     return text
 
 
-def _find_role(turn: dict[str, Any], keys: TurnKeys) -> str:
+def _find_role(turn: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str, ChatRole]) -> str:
     """Return a role, or the name of a turn that holds a call."""
-    name = turn.get(keys.role or ("role" if "role" in turn else "from"))
+    name = turn.get(columns.get("role") or ("role" if "role" in turn else "from"))
     if not isinstance(name, str):
         missing = "no role" if name is None else f"a role that is {describe(name)}"
         advice = 'write {"role": ..., "content": ...} or {"from": ..., "value": ...}'
         mapped = "name other keys under columns, e.g. columns: {role: speaker, content: text}"
         raise BadRow(f"{missing} among its keys {list(turn)}; {advice}, or {mapped}")
-    found = (keys.roles or {}).get(name) or ROLES.get(name) or (name if name in _CALLS else None)
+    found = roles.get(name) or ROLES.get(name) or (name if name in _CALLS else None)
     if found is None:
         known = ", ".join([*ROLES, *sorted(_CALLS)])
-        raise BadRow(f"unknown role {name!r}; known are {known}; name others, e.g. roles: {{{name}: assistant}}")
+        short = name if len(name) <= _MOST_CHARACTERS else name[:_MOST_CHARACTERS] + "..."
+        raise BadRow(f"unknown role {short!r}; known are {known}; name others, e.g. roles: {{{short}: assistant}}")
     return found
 
 
@@ -156,8 +146,10 @@ def _some_calls(value: Any, what: str) -> tuple[ToolCall, ...]:
     return calls
 
 
-def _parse_parts(content: Any, role: str, turn: dict[str, Any]) -> tuple[str, str | None, tuple[ToolCall, ...]]:
-    """Return text, reasoning and calls of a content that is null or a list of parts."""
+def _parse_content(content: Any, role: str, turn: dict[str, Any]) -> tuple[str, str | None, tuple[ToolCall, ...]]:
+    """Return text, reasoning and calls of a content that is text, null or a list of parts."""
+    if isinstance(content, str):
+        return check_text(content, "the content"), None, ()
     if content is None:
         if role not in ("assistant", "tool"):
             raise BadRow(f"no content among its keys {list(turn)}; give text, or drop the turn")
@@ -197,9 +189,12 @@ def _parse_rest(
     turn: dict[str, Any], role: str, reasoning: str | None, calls: tuple[ToolCall, ...]
 ) -> tuple[str | None, tuple[ToolCall, ...]]:
     """Return reasoning and calls, those of keys beside the content included."""
-    thoughts = {check_text(turn[key], key) for key in _REASONING if turn.get(key)} | (
-        {reasoning} if reasoning else set()
-    )
+    for key in sorted(MEDIA & turn.keys()):
+        if turn[key]:
+            raise BadRow(f"{key} in the turn, and only text is learnt here; drop the row, or the key")
+    thoughts = {check_text(turn[key], key) for key in _REASONING if turn.get(key)}
+    if reasoning:
+        thoughts.add(reasoning)
     if len(thoughts) > 1:
         raise BadRow(f"two different texts of reasoning; keep one of {', '.join(_REASONING)} and the reasoning part")
     called = (*parse_calls(turn.get("tool_calls")), *parse_calls(turn.get("function_call")))
@@ -211,6 +206,6 @@ def _parse_rest(
     return next(iter(thoughts), None), calls or called
 
 
-def name_of(value: Any) -> str | None:
-    """Return the name of a tool, if there is one."""
-    return None if value is None else check_text(value, "the name")
+def _name_in(turn: dict[str, Any], key: str) -> str | None:
+    value = turn.get(key)
+    return None if value is None else check_text(value, key)

@@ -128,7 +128,7 @@ class ConversationWorker:
 
     def _parse(self, path: str, number: int, row: dict[str, Any]) -> Conversation | BadRow:
         try:
-            return replace(parse_conversation(row, self._recipe.source), source=path, row=number)
+            return parse_conversation(row, self._recipe.source, path, number)
         except BadRow as error:
             return error
 

@@ -1,4 +1,4 @@
-"""A JSON array of objects, of any length, as lines of JSON: what Alpaca's and LLaMA-Factory's files are.
+"""A JSON array of objects, of any length, as objects or as lines of JSON: what Alpaca's and LLaMA-Factory's files are.
 
 Read a piece at a time; only the element that is being read is in memory.
 """
@@ -85,7 +85,7 @@ class _Text:
             except RecursionError as error:
                 raise BadInput(f"{self.line_at()}: {element} is nested too deep to be read; drop it") from error
             except json.JSONDecodeError as error:  # it may only not be there yet
-                place, reason = error.pos - self._at, error.msg
+                place, reason = error.pos - self._at, error.msg.removesuffix(" at")
                 if len(self._text) - self._at <= _MOST_CHARACTERS and self._read_more():
                     continue
             except ValueError as error:  # what the decoder does not take for a number

@@ -49,7 +49,7 @@ def _arrow(file: InputFile, choose: Callable[[Any], list[str]]) -> Iterator[tupl
         batches = iter(table) if is_stream else map(table.get_batch, range(table.num_record_batches))
         num_told = 0
         for batch in batches:
-            share = max(0, source.tell() - num_told)
+            share = max(0, source.tell() - num_told) if is_stream else file.num_bytes // table.num_record_batches
             num_told += share
             columns = batch.select(places)
             for start in range(0, batch.num_rows, _ROWS):
