@@ -17,6 +17,7 @@ from trainer.data.chat.template import ChatTemplate, Rendered
 from trainer.data.chat.thinking import behind_thinking_prompt
 
 TrainOn = Literal["assistant", "last", "all"]
+_AS_SEEN = "each stands as the model sees it at inference"
 
 
 @dataclass
@@ -164,6 +165,7 @@ class _Script:
         found = behind_thinking_prompt(
             prompts[0], text, self.messages[index], lambda message: self._render_instead(index, message)
         )
+        found = found or self._behind_changed_history(index, prompts[0], text)
         if found is not None:
             return found
         same = _shared_length(prompts[0], text)
@@ -173,6 +175,24 @@ class _Script:
             f"goes on with {prompts[0][same : same + 24]!r}, the conversation with {text[same : same + 24]!r}, so "
             "that what the model would see at inference cannot be told",
         )
+
+    def _behind_changed_history(self, index: int, prompt: str, text: str) -> tuple[str, int, list[str]] | None:
+        """Return the same for a turn that changes what the template writes of earlier ones, as gpt-oss's last answer.
+
+        What the turn adds stands behind the text of the message before it and the generation prompt, both found in
+        the rendering letter by letter; None where they are not.
+        """
+        if index < 2:
+            return None
+        before, history = self.render(index - 1).text, self.render(index).text
+        if not history.startswith(before) or not prompt.startswith(history):
+            return None
+        message, opening = history[len(before) :], prompt[len(history) :]
+        place = text.rfind(message + opening)
+        if not message or not opening or place < 0:
+            return None
+        completion = text[place + len(message + opening) :]
+        return prompt + completion, len(prompt), [f"template {self.template.name} changes earlier turns: {_AS_SEEN}"]
 
     def _prompt_variables(self, index: int) -> Iterator[dict[str, Any]]:
         """Yield what generation prompts are asked with: nothing, as usual; then thinking or not, as the turn has it."""
