@@ -5,6 +5,7 @@ Every turn is rendered as the model will see it at inference; turns that one ren
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -215,11 +216,14 @@ class _Script:
     def _check_parts(self, index: int, completion: str, remarks: list[str]) -> None:
         """Refuse a turn that lacks one of its calls; remark that it lacks its reasoning."""
         message = self.messages[index]
+        reasoning = message.get("reasoning_content", "").strip()
         names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-        written = sum(completion.count(name) for name in set(names))
-        if written < len(names):
-            raise self.refusal(index, f"makes {len(names)} calls, of which the template writes {written}")
-        if message.get("thinking", "").strip() not in completion:
+        if names:
+            calls = completion.replace(reasoning, "", 1).replace(message["content"].strip(), "", 1)
+            written = sum(min(names.count(name), _count_word(name, calls)) for name in set(names))
+            if written < len(names):
+                raise self.refusal(index, f"makes {len(names)} calls, of which the template writes {written}")
+        if reasoning not in completion:
             remarks.append(f"template {self.template.name} leaves out the reasoning of turns")
 
     def _check_tags(self, index: int, rendered: Rendered, start: int, end: int) -> None:
@@ -231,6 +235,11 @@ class _Script:
         names = [tool.get("function", tool).get("name", "") for tool in self.tools]
         text = self.render(len(self.messages)).text
         return all(name in text for name in names)
+
+
+def _count_word(word: str, text: str) -> int:
+    """Return how often a name stands in a text, not counting where it is a part of a longer one."""
+    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text))
 
 
 def _shared_length(one: str, other: str) -> int:

@@ -95,7 +95,7 @@ def test_nothing_is_lost_in_silence(make_encoder, make_chat, call_turn):
     ]
     with pytest.raises(BadRow, match="llama3_like.jinja writes no calls of tools"):
         make_encoder("llama3_like").encode(make_chat(("user", "Who?"), call_turn()))
-    two = Message("assistant", tool_calls=(ToolCall("add", {}), ToolCall("subtract", {})))
+    two = Message("assistant", tool_calls=(ToolCall("add", {}), ToolCall("add_all", {})), reasoning="add_all")
     with pytest.raises(BadRow, match="makes 2 calls, of which the template writes 1"):
         make_encoder("gptoss_like").encode(make_chat(("user", "Who?"), two))
 
@@ -133,5 +133,5 @@ def test_calls_of_the_named_templates(show, call_turn):
     )
     assert show("mistral", *turns)[0].endswith(
         '[/INST][[[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]</s>]]'
-        '[TOOL_RESULTS] {"content": "2"}[/TOOL_RESULTS][[ Me.</s>]]'
+        '[TOOL_RESULTS] {"content": 2}[/TOOL_RESULTS][[ Me.</s>]]'
     )
