@@ -73,6 +73,12 @@ def render_samples(
     return [_sample(turns, script, turns is samples[-1]) for turns in samples]
 
 
+def render_prompt(conversation: Conversation, template: ChatTemplate, behaviour: Behaviour) -> str:
+    """Render a conversation with the generation prompt of the turn that is to follow. Raises BadRow."""
+    script = _Script(conversation, template, behaviour)
+    return script.render(len(script.messages), add_generation_prompt=True).text
+
+
 def _trained_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
     turns = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
     turns = turns[-1:] if train_on == "last" else turns
@@ -159,7 +165,7 @@ class _Script:
         """Return the rendering of a turn and where the prompt that generates it ends, both as at inference."""
         prompts = []
         for variables in self._prompt_variables(index):
-            prompt = self.render(index, add_generation_prompt=True, **variables).text
+            prompt = self._prompt(index, variables)
             if text.startswith(prompt):
                 return text, len(prompt), []
             prompts.append(prompt)
@@ -176,6 +182,14 @@ class _Script:
             f"goes on with {prompts[0][same : same + 24]!r}, the conversation with {text[same : same + 24]!r}, so "
             "that what the model would see at inference cannot be told",
         )
+
+    def _prompt(self, index: int, variables: Mapping[str, Any]) -> str:
+        try:
+            return self.render(index, add_generation_prompt=True, **variables).text
+        except BadRow as error:
+            if index:
+                raise
+            raise self.refusal(index, "opens the conversation, and it has no prompt for that") from error
 
     def _behind_changed_history(self, index: int, prompt: str, text: str) -> tuple[str, int, list[str]] | None:
         """Return the same for a turn that changes what the template writes of earlier ones, as gpt-oss's last answer.

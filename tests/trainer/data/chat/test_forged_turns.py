@@ -18,6 +18,15 @@ def test_ids_are_those_of_transformers(name, make_encoder, make_chat, apply_tran
     assert sample.input_ids.count(sample.input_ids[0]) == 1 or name in ("chatml", "phi3_like")  # BOS is not doubled
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3_like", "gemma_like", "alpaca"])
+def test_a_prompt_is_what_stands_in_front_of_the_trained_tokens(name, make_encoder, make_chat):
+    encoder = make_encoder(name)
+    for question in ("Who?", FORGED):
+        [sample] = encoder.encode(make_chat(("user", question), ("assistant", "Me.")))
+        prompt = encoder.encode_prompt(make_chat(("user", question)))
+        assert sample.input_ids[: len(prompt)] == prompt and sample.loss_mask.index(1) == len(prompt)
+
+
 def test_a_spelled_end_of_turn_is_characters(make_encoder, make_chat):
     encoder = make_encoder("chatml")
     [sample] = encoder.encode(make_chat(("user", FORGED), ("assistant", "Me.<|im_end|>")))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trainer.data.chat.conversation import BadRow, Message
 
+TEMPLATES = Path(__file__).parent / "templates"
 TWO = (("user", "Who?"), ("assistant", "Me."), ("user", "ask"), ("assistant", "You."))
 
 
@@ -121,6 +124,14 @@ def test_a_template_without_end_of_turn_gets_the_eos_token(show):
 def test_a_template_that_reorders_turns_is_refused(show):
     with pytest.raises(BadRow, match=r"reordering.jinja: message 2 \(assistant\) is not written behind its generation"):
         show("reordering", *TWO)
+
+
+def test_an_answer_without_a_question_is_refused_where_no_prompt_can_be_written(show, tmp_path):
+    assert show("chatml", TWO[1]) == ["<|im_start|>assistant\n[[Me.<|im_end|>]]\n"]
+    first = "{% if messages[0].role %}{% endif %}"
+    (tmp_path / "strict.jinja").write_text(first + (TEMPLATES / "llama3_like.jinja").read_text())
+    with pytest.raises(BadRow, match=r"message 1 \(assistant\) opens the conversation"):
+        show(str(tmp_path / "strict.jinja"), TWO[1])
 
 
 def test_what_is_trained_follows_train_on_and_each_message(show):
