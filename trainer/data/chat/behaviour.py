@@ -81,9 +81,9 @@ class Behaviour:
         position = len(completion)
         while True:
             position = len(completion[:position].rstrip())
-            token = next((token for token in self.control_tokens if completion.endswith(token, 0, position)), None)
-            if token is None:
+            if not completion.endswith(self.control_tokens, 0, position):
                 return begin
+            token = next(token for token in self.control_tokens if completion.endswith(token, 0, position))
             begin = position = position - len(token)
 
 
@@ -116,7 +116,7 @@ def observe(template: ChatTemplate, tokenizer: Tokenizer, field: str = "sft.temp
         end_token=end,
         eos_token=template.variables.get("eos_token") or tokenizer.eod_token,
         frame_tokens=tuple(sorted(framing)),
-        special_tokens=tuple(token.content for token in added if token.special),
+        special_tokens=tuple(token.content for token in added if token.special and token.content.strip()),
     )
 
 

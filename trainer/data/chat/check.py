@@ -10,7 +10,7 @@ from trainer.data.chat.encode import Sample
 from trainer.data.chat.turns import TrainOn
 from trainer.data.tokenizer import Tokenizer
 
-_MOST_SHOWN = 1500
+_SHOWN_AT_EACH_END = 800
 
 
 def check_samples(samples: Iterable[Sample], train_on: TrainOn, tokenizer: Tokenizer, field: str = "sft.train") -> None:
@@ -47,14 +47,16 @@ def find_problem(sample: Sample, train_on: TrainOn) -> str | None:
 
 
 def show_sample(sample: Sample, tokenizer: Tokenizer) -> str:
-    """Return a sample as text with [[ ]] around its trained tokens, special tokens spelled; cut where it is long."""
+    """Return a sample as text with [[ ]] around its trained tokens, the middle of a long one left out."""
     parts = []
     pairs = zip(sample.input_ids, sample.loss_mask, strict=False)
     for is_trained, group in groupby(pairs, key=lambda pair: pair[1]):
         text = tokenizer.backend.decode([number for number, _ in group], skip_special_tokens=False)
         parts.append(f"[[{text}]]" if is_trained else text)
     shown = "".join(parts)
-    return shown if len(shown) <= _MOST_SHOWN else shown[:_MOST_SHOWN] + " ..."
+    if len(shown) <= 2 * _SHOWN_AT_EACH_END:
+        return shown
+    return f"{shown[:_SHOWN_AT_EACH_END]} [...] {shown[-_SHOWN_AT_EACH_END:]}"
 
 
 def _last_places(mask: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ from trainer.data.chat.conversation import BadRow, Conversation
 from trainer.data.chat.spelled import unmark
 from trainer.data.chat.template import ChatTemplate
 from trainer.data.chat.token_spans import SpanTokenizer, Tokens
-from trainer.data.chat.turns import SampleText, TrainOn, render_samples
+from trainer.data.chat.turns import SampleText, TrainOn, render_prompt, render_samples
 from trainer.data.tokenizer import Tokenizer
 
 SPLIT_REMARK = "a token would span prompt and answer: tokenised apart, as at inference"
@@ -89,6 +89,12 @@ class ChatEncoder:
                 except BadRow as error:
                     results[place] = error
         return results
+
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
+        """Return the tokens behind which the model generates the next turn. Raises BadRow."""
+        prompt = unmark(render_prompt(conversation, self.template, self.behaviour))
+        [tokens] = self._spans.encode_batch([prompt.text], [prompt.cuts])
+        return tokens.ids
 
     def _sample(self, prepared: _Prepared, tokens: Tokens, conversation: Conversation) -> Sample:
         sample, remarks = prepared.sample, prepared.sample.remarks

@@ -79,7 +79,15 @@ class ChatTemplate:
                 strftime_now=self.now.strftime,
                 **{**self.variables, **variables},
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise BadRow(f"template {self.name} refuses it: {in_one_line(error)}") from error
         return Rendered(*without_generation_marks(text))
 

@@ -103,5 +103,5 @@ class SpanTokenizer:
 
 
 def _tokens(encoding: Encoding) -> Tokens:
-    offsets = encoding.offsets
-    return Tokens(encoding.ids, [start for start, _ in offsets], [end for _, end in offsets])
+    starts, ends = zip(*encoding.offsets, strict=True) if len(encoding) else ((), ())
+    return Tokens(encoding.ids, list(starts), list(ends))

@@ -5,6 +5,7 @@ Every turn is rendered as the model will see it at inference; turns that one ren
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from trainer.data.chat.template import ChatTemplate, Rendered
 from trainer.data.chat.thinking import behind_thinking_prompt
 
 TrainOn = Literal["assistant", "last", "all"]
+_AS_SEEN = "each stands as the model sees it at inference"
 
 
 @dataclass
@@ -69,6 +71,12 @@ def render_samples(
         else:
             samples.append([turn])
     return [_sample(turns, script, turns is samples[-1]) for turns in samples]
+
+
+def render_prompt(conversation: Conversation, template: ChatTemplate, behaviour: Behaviour) -> str:
+    """Render a conversation with the generation prompt of the turn that is to follow. Raises BadRow."""
+    script = _Script(conversation, template, behaviour)
+    return script.render(len(script.messages), add_generation_prompt=True).text
 
 
 def _trained_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
@@ -157,13 +165,14 @@ class _Script:
         """Return the rendering of a turn and where the prompt that generates it ends, both as at inference."""
         prompts = []
         for variables in self._prompt_variables(index):
-            prompt = self.render(index, add_generation_prompt=True, **variables).text
+            prompt = self._prompt(index, variables)
             if text.startswith(prompt):
                 return text, len(prompt), []
             prompts.append(prompt)
         found = behind_thinking_prompt(
             prompts[0], text, self.messages[index], lambda message: self._render_instead(index, message)
         )
+        found = found or self._behind_changed_history(index, prompts[0], text)
         if found is not None:
             return found
         same = _shared_length(prompts[0], text)
@@ -173,6 +182,32 @@ class _Script:
             f"goes on with {prompts[0][same : same + 24]!r}, the conversation with {text[same : same + 24]!r}, so "
             "that what the model would see at inference cannot be told",
         )
+
+    def _prompt(self, index: int, variables: Mapping[str, Any]) -> str:
+        try:
+            return self.render(index, add_generation_prompt=True, **variables).text
+        except BadRow as error:
+            if index:
+                raise
+            raise self.refusal(index, "opens the conversation, and it has no prompt for that") from error
+
+    def _behind_changed_history(self, index: int, prompt: str, text: str) -> tuple[str, int, list[str]] | None:
+        """Return the same for a turn that changes what the template writes of earlier ones, as gpt-oss's last answer.
+
+        What the turn adds stands behind the text of the message before it and the generation prompt, both found in
+        the rendering letter by letter; None where they are not.
+        """
+        if index < 2:
+            return None
+        before, history = self.render(index - 1).text, self.render(index).text
+        if not history.startswith(before) or not prompt.startswith(history):
+            return None
+        message, opening = history[len(before) :], prompt[len(history) :]
+        place = text.rfind(message + opening)
+        if not message or not opening or place < 0:
+            return None
+        completion = text[place + len(message + opening) :]
+        return prompt + completion, len(prompt), [f"template {self.template.name} changes earlier turns: {_AS_SEEN}"]
 
     def _prompt_variables(self, index: int) -> Iterator[dict[str, Any]]:
         """Yield what generation prompts are asked with: nothing, as usual; then thinking or not, as the turn has it."""
@@ -195,11 +230,14 @@ class _Script:
     def _check_parts(self, index: int, completion: str, remarks: list[str]) -> None:
         """Refuse a turn that lacks one of its calls; remark that it lacks its reasoning."""
         message = self.messages[index]
+        reasoning = message.get("reasoning_content", "").strip()
         names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-        written = sum(completion.count(name) for name in set(names))
-        if written < len(names):
-            raise self.refusal(index, f"makes {len(names)} calls, of which the template writes {written}")
-        if message.get("thinking", "").strip() not in completion:
+        if names:
+            calls = completion.replace(reasoning, "", 1).replace(message["content"].strip(), "", 1)
+            written = sum(min(names.count(name), _count_word(name, calls)) for name in set(names))
+            if written < len(names):
+                raise self.refusal(index, f"makes {len(names)} calls, of which the template writes {written}")
+        if reasoning not in completion:
             remarks.append(f"template {self.template.name} leaves out the reasoning of turns")
 
     def _check_tags(self, index: int, rendered: Rendered, start: int, end: int) -> None:
@@ -211,6 +249,11 @@ class _Script:
         names = [tool.get("function", tool).get("name", "") for tool in self.tools]
         text = self.render(len(self.messages)).text
         return all(name in text for name in names)
+
+
+def _count_word(word: str, text: str) -> int:
+    """Return how often a name stands in a text, not counting where it is a part of a longer one."""
+    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text))
 
 
 def _shared_length(one: str, other: str) -> int:
