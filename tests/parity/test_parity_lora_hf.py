@@ -64,7 +64,14 @@ def train_and_export(
         stage = build_stage(engine)
         export(TrainState(), "adapter")
         logits = engine.compute_logits(torch.from_numpy(tokens)).numpy()
+        with engine.adapter.disabled():
+            frozen = engine.compute_logits(torch.from_numpy(tokens))
         state, (result,) = train_steps(stage, TrainState(), 1)
+        with engine.adapter.disabled():
+            assert torch.equal(engine.compute_logits(torch.from_numpy(tokens)), frozen)
+        with engine.merged_adapter():
+            merged = engine.compute_logits(torch.from_numpy(tokens))
+        assert torch.allclose(merged, engine.compute_logits(torch.from_numpy(tokens)), atol=1e-4)
         for module in engine.adapter.modules():
             for parameter in module.parameters():
                 parameter.data.copy_(parameter.main_grad)

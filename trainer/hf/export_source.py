@@ -53,12 +53,17 @@ def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSourc
                 "runs/demo/checkpoints/step_00000100."
             )
         return ExportSource(theirs, read_megatron_model(theirs))
-    manifest = read_manifest(checkpoint)
-    mine = sorted(manifest.files)[rank::world_size]
-    problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
-    if problems:
-        raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted, export another one.")
-    return describe_source(checkpoint)
+    source = describe_source(checkpoint)
+    checked: Path | None = checkpoint
+    while checked is not None:
+        manifest = read_manifest(checked)
+        mine = sorted(manifest.files)[rank::world_size]
+        problems = [problem for part in gather_objects(find_damage(checked, manifest, mine)) for problem in part]
+        if problems:
+            raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted, export another one.")
+        base = recorded_base(manifest.base, checked)
+        checked = Path(base.path) if base is not None and base.is_checkpoint else None
+    return source
 
 
 def describe_source(checkpoint: Path) -> ExportSource:

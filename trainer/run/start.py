@@ -116,8 +116,7 @@ def _find(config: Config, stage_name: str) -> Start:
     if resume_from is not None:
         manifest = read_manifest(resume_from)
         check_continues(manifest, config, stage_name, resume_from)
-        is_named = manifest.base is not None and (settings.init_from_hf or settings.init_from) is not None
-        base = recorded_base(manifest.base, resume_from, _base_place(config) if is_named else None)
+        base = _find_base(manifest, config, resume_from)
         return Start(resume_from=resume_from, base=base, changes=_all_changes(manifest, config))
     base = identify_base(_base_place(config)) if config.lora is not None else None
     if settings.init_from_hf is not None:
@@ -134,6 +133,16 @@ def _find(config: Config, stage_name: str) -> Start:
     is_imported = manifest.stage["name"] == IMPORT_STAGE
     trained_len = before.max_position_embeddings if is_imported else manifest.config["train"]["seq_len"]
     return Start(init_from=init_from, base=base, changes=describe_new_use(before, trained_len, config))
+
+
+def _find_base(manifest: Manifest, config: Config, checkpoint: Path) -> BaseWeights | None:
+    """Return the base of adapters: where they were trained beside it, or where the config says that it is now."""
+    try:
+        return recorded_base(manifest.base, checkpoint)
+    except BadInput:
+        if config.checkpoint.init_from is None and config.checkpoint.init_from_hf is None:
+            raise
+        return recorded_base(manifest.base, checkpoint, _base_place(config))
 
 
 def _base_place(config: Config) -> Path:
