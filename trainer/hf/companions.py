@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
-from trainer.data.tokenizer import find_tokenizer_directory
+from trainer.data.chat.behaviour import observe
+from trainer.data.chat.template import load_template
+from trainer.data.tokenizer import find_tokenizer_directory, load_tokenizer
 from trainer.hf.config_json import load_config_json
 
 FOLDER = "hf"
@@ -54,6 +56,24 @@ def write_companions(target: Path, carried: Path | None, tokenizer: str | None) 
     for folder in (carried, Path(tokenizer) if tokenizer is not None else None):
         if folder is not None and folder.is_dir():
             _copy_companions(folder if folder == carried else find_tokenizer_directory(folder), target)
+
+
+def write_chat_template(target: Path, template: str) -> None:
+    """Give an export, whose tokenizer is there, a chat template by name or file, and let generation end where turns do.
+
+    Raises BadInput where the template is no longer there.
+    """
+    chat = load_template(template, target)
+    tokenizer = load_tokenizer(str(target))
+    (target / "chat_template.jinja").write_text(chat.text, encoding="utf-8")
+    end = observe(chat, tokenizer).end_token
+    if end is None:
+        return
+    file = target / "generation_config.json"
+    settings = _read(file) if file.is_file() else {}
+    known = settings.get("eos_token_id", [])
+    ids = [tokenizer.backend.token_to_id(end), tokenizer.eod_id, *(known if isinstance(known, list) else [known])]
+    _write(file, settings | {"eos_token_id": list(dict.fromkeys(ids))})
 
 
 def drop_missing_code(directory: Path) -> list[str]:

@@ -14,7 +14,14 @@ from configs.errors import BadInput
 from parallel.collectives import gather_objects
 from trainer.disk.growing import growing_directory
 from trainer.hf.adapters import TensorStore
-from trainer.hf.companions import carried_config, drop_missing_code, set_token_limit, token_ids, write_companions
+from trainer.hf.companions import (
+    carried_config,
+    drop_missing_code,
+    set_token_limit,
+    token_ids,
+    write_chat_template,
+    write_companions,
+)
 from trainer.hf.config_json import find_family, has_other_context, write_model
 from trainer.hf.export_source import ExportSource, open_tensors
 from trainer.hf.importing import ConversionReport, count_non_finite, share
@@ -113,6 +120,8 @@ class _Parts:
 def _write_rest(growing: Path, source: ExportSource, config: dict[str, Any], dtype: torch.dtype) -> list[str]:
     """Write `config.json` and its companions; return what was changed or left out. Rank 0 alone calls this."""
     write_companions(growing, source.carried, source.tokenizer)
+    if source.template is not None:
+        write_chat_template(growing, source.template)
     notes = []
     if has_other_context(source.model, carried_config(source.carried)):
         notes += set_token_limit(growing, source.model.max_position_embeddings)
