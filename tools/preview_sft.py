@@ -89,6 +89,8 @@ def summarise(config: SftConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, 
         num_rows = pack(np.bincount(lengths - 1, minlength=seq_len + 1), seq_len).num_rows
         filled = (lengths - 1).sum() / (num_rows * seq_len)
         table.append(("rows of train.seq_len", f"{num_rows:,} of {seq_len:,} tokens, {filled:.1%} of them filled"))
+    remarks = Counter(remark for sample in samples for remark in sample.remarks)
+    table += [("to know", f"in {count:,} samples {remark}") for remark, count in remarks.most_common()]
     num_truncated = sum(row.num_truncated for row in rows)
     if num_truncated:
         table.append(("cut at train.seq_len", f"{num_truncated:,} samples"))
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
     parser.add_argument("--html", type=path_argument, metavar="FILE", help="write a page with 100 samples")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write an object a sample")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     def command() -> None:
         for path in (arguments.html, arguments.json):

@@ -53,6 +53,8 @@ class Summary:
     """Samples cut at their end."""
     dropped: dict[str, int]
     """Rows, or parts of them, left out by reason."""
+    remarks: dict[str, int]
+    """Samples in which something is not as the data has it, by what."""
 
 
 def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataConfig:
@@ -131,6 +133,7 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
     num_bytes = sum(file.num_bytes for file in list_chat_files(recipe.source, recipe.field)[0])
     pool = WorkerPool(ConversationWorker, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
     dropped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     lengths: list[np.ndarray] = []
     num_rows = num_truncated = num_trained = 0
     news = _News(recipe.source.path, num_bytes)
@@ -141,6 +144,7 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
                 mask.write(block.mask)
                 lengths.append(block.lengths)
                 dropped += block.dropped
+                remarks += block.remarks
                 num_rows, num_truncated = num_rows + block.num_rows, num_truncated + block.num_truncated
                 num_trained += block.mask.count(1)
                 news.tell(num_rows, rows.num_disk_bytes)
@@ -153,7 +157,7 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
     dtype = token_dtype(tokenizer.vocab_size)
     write_index(Path(f"{prefix}.idx"), dtype, lengths)
     num_tokens = int(sum(int(part.sum()) for part in lengths))
-    summary = Summary(num_rows, num_samples, num_tokens, num_trained, num_truncated, dict(dropped))
+    summary = Summary(num_rows, num_samples, num_tokens, num_trained, num_truncated, dict(dropped), dict(remarks))
     _write_whole(Path(f"{prefix}{SUMMARY_SUFFIX}"), json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n")
     DatasetMeta(
         vocabulary_hash=tokenizer.vocabulary_hash,
@@ -202,6 +206,8 @@ def describe(summary: Summary) -> str:
         text += f"; {summary.num_truncated:,} samples cut at train.seq_len"
     for reason, count in sorted(summary.dropped.items(), key=lambda item: -item[1]):
         text += f"; {count:,} left out: {reason}"
+    for remark, count in summary.remarks.items():
+        text += f"; in {count:,} samples {remark}"
     return text
 
 

@@ -70,6 +70,8 @@ class EncodedBlock:
     num_truncated: int
     dropped: Counter[str]
     """Rows left out, by reason."""
+    remarks: Counter[str]
+    """Samples in which something is not as the data has it, by what."""
 
 
 class _Unmeant(BadRow):
@@ -106,6 +108,7 @@ class ConversationWorker:
             len(rows),
             sum(row.num_truncated for row in rows),
             Counter(row.dropped for row in rows if row.dropped is not None),
+            Counter(remark for sample in samples for remark in sample.remarks),
         )
 
     def _encode(self, block: RowBlock) -> Iterator[EncodedRow]:
