@@ -52,10 +52,10 @@ def parse_turn(turn: Any, columns: Mapping[str, str], roles: Mapping[str, ChatRo
     if role == "assistant":
         if not calls and not reasoning and not text.strip():
             raise BadRow("an assistant's turn that says nothing and calls nothing; drop the turn, or the row")
-        return Message(role, text, reasoning, calls, is_trained=is_trained)
+        return Message("assistant", text, reasoning, calls, is_trained=is_trained)
     if role == "tool":
         call_id, name = _name_in(turn, "tool_call_id"), _name_in(turn, "name")
-        return Message(role, text, tool_call_id=call_id, name=name, is_trained=is_trained)
+        return Message("tool", text, tool_call_id=call_id, name=name, is_trained=is_trained)
     return Message(cast(Role, role), text, is_trained=is_trained)
 
 
