@@ -27,7 +27,7 @@ from configs.stages import SftConfig
 from trainer.data.chat.rows import iter_blocks, list_chat_files
 from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
-from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta
+from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes
 from trainer.data.index_file import write_index
 from trainer.data.making.documents import BLOCK_BYTES
 from trainer.data.making.parts import hash_file
@@ -83,7 +83,7 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     known = cache / f"{quick}.key"
     while True:
         prefix = cache / known.read_text(encoding="utf-8") / name if known.is_file() else None
-        if prefix is not None and Path(f"{prefix}.meta.json").is_file():
+        if prefix is not None and _is_whole(str(prefix)):
             return str(prefix)
         if is_maker:
             break
@@ -91,7 +91,7 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     key = _content_key(recipe)
     prefix = cache / key / name
     with _held(cache, key):
-        if not Path(f"{prefix}.meta.json").is_file():
+        if not _is_whole(str(prefix)):
             _make(recipe, cache, key, name)
         _write_whole(known, key)
     return str(prefix)
@@ -100,6 +100,16 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
 def read_summary(prefix: str) -> Summary:
     """Read what became of the rows of a source."""
     return Summary(**json.loads(Path(prefix + SUMMARY_SUFFIX).read_bytes()))
+
+
+def _is_whole(prefix: str) -> bool:
+    """Return whether a dataset of the cache is there and nothing of it is missing or cut off."""
+    try:
+        check_sizes(prefix)
+        read_summary(prefix)
+    except (BadInput, OSError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _weight(recipe: Recipe, prefix: str) -> float:
