@@ -57,7 +57,7 @@ def small_config(world: int = 1, **sections: Mapping[str, Any]) -> Config:
         "checkpoint": {"async_save": False},
     }
     for name, section in sections.items():
-        fields[name] = fields.get(name, {}) | dict(section)
+        fields[name] = section if section is None else (fields.get(name) or {}) | dict(section)
     config = Config.model_validate(fields)
     problems = check_config(config, world, platform="cpu", has_te=False)
     assert not problems, problems

@@ -178,7 +178,11 @@ def outcomes(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(
-        [sys.executable, str(HERE / "world.py"), json.dumps(cases)], env=environment, capture_output=True, text=True
+        [sys.executable, str(HERE / "world.py")],
+        input=json.dumps(cases),
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,7 @@
 
 A process of its own, started by the test with the runtime of `runtime.c` in front of CUDA's. Fake tensors compute
 nothing but check devices, formats and shapes; collectives check their arguments; what the host reads from the device
-is recorded, for there the GPU would wait. Takes cases and prints outcomes as JSON.
+is recorded, for there the GPU would wait. Reads cases and prints outcomes as JSON.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     replace_functions()
     results = {}
-    for name, case in json.loads(sys.argv[-1]).items():
+    for name, case in json.load(sys.stdin).items():
         try:
             found = run_case(Config.model_validate(case["config"]), case["world"], case["rank"])
             results[name] = {"error": None, **found}

@@ -103,11 +103,11 @@ def test_missing_fields_are_their_defaults(old_run, edited):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (lambda content: content["config"].update(lora={"rank": 8}), "config.lora"),
+        (lambda content: content["config"].update(reward={"scale": 8}), "config.reward"),
         (lambda content: content["config"]["model"].update(of_the_future=7), "config.model.of_the_future"),
         (lambda content: content["config"]["data"]["train"][0].update(part="a"), "config.data.train[0].part"),
         (lambda content: content["state"].update(num_rollouts=1), "state.num_rollouts"),
-        (lambda content: content.update(parts=["lora"]), "parts"),
+        (lambda content: content.update(parts=["reward"]), "parts"),
     ],
 )
 def test_fields_of_another_version_are_named_in_one_sentence(edited, change, name):
