@@ -103,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures = report(measure(Path(folder) / "model", arguments.rounds))
         is_equal = figures["is_equal"]
         rates, ratio = figures["tokens_per_second"], figures["ratio"]
-        print(f"{figures['parameters'] / 1e6:.1f} million parameters, {figures['threads']} thread(s), batch {NUM_PROMPTS}")
+        print(
+            f"{figures['parameters'] / 1e6:.1f} million parameters, {figures['threads']} thread(s), batch {NUM_PROMPTS}"
+        )
         print(f"engine                 {rates['ours']:8.0f} tokens/s")
         print(f"transformers.generate  {rates['theirs']:8.0f} tokens/s")
         print(f"ratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), text equal: {is_equal}")

@@ -65,7 +65,9 @@ def _prompts(prompts: Sequence[tuple[int, Row]], cache: KeyValueCache, mesh: Mes
         length = len(row.prompt_ids)
         own = range(length)
         first = slot * cache.length
-        for column, values in zip(columns, (row.prompt_ids, own, range(first, first + length), [length] * length), strict=True):
+        for column, values in zip(
+            columns, (row.prompt_ids, own, range(first, first + length), [length] * length), strict=True
+        ):
             column.extend(values)
         bounds.append(len(columns[0]))
     if len(columns[0]) < size:
