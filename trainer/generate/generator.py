@@ -59,8 +59,8 @@ class EngineGenerator:
         """Return `sampling.num_samples` answers to each prompt, in order, on every rank.
 
         An answer does not depend on the others, nor, but for rounding, on the layout. `on_token(prompt, sample, id)` is
-        told every token at once, on all ranks of the replica that draws it: rank 0's, of a prompt alone. Raises BadInput.
-        Collective: all ranks of the world must call this.
+        told every token at once, on all ranks of the replica that draws it: rank 0's, of a prompt alone. Raises
+        BadInput. Collective: all ranks of the world must call this.
         """
         self._check(prompts, sampling)
         model, mesh = self._model, self._model.mesh
