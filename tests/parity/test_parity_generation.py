@@ -22,6 +22,7 @@ DYNAMIC = {
 MOE = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}}
 LATENT = {
     "num_query_groups": None,
+    "rope": {"interleaved": True},
     "mla": {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
 }
 SINKS = {"window_size": 7, "window_pattern": [True, False], "attention_sinks": True}
@@ -63,8 +64,9 @@ def generate_as(place: Place, config: Any, start: str, is_hf: bool) -> tuple[Any
             warm_start(engine, resolve_checkpoint(start))
         generator = EngineGenerator(engine, max_rows=3)
         greedy = generator.generate(PROMPTS, Sampling(NUM_TOKENS, temperature=0.0))
-        # Some tokens end answers early, so that rows leave and others come in.
-        drawn = generator.generate(PROMPTS, Sampling(NUM_TOKENS, num_samples=3, seed=5, stop_tokens=tuple(range(7))))
+        # Some tokens end answers early, so that rows leave and others come in. (With seed 5 one draw lies within 1e-9
+        # of the next token, which is closer than layouts agree.)
+        drawn = generator.generate(PROMPTS, Sampling(NUM_TOKENS, num_samples=3, seed=6, stop_tokens=tuple(range(7))))
         answers = [*greedy, *drawn[:: 1 if is_hf else 4]]
         errors = [
             float(np.abs(np.subtract(one.logprobs, score(engine, PROMPTS[one.prompt], one.token_ids))).max())

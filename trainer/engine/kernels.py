@@ -9,10 +9,13 @@ import functools
 import queue
 from collections.abc import Iterator
 
+from megatron.core.tensor_parallel import layers
+
 from parallel.platform.base import Platform
 from parallel.replaced_names import NamePatch, replace_names
 from trainer.losses.cross_entropy import find_largest_logits
 from trainer.model.fewer_passes import rms_norm, swiglu, weighted_swiglu
+from trainer.model.linears import copy_to_tp, forward_without_gradients, reduce_over_tp
 from trainer.model.rotate import angles_of_this_rank, compile_rotation, rotate_documents, rotate_rows
 from trainer.model.weight_gradients import WeightGradients
 from trainer.optim.adam import GroupStepAdamW, has_fused_adam
@@ -44,6 +47,12 @@ def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
     why = "weight gradients added up in fp32 by the multiplication, also where apex's extension is, for GPUs alone"
     yield NamePatch(f"{_LINEARS}:fused_weight_gradient_mlp_cuda", WeightGradients, why, is_optional=True)
     yield NamePatch(f"{_LINEARS}:_grad_accum_fusion_available", True, why)
+    why = "its own goes through autograd where nothing is differentiated, and through collectives of one rank"
+    for layer in (layers.ColumnParallelLinear, layers.RowParallelLinear):
+        multiply = forward_without_gradients(layer._forward_impl)
+        yield NamePatch(f"{_LINEARS}:{layer.__name__}._forward_impl", multiply, why)
+    yield NamePatch(f"{_LINEARS}:reduce_from_tensor_model_parallel_region", reduce_over_tp, why)
+    yield NamePatch(f"{_LINEARS}:copy_to_tensor_model_parallel_region", copy_to_tp, why)
     yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_thd", rotate_documents, "its own asks the host twice a layer")
     why = "its own copies an index from the host to a CUDA device in every pass"
     for module in ("rotary_pos_embedding", "yarn_rotary_pos_embedding"):

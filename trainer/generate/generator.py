@@ -59,8 +59,8 @@ class EngineGenerator:
         """Return `sampling.num_samples` answers to each prompt, in order, on every rank.
 
         An answer does not depend on the others, nor, but for rounding, on the layout. `on_token(prompt, sample, id)` is
-        told every token at once, on all ranks of the replica that draws it; a prompt alone is rank 0's. Raises BadInput.
-        Collective: all ranks of the world must call this.
+        told every token at once, on all ranks of the replica that draws it: rank 0's, of a prompt alone. Raises
+        BadInput. Collective: all ranks of the world must call this.
         """
         self._check(prompts, sampling)
         model, mesh = self._model, self._model.mesh
@@ -152,7 +152,7 @@ class _Generation:
             logits.append(self._join(joining, num_old, sources))
         if self._slots.active:
             self._draw([one for one in logits if one is not None])
-        for row, last, place in self._slots.drop_finished():
+        for last, place in self._slots.drop_finished():
             if last != place:
                 self._cache.copy(last, place, self._slots.active[place].num_cached)
         return bool(num_new or num_running)
@@ -169,7 +169,7 @@ class _Generation:
         return sources, new
 
     def _agree(self, num_new: int, num_old: int) -> list[int]:
-        """Return the most prompts and rows of any replica that shares experts with this one: all take part in passes."""
+        """Return the most prompts and rows of any replica that has a part of the experts: all take part in passes."""
         if self._mesh.ep_size == 1:
             return [num_new, num_old]
         return max_over_stage([num_new, num_old], self._mesh)

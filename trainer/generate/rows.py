@@ -99,11 +99,11 @@ class Slots:
         """Return whether a waiting row has this prompt."""
         return any(row.prompt == prompt for row in self.waiting)
 
-    def drop_finished(self) -> Iterator[tuple[Row, int, int]]:
-        """Take out finished rows; yield each with the slot whose row takes its place, and that place."""
+    def drop_finished(self) -> Iterator[tuple[int, int]]:
+        """Take out finished rows; yield for each the slot whose row takes its place, and that place."""
         for slot in reversed(range(len(self.active))):
             if self.active[slot].finish is not None:
-                row, last = self.active[slot], len(self.active) - 1
+                last = len(self.active) - 1
                 self.active[slot] = self.active[last]
-                yield row, last, slot
+                yield last, slot
                 self.active.pop()

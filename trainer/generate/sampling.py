@@ -58,9 +58,9 @@ def row_random(sampling: Sampling, prompt: int, sample: int) -> np.random.Genera
 def draw_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a token for each row of fp32 `logits [rows, vocab]` with a number of [0, 1) each -> ids, log-probabilities.
 
-    The token is the first, by id, at which the distribution function exceeds the row's number. Log-probabilities `[rows]`
-    in nats are those of the distribution drawn from: after temperature, top-k and top-p. At temperature 0, where the
-    likeliest token has all of it, they are those of softmax(logits).
+    The token is the first, by id, at which the distribution function exceeds the row's number. Log-probabilities
+    `[rows]` in nats are those of the distribution drawn from: after temperature, top-k and top-p. At temperature 0,
+    where the likeliest token has all of it, they are those of softmax(logits).
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)

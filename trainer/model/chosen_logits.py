@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 def compute_chosen_logits(
     *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: Any, **unused: Any
 ) -> torch.Tensor:
-    """Return the logits `[chosen, vocab/tp]` of the tokens `context`: an output processor of Megatron-Core's `GPTModel`.
+    """Return the logits `[chosen, vocab/tp]` of the tokens `context`: an output processor of `GPTModel`.
 
     hidden_states `[tokens, 1, hidden]`, with sp a tp rank's part of them; `context` is an index or a slice. Without
     gradients.

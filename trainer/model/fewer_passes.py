@@ -41,7 +41,11 @@ def swiglu(halves: torch.Tensor, bias: torch.Tensor | None, *options: Any) -> to
     The arguments are those of Megatron-Core's `bias_swiglu_impl`; its options, to store or offload the input otherwise,
     are for GPUs.
     """
-    result: torch.Tensor = _SwiGlu.apply(halves if bias is None else halves + bias)
+    halves = halves if bias is None else halves + bias
+    if not torch.is_grad_enabled():
+        gate, up = halves.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+    result: torch.Tensor = _SwiGlu.apply(halves)
     return result
 
 
@@ -95,5 +99,8 @@ def rms_norm(
         return _rms_norm(hidden, list(shape), weight, eps)
     if not tuple(shape) == weight.shape == hidden.shape[-1:]:  # several dimensions, or what torch refuses
         return _rms_norm(hidden, list(shape), weight, eps)
+    if not torch.is_grad_enabled():
+        inverse = hidden.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return (hidden * inverse).mul_(weight)
     result: torch.Tensor = _RmsNorm.apply(hidden, hidden, weight, eps)
     return result

@@ -7,6 +7,7 @@ sequence, however it is split. Used where Transformer Engine's fused rotation is
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +70,8 @@ def rotate_documents(
     """Rotate `tokens [total, heads, dim]` by the angles `frequencies [max_seqlen, 1, 1, rotated]`, in radians.
 
     Su et al. 2021 (arXiv:2104.09864) eq. 34, at the `positions [total]` that `rotate_by_position` handed down; where
-    these are empty, the angles are those of the tokens. The arguments are otherwise those of Megatron-Core's own function.
+    these are empty, the angles are those of the tokens. The arguments are otherwise those of Megatron-Core's own
+    function.
     """
     options.pop("cp_group", None)
     angles = frequencies[positions] if positions.numel() else frequencies
@@ -92,12 +94,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        (first, second), (sin_first, sin_second) = tokens.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-        rotated = torch.mul(tokens, cos, out=tokens.new_empty(tokens.shape))
-        of_first, of_second = rotated.chunk(2, dim=-1)
-        of_first -= second * sin_first
-        of_second += first * sin_second
-        return rotated
+        return _rotate(tokens, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -109,6 +106,27 @@ class _Rotation(torch.autograd.Function):
         of_first += second * sin_second
         of_second -= first * sin_first
         return result, None, None
+
+
+def _rotate(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    (first, second), (sin_first, sin_second) = tokens.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    rotated = torch.mul(tokens, cos, out=tokens.new_empty(tokens.shape))
+    of_first, of_second = rotated.chunk(2, dim=-1)
+    of_first -= second * sin_first
+    of_second += first * sin_second
+    return rotated
+
+
+_of_last: tuple[Any, ...] = ()
+
+
+def _cos_and_sin(frequencies: torch.Tensor, scale: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `scale` times both in `dtype`; those of the last angles are at hand, which all layers of a pass share."""
+    global _of_last
+    if not (_of_last and _of_last[0]() is frequencies and _of_last[1:3] == (scale, dtype)):
+        cos, sin = ((part * scale).to(dtype) for part in (torch.cos(frequencies), torch.sin(frequencies)))
+        _of_last = weakref.ref(frequencies), scale, dtype, cos, sin
+    return _of_last[3], _of_last[4]
 
 
 def rotate_rows(
@@ -126,8 +144,9 @@ def rotate_rows(
     if rotary_interleaved or mla_rotary_interleaved:
         return _rotate_otherwise(tokens, frequencies, rotary_interleaved, mla_rotary_interleaved, mscale)
     size = frequencies.shape[-1]
-    cos, sin = ((part * mscale).to(tokens.dtype) for part in (torch.cos(frequencies), torch.sin(frequencies)))
-    rotated: torch.Tensor = _Rotation.apply(tokens[..., :size], cos, sin)
+    cos, sin = _cos_and_sin(frequencies, mscale, tokens.dtype)
+    turned = tokens if size == tokens.shape[-1] else tokens[..., :size]
+    rotated: torch.Tensor = (_Rotation.apply if torch.is_grad_enabled() else _rotate)(turned, cos, sin)
     return rotated if size == tokens.shape[-1] else torch.cat((rotated, tokens[..., size:]), dim=-1)
 
 

@@ -43,7 +43,7 @@ class KeyValueCache:
             store.index_copy_(0, places, part)
 
     def read(self, layer: int, slots: range, start: int, end: int) -> Layer:
-        """Return views `[slots, groups/tp, end - start, dim]` of neighbouring slots' positions from `start` to `end`."""
+        """Return views `[slots, groups/tp, end - start, dim]` of slots' positions from `start` to `end`."""
         keys, values = (
             store[: self.spare_place].unflatten(0, (self.num_slots, self.length))[slots.start : slots.stop, start:end]
             for store in self._layers[layer]
@@ -99,7 +99,7 @@ class CachedTokens(PackedDocuments):
 def attend_cached(
     query: torch.Tensor, layer: int, tokens: CachedTokens, scale: float, window: int | None, sink: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attend from one token `[tokens, heads/tp, dim]` of each slot over all that its row has -> `[tokens, heads * dim_v]`.
+    """Attend from one token `[tokens, heads/tp, dim]` of each slot over its whole row -> `[tokens, heads * dim_v]`.
 
     The heads of a group stand where the queries of a sequence would, so that keys need not be repeated. `sink` is a
     logit per head that has no value. Tokens that only fill up get zeros.

@@ -89,8 +89,8 @@ class SdpaCoreAttention(MegatronModule):
 
         query `[sq, batch, heads/tp, dim]`, key, value `[sk, batch, groups/tp, dim]` -> `[sq, batch, heads/tp * dim_v]`.
         Packed: the same without the batch dimension -> `[total, heads/tp * dim_v]`; `CachedTokens` are kept, and seen,
-        in the cache of generation, where ranks that share sequences in training have rows of their own. Explicit masks and biases raise
-        NotImplementedError: they would need a seq x seq tensor.
+        in the cache of generation, where ranks that share sequences in training have rows of their own. Explicit masks
+        and biases raise NotImplementedError: they would need a seq x seq tensor.
         """
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("SdpaCoreAttention takes document boundaries, not attention masks or biases")

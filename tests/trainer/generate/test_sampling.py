@@ -1,0 +1,100 @@
+"""Tokens are drawn from the distribution that the settings describe, and their log-probabilities are of that one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import BadInput
+from trainer.generate.rows import deal
+from trainer.generate.sampling import Sampling, draw_tokens, row_random
+from trainer.generate.stops import cut_at_stop, find_stop_string
+
+PROBABILITIES = np.array([0.05, 0.4, 0.2, 0.1, 0.25])
+NUM_DRAWS = 20000
+
+
+def renormalised(weights):
+    return np.array(weights) / np.sum(weights)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, PROBABILITIES),
+        ({"temperature": 0.5}, renormalised(PROBABILITIES**2)),
+        ({"top_k": 2}, renormalised([0, 0.4, 0, 0, 0.25])),
+        ({"top_p": 0.6}, renormalised([0, 0.4, 0, 0, 0.25])),
+        ({"top_p": 0.66}, renormalised([0, 0.4, 0.2, 0, 0.25])),
+        ({"top_p": 0.01}, np.array([0, 1.0, 0, 0, 0])),
+        # the nucleus is of what temperature and top-k leave
+        ({"temperature": 2.0, "top_k": 3, "top_p": 0.7}, renormalised([0, 0.4**0.5, 0, 0, 0.25**0.5])),
+    ],
+)
+def test_draws_follow_the_distribution(settings, expected):
+    """Chi-square of what is drawn, below the 99.99 % quantile; log-probabilities are the expected ones exactly."""
+    sampling = Sampling(1, **settings)
+    logits = torch.from_numpy(np.log(PROBABILITIES)).float().add(3.0).expand(NUM_DRAWS, -1)
+    uniforms = torch.tensor([row_random(sampling, prompt, 0).random() for prompt in range(NUM_DRAWS)])
+    tokens, log_probs = draw_tokens(logits, sampling, uniforms.double())
+    counts = np.bincount(tokens.numpy(), minlength=5)
+    assert (counts[expected == 0] == 0).all()
+    wanted = expected[expected > 0] * NUM_DRAWS
+    chi_square = float(((counts[expected > 0] - wanted) ** 2 / wanted).sum())
+    assert chi_square < {1: 1e-9, 2: 15.1, 3: 18.4, 5: 23.5}[len(wanted)]
+    np.testing.assert_allclose(log_probs.numpy(), np.log(expected[tokens.numpy()]), atol=1e-6)
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
+    tokens, log_probs = draw_tokens(logits, Sampling(1, temperature=0.0), torch.empty(0))
+    assert tokens.tolist() == [1, 0]
+    assert log_probs[0].item() == pytest.approx(-math.log(2 + math.exp(-2)), abs=1e-6)
+
+
+def test_numbers_belong_to_seed_prompt_and_sample():
+    sampling = Sampling(1, seed=3)
+    assert row_random(sampling, 5, 2).random() == row_random(Sampling(9, top_k=4, seed=3), 5, 2).random()
+    drawn = {
+        row_random(Sampling(1, seed=seed), prompt, sample).random()
+        for seed in (0, 3)
+        for prompt in (0, 5)
+        for sample in (0, 2)
+    }
+    assert len(drawn) == 8
+
+
+@pytest.mark.parametrize(
+    "field, value, works",
+    [("temperature", -1.0, "1.0"), ("top_p", 0.0, "0.95"), ("top_k", 0, "1"), ("max_new_tokens", 0, "1")],
+)
+def test_settings_that_mean_nothing_are_refused(field, value, works):
+    with pytest.raises(BadInput, match=f"{field}: .*{works}"):
+        Sampling(**{"max_new_tokens": 4, field: value})
+
+
+def test_stop_strings_are_found_across_tokens_and_at_their_last_token_alone():
+    pieces = ["a", "b", "EN", "D.", "tail", "é"[:1]]
+
+    def decode(ids):
+        return "".join(pieces[one] for one in ids)
+
+    ids = [0, 1] * 40 + [2, 3]
+    assert find_stop_string(ids, ("END", "xyz"), decode) == "END"
+    assert find_stop_string(ids[:-1], ("END",), decode) is None
+    assert find_stop_string([0, 2, 3, 0], (), decode) is None
+    assert cut_at_stop("say END. or STOP", ("STOP", "END")) == "say "
+
+
+def test_work_is_dealt_once_and_evenly():
+    lengths = [10, 1, 1, 30, 5, 5]
+    by_rank = [list(deal(lengths, 4, 2, rank)) for rank in range(2)]
+    assert sorted(sum(by_rank, [])) == [(prompt, sample) for prompt in range(6) for sample in range(4)]
+    assert len({prompt for prompt, _ in by_rank[0]} & {prompt for prompt, _ in by_rank[1]}) == 0
+    loads = [sum(lengths[prompt] for prompt in {one for one, _ in mine}) for mine in by_rank]
+    assert abs(loads[0] - loads[1]) <= 10
+    # one prompt, several ranks: its answers are shared out
+    assert [len(list(deal([7], 6, 4, rank))) for rank in range(4)] == [2, 2, 1, 1]

@@ -1,0 +1,257 @@
+"""Talk to a model in the terminal, or answer a file of prompts: a run, a checkpoint or a Hugging Face directory.
+
+Run: [torchrun --nproc-per-node N] tools/chat.py MODEL [parallel.tp=N ...] [--raw] [--prompts FILE --out FILE.jsonl]
+At the prompt, /new forgets the conversation, and the end of the input (Ctrl-D) ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.errors import BadInput
+from tools.console import end_process, run_command
+from tools.open_model import open_model, read_config_of
+from tools.outputs import check_file
+from tools.paths import path_argument
+from tools.ranks import read_environment
+
+if TYPE_CHECKING:
+    from trainer.data.chat.conversation import Message
+    from trainer.data.tokenizer import Tokenizer
+    from trainer.engine.sharded_model import ShardedModel
+    from trainer.generate.prompts import ChatPrompts, RawPrompts
+    from trainer.generate.rows import Completion
+    from trainer.generate.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of a file of prompts."""
+
+    row: dict[str, Any]
+    """As it is written, to be told with the answer."""
+    messages: list[Message]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = _parse(argv)
+    return run_command(lambda: _chat(arguments), "stopped", takes_ranks=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="chat.py", description="Talk to a model, or answer a file of prompts.")
+    parser.add_argument("model", type=path_argument, help="run directory, checkpoint, or Hugging Face directory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields such as parallel.tp=2")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument(
+        "--template", metavar="NAME", help="chat template by name or .jinja file (default: tokenizer's)"
+    )
+    parser.add_argument(
+        "--prompts", type=path_argument, metavar="FILE", help="lines of text, or JSONL (prompt, messages)"
+    )
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help="answers to --prompts (default: printed)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from this share of probability (default: 1.0)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.raw and (arguments.system is not None or arguments.template is not None):
+        parser.error("--raw: continues text without a template, and takes neither --system nor --template")
+    if arguments.out is not None and arguments.prompts is None:
+        parser.error("--out: is for the answers to --prompts FILE")
+    return arguments
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from trainer.data.tokenizer import load_tokenizer
+    from trainer.generate.prompts import ChatPrompts, RawPrompts
+    from trainer.generate.sampling import Sampling
+
+    environment = read_environment()
+    size = environment.world_size  # a length that every layout of so many ranks can split
+    config = read_config_of(arguments.model, arguments.overrides, seq_len=2 * size, world_size=size)
+    if config.data.tokenizer is None:
+        raise BadInput("data.tokenizer: text needs the model's tokenizer; give data.tokenizer=DIR")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    prompts: ChatPrompts | RawPrompts = RawPrompts(tokenizer)
+    if not arguments.raw:
+        try:
+            prompts = ChatPrompts(tokenizer, arguments.template, "--template")
+        except BadInput as error:
+            raise BadInput(f"{error}; or continue plain text with --raw") from error
+    sampling = Sampling(
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        stop_tokens=prompts.stop_tokens,
+        seed=arguments.seed,
+    )
+    questions = None if arguments.prompts is None else list(_read_questions(arguments.prompts, arguments))
+    if arguments.out is not None:
+        check_file(arguments.out)
+    with open_model(config, arguments.model, environment) as model:
+        if questions is None:
+            _talk(model, tokenizer, prompts, sampling, arguments.system)
+        else:
+            _answer(model, tokenizer, prompts, sampling, questions, arguments.out)
+
+
+def _read_questions(path: Path, arguments: argparse.Namespace) -> Iterator[Question]:
+    """Yield the rows of a file: JSON objects of .jsonl files, else the lines as text. Raises BadInput with the line."""
+    from trainer.data.chat.conversation import Message
+
+    begin = [] if arguments.system is None else [Message("system", arguments.system)]
+    is_empty = True
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        is_empty = False
+        row: dict[str, Any] = {"prompt": line}
+        if path.suffix in (".jsonl", ".json"):
+            row = _read_row(line, f"{path}:{number}")
+        if isinstance(row.get("prompt"), str):
+            messages = [*begin, Message("user", row["prompt"])]
+        elif isinstance(row.get("messages"), list) and not arguments.raw:
+            own = _read_messages(row["messages"], f"{path}:{number}")
+            messages = own if own[0].role == "system" else [*begin, *own]
+        else:
+            wanted = '"prompt": "text"' if arguments.raw else '"prompt": "text" or "messages": [...]'
+            raise BadInput(f"{path}:{number}: has nothing to answer; a row holds {wanted}")
+        yield Question(row, messages)
+    if is_empty:
+        raise BadInput(f"{path}: holds no prompts; write one a line")
+
+
+def _read_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadInput(
+            f'{where}: is not JSON ({error}); write one object a line, such as {{"prompt": "Hi"}}'
+        ) from error
+    if not isinstance(row, dict):
+        raise BadInput(f'{where}: is no JSON object; write one such as {{"prompt": "Hi"}}')
+    return row
+
+
+def _read_messages(turns: list[Any], where: str) -> list[Message]:
+    from trainer.data.chat.conversation import BadRow
+    from trainer.data.chat.turn_forms import TurnKeys, parse_turn
+
+    try:
+        messages = [parse_turn(turn, TurnKeys()) for turn in turns]
+    except BadRow as error:
+        raise BadInput(f"{where}: messages: {error}") from error
+    if not messages or messages[-1].role == "assistant":
+        raise BadInput(f"{where}: messages: the last turn is the assistant's, or there is none; end with the user's")
+    return messages
+
+
+def _answer(
+    model: ShardedModel,
+    tokenizer: Tokenizer,
+    prompts: ChatPrompts | RawPrompts,
+    sampling: Sampling,
+    questions: Sequence[Question],
+    out: Path | None,
+) -> None:
+    """Answer all at once and write a line of JSON each. Collective: all ranks of the world must call this."""
+    from trainer.generate.generator import EngineGenerator
+
+    completions = EngineGenerator(model).generate([prompts.encode(one.messages) for one in questions], sampling)
+    if model.mesh.rank != 0:
+        return
+    lines = [
+        json.dumps(
+            one.row | {
+                "answer": tokenizer.decode(_spoken(completion)),
+                "finish": completion.finish,
+                "num_tokens": len(completion.token_ids),
+            },
+            ensure_ascii=False,
+        )
+        for one, completion in zip(questions, completions, strict=True)
+    ]  # fmt: skip
+    if out is None:
+        print("\n".join(lines))
+        return
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{out}: {len(lines)} answers")
+
+
+def _spoken(completion: Completion) -> list[int]:
+    """Return the tokens of an answer but the one that stopped it."""
+    return completion.token_ids[:-1] if completion.finish == "stop_token" else completion.token_ids
+
+
+def _talk(
+    model: ShardedModel,
+    tokenizer: Tokenizer,
+    prompts: ChatPrompts | RawPrompts,
+    sampling: Sampling,
+    system: str | None,
+) -> None:
+    """Answer what is typed until the input ends. Collective: all ranks of the world must call this."""
+    from parallel.collectives import broadcast_object
+    from trainer.data.chat.conversation import Message
+    from trainer.generate.generator import EngineGenerator
+
+    begin = [] if system is None else [Message("system", system)]
+    messages, generator, is_speaking = list(begin), EngineGenerator(model), model.mesh.rank == 0
+    while True:
+        text = broadcast_object(_read_line() if is_speaking else None)
+        if text is None:
+            return
+        if text == "/new":
+            messages = list(begin)
+        if text == "/new" or not text.strip():
+            continue
+        messages.append(Message("user", text))
+        show = _streamer(tokenizer, sampling.stop_tokens) if is_speaking else None
+        (completion,) = generator.generate([prompts.encode(messages)], sampling, show)
+        messages.append(Message("assistant", tokenizer.decode(_spoken(completion))))
+        if is_speaking:
+            print(flush=True)
+
+
+def _read_line() -> str | None:
+    """Return a typed line, or None at the end of the input."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _streamer(tokenizer: Tokenizer, stop_tokens: Sequence[int]) -> Callable[[int, int, int], None]:
+    """Return what prints an answer as its tokens come; a letter that is not yet whole waits for the next token."""
+    ids: list[int] = []
+    shown = 0
+
+    def show(prompt: int, sample: int, token: int) -> None:
+        nonlocal shown
+        if token in stop_tokens:
+            return
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+
+    return show
+
+
+if __name__ == "__main__":
+    end_process(main)
