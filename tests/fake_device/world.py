@@ -255,6 +255,22 @@ class PolicyObjective:
         return (batch.loss_mask > 0).sum(dtype=torch.int32)
 
 
+def fine_tune(engine: Any, batches: list[Any]) -> None:
+    """Take a step of fine-tuning with all that its objective has; what weighs samples is made where tensors are real."""
+    from configs.sections.sft import SftSection
+    from trainer.stages.sft import ConversationEvaluation, ConversationObjective
+
+    sft = SftSection(weighting="sample", neftune_alpha=5.0, label_smoothing=0.1)
+    columns = {name: torch.ones(batches[0].tokens.shape) for name in ("weights", "lengths")}
+    columns["ends"] = torch.ones(batches[0].tokens.shape, dtype=torch.int32)
+    weighed = [dataclasses.replace(one, columns=columns) for one in batches]
+    engine.train_step(weighed, ConversationObjective(sft), 1e-3)
+    reads = dict(READS)
+    engine.sum_losses(weighed, ConversationEvaluation(sft))
+    READS.clear()
+    READS.update(reads)
+
+
 def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
     """Build the engine of one rank, take steps, an evaluation, scores and logits; return what the last steps showed."""
     from parallel.mesh import build_mesh, destroy_mesh
@@ -290,6 +306,9 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
             READS.clear()
             engine.train_step(batches, PolicyObjective(), 1e-3)
             found["reads_of_policy"] = dict(READS)
+            READS.clear()
+            fine_tune(engine, batches)
+            found["reads_of_sft"] = dict(READS)
             assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(platform))
             engine.sum_losses(batches, objective)
             engine.score(batches, forward_language_model)
@@ -315,7 +334,7 @@ def main() -> None:
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
-            results[name] = {"error": error, "reads": {}, "reads_of_policy": {}, "peak_bytes": 0}
+            results[name] = {"error": error, "reads": {}, "reads_of_policy": {}, "reads_of_sft": {}, "peak_bytes": 0}
     print(json.dumps(results))
 
 
