@@ -256,7 +256,7 @@ class PolicyObjective:
 
 
 def fine_tune(engine: Any, batches: list[Any]) -> None:
-    """Take a step of fine-tuning with all that its objective has; what weighs samples is made where tensors are real."""
+    """Take a step of fine-tuning with all that its objective has; the weights are made up, tensors here are fake."""
     from configs.sections.sft import SftSection
     from trainer.stages.sft import ConversationEvaluation, ConversationObjective
 

@@ -128,7 +128,7 @@ def run_model_checks(place):
     import torch.distributed as dist
 
     from parallel.replaced_names import resolve
-    from tools.device_checks import lora, model, routers, steps
+    from tools.device_checks import conversations, lora, model, routers, steps
     from tools.one_rank import open_world
     from trainer.engine.engine import Engine
     from trainer.model.lora.adapter import Adapter
@@ -145,6 +145,7 @@ def run_model_checks(place):
         lambda: steps.check_empty_batch(mesh),
         lambda: model.check_rotation(mesh),
         lambda: lora.check_lora(mesh, "bf16"),
+        lambda: conversations.check_conversations(mesh),
     ]
     with open_world("cpu") as mesh:
         sound = [check() for check in checks]
@@ -157,12 +158,24 @@ def run_model_checks(place):
             patch.object(Engine, "_update", update_always),
             patch("trainer.model.dynamic_rope.compute_dynamic_frequencies", rotate_by_the_longest),
             patch.object(Adapter, "merge", lambda self: None),
+            patch("trainer.stages.sft.with_sample_weights", weigh_all_tokens),
         ]
         broken = []
         for check, fault in zip(checks, faults, strict=True):
             with fault:
                 broken.append(check())
     return sound, broken
+
+
+def weigh_all_tokens(batch):
+    """Weigh every trained token of a row as much as the others, whatever its sample."""
+    import dataclasses
+
+    from trainer.data.batch import with_sample_weights
+
+    columns = dict(with_sample_weights(batch).columns)
+    columns["weights"] = batch.loss_mask * columns["ends"].sum() / batch.loss_mask.sum()
+    return dataclasses.replace(batch, columns=columns)
 
 
 def shift_labels(model, batch):
@@ -179,10 +192,10 @@ def rotate_by_the_longest(rope, head_dim, lengths):
 
 def test_what_a_model_must_do_on_any_device_is_seen(ranks):
     sound, broken = ranks.run(run_model_checks)[0]
-    assert [one.status for one in sound] == ["passed"] * 7, sound
+    assert [one.status for one in sound] == ["passed"] * 8, sound
     assert "gloo beside gloo" in sound[0].detail and "Adam and gradient norm torch's" in sound[1].detail
     assert "128 of 256 tokens count" in sound[3].detail
-    assert [one.status for one in broken] == ["failed"] * 7, broken
+    assert [one.status for one in broken] == ["failed"] * 8, broken
     for outcome, words in zip(
         broken,
         (
@@ -193,6 +206,7 @@ def test_what_a_model_must_do_on_any_device_is_seen(ranks):
             "changed the",
             "dynamic: losses differ by",
             "merged logits differ by",
+            "losses differ by",
         ),
         strict=True,
     ):
