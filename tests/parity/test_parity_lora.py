@@ -43,7 +43,6 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
     "tp4_more_than_groups": (DENSE, 4, {"tp": 4}, {}),
     "pp2_recomputed": (DENSE, 2, {"pp": 2}, FULL),
     "pp2_vpp2": (DENSE, 2, {"pp": 2, "vpp": 2}, {}),
-    "pp2_vpp3_chunks_without_layers": (DENSE, 2, {"pp": 2, "vpp": 3, "vocabulary_counts_as_layers": True}, {}),
     "cp2": (DENSE, 2, {"cp": 2}, {}),
     "dp2": (DENSE, 2, {}, {}),
     "experts_ep2": (EXPERTS, 2, {"ep": 2}, {}),
