@@ -83,7 +83,9 @@ def train_on(place: Place, config: Config, run_dir: str, weighting: str, reader_
 
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))
-        objective = ConversationObjective(SftSection(weighting=weighting))  # type: ignore[arg-type]
+        smoothing = 0.1 if weighting == "sample" else 0.0
+        sft = SftSection(weighting=weighting, label_smoothing=smoothing)  # type: ignore[arg-type]
+        objective = ConversationObjective(sft)
         stage = TrainingStage("sft", engine, reader_of(engine.mesh, objective), objective, Evaluator({}))
         _, results = train_steps(stage, TrainState(), config.train.num_steps)
         stage.close()

@@ -6,34 +6,67 @@ from typing import Any
 
 import pytest
 
+from configs.sections.sft import SftSection
 from tests.pool import Place
 from tests.small_runs import open_engine, small_config
 
 SMOOTHING, ALPHA = 0.2, 5.0
 
 
-def losses_and_logits(place: Place, parallel: dict[str, Any], smoothing: float) -> tuple[Any, Any, Any]:
-    """Return labels, logits of all real ids, and losses with label smoothing, of one batch."""
+def losses_and_logits(place: Place, parallel: dict[str, Any], smoothing: float) -> tuple[Any, ...]:
+    """Return labels, logits of all real ids, losses with label smoothing, and the norm of their sum's gradient."""
     import torch
 
     from tools.device_checks.engine import made_up_batches
     from trainer.engine.forward import forward_language_model
+    from trainer.stages.sft import ConversationObjective
 
     with open_engine(place, small_config(place.world_size, parallel=parallel)) as engine:
         batch = made_up_batches(engine.config)[0]
         with torch.no_grad():
             losses = forward_language_model(engine.chunks[0], batch, label_smoothing=smoothing)
-        return batch.labels, engine.compute_logits(batch.tokens).double(), losses
+        logits = engine.compute_logits(batch.tokens).double()
+        objective = ConversationObjective(SftSection(label_smoothing=smoothing))
+        return batch.labels, logits, losses, engine.train_step([batch], objective, 1e-3).grad_norm
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tp": 2, "sp": True})])
 def test_losses_are_those_of_a_smoothed_target(ranks, world, parallel):
     import torch
 
-    for labels, logits, losses in ranks.run(losses_and_logits, parallel, SMOOTHING, world=world):
+    found = ranks.run(losses_and_logits, parallel, SMOOTHING, world=world)
+    for labels, logits, losses, _ in found:
         plain = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=SMOOTHING)  # torch's own, in float64
         expected = plain(logits.flatten(0, 1), labels.flatten()).view_as(losses)
         torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def smooth_by_hand(place: Place) -> float:
+    """Return the norm of the gradient of the mean loss, by autograd from whole logits and torch's own loss."""
+    import torch
+
+    from tools.device_checks.engine import made_up_batches
+
+    with open_engine(place, small_config()) as engine:
+        batch, chunk = made_up_batches(engine.config)[0], engine.chunks[0]
+        logits = chunk(batch.tokens, batch.position_ids, None)[..., : engine.config.model.vocab_size]
+        chosen = torch.nn.CrossEntropyLoss(label_smoothing=SMOOTHING)(
+            logits.flatten(0, 1).float(), batch.labels.flatten()
+        )
+        parameters = [one for one in chunk.parameters() if one.requires_grad]
+        gradients = torch.autograd.grad(chosen, parameters, allow_unused=True)
+        added = [getattr(one, "main_grad", None) for one in parameters]  # where a linear layer adds its own
+        total = 0.0
+        for gradient, main in zip(gradients, added, strict=True):
+            part = main if main is not None and main.any() else gradient
+            total += 0.0 if part is None else float(part.double().square().sum())
+        return total**0.5
+
+
+def test_the_gradient_is_that_of_torch(ranks):
+    (by_hand,) = ranks.run(smooth_by_hand)
+    ((*_, norm),) = ranks.run(losses_and_logits, {}, SMOOTHING)
+    assert norm == pytest.approx(by_hand, rel=1e-5)
 
 
 def add_noise(place: Place, parallel: dict[str, Any], alpha: float) -> tuple[Any, Any]:
