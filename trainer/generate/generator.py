@@ -199,7 +199,8 @@ class _Generation:
         numbers = [row.random.random() for row in rows] if self._sampling.temperature > 0 else []
         drawn = torch.empty(2, len(rows), dtype=torch.float64, device=mesh.device)
         if mesh.is_last_pp_stage:
-            whole = gather_over_tp(torch.cat(list(logits)), mesh)[:, : self._model.config.model.vocab_size]
+            joined = logits[0] if len(logits) == 1 else torch.cat(list(logits))
+            whole = gather_over_tp(joined, mesh)[:, : self._model.config.model.vocab_size]
             if mesh.tp_rank == 0:
                 uniforms = copy_to(torch.tensor(numbers, dtype=torch.float64), mesh.device)
                 tokens, log_probs = draw_tokens(whole.float(), self._sampling, uniforms)
