@@ -205,6 +205,16 @@ def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     assert all(times <= 2 for times in reads.values()), reads
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_generation_reads_its_tokens_alone(outcomes, name):
+    """Once for each of the three tokens of a row, twice as often where a row has waited."""
+    reads = outcomes[name]["reads_of_generation"]
+    if name == "ep2" or "experts" in name:
+        return
+    reads = {place: times for place, times in reads.items() if place not in (DISPATCHER, PIPELINE)}
+    assert reads in ({"generator._draw": 3}, {"generator._draw": 6})
+
+
 @pytest.mark.parametrize("name", MEMORY_CASES)
 def test_the_memory_plan_is_what_a_step_takes(outcomes, name):
     from configs.plan.derive import derive_layout

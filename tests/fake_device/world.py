@@ -271,6 +271,22 @@ def fine_tune(engine: Any, batches: list[Any]) -> None:
     READS.update(reads)
 
 
+def generate(engine: Any) -> dict[str, int]:
+    """Draw three tokens for each of four rows, of which three fit, and return what the host reads meanwhile.
+
+    Not with experts, of which nothing can be known here: who gets which token, and what other ranks have left to do.
+    """
+    from trainer.generate.generator import EngineGenerator
+    from trainer.generate.sampling import Sampling
+
+    if engine.config.model.moe is not None:
+        return {}
+    READS.clear()
+    sampling = Sampling(3, temperature=0.7, top_k=20, top_p=0.9, num_samples=2)
+    EngineGenerator(engine, max_rows=3).generate([[1, 2, 3], [4] * 60], sampling)
+    return dict(READS)
+
+
 def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
     """Build the engine of one rank, take steps, an evaluation, scores and logits; return what the last steps showed."""
     from parallel.mesh import build_mesh, destroy_mesh
@@ -314,6 +330,7 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
             engine.score(batches, forward_language_model)
             engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
             engine.compute_logits(batches[0].tokens)
+            found["reads_of_generation"] = generate(engine)
             engine.close()
         return found
     finally:
@@ -334,7 +351,10 @@ def main() -> None:
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
-            results[name] = {"error": error, "reads": {}, "reads_of_policy": {}, "reads_of_sft": {}, "peak_bytes": 0}
+            nothing: dict[str, dict[str, int]] = {
+                kind: {} for kind in ("reads", "reads_of_policy", "reads_of_sft", "reads_of_generation")
+            }
+            results[name] = {"error": error, **nothing, "peak_bytes": 0}
     print(json.dumps(results))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from parallel.platform import detect_platform_name
 from tools.bench.compare import bootstrap_interval
 from tools.bench.report import describe_machine
 from tools.console import Progress, end_process, run_command
@@ -99,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal is_equal
         if arguments.out is not None:
             check_file(arguments.out)
+        load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory(prefix="generation-") as folder:
             figures = report(measure(Path(folder) / "model", arguments.rounds))
         is_equal = figures["is_equal"]
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"transformers.generate  {rates['theirs']:8.0f} tokens/s")
         print(f"ratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), text equal: {is_equal}")
         if arguments.out is not None:
-            content = {"machine": describe_machine(), **figures}
+            content = {"machine": describe_machine(detect_platform_name(), load), **figures}
             arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     code = run_command(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tools.device_checks.engine import SMALL_MODEL, build_config, made_up_batches
 from tools.device_checks.outcome import Outcome, judge
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Largest difference of a token's log-probability or entropy in nats, in fp32."""
 TEMPERATURE = 0.7
+ROUNDING_LIMIT = 0.05
+"""The same for generation in 16 bits."""
+GENERATING_MODELS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "window and sinks": {"window_size": 16, "window_pattern": [True, False], "attention_sinks": True},
+}
 
 
 def check_scores(mesh: Mesh) -> Outcome:
@@ -98,6 +104,44 @@ def _rotate_both_ways(mesh: Mesh, scaling: str) -> float:
     (found,) = model.score([packed], forward_language_model)
     alone = [model.score([Batch(*(part[None] for part in piece))], forward_language_model)[0] for piece in pieces]
     worst = float((found.flatten() - torch.cat([losses.flatten() for losses in alone])).abs().max())
+    model.close()
+    return worst
+
+
+def check_generation(mesh: Mesh, compute: str) -> Outcome:
+    """Compare what is generated greedily with the cache with what a forward pass over the whole text says.
+
+    Rows of unequal lengths, windows and sinks too. In fp32 every token must be the one with the largest logit, and its
+    log-probability the same; 16 bits round otherwise in both, so that a token may lie a little below the largest.
+    """
+    problems, figures = [], {}
+    limit = TOLERANCE if compute == "fp32" else ROUNDING_LIMIT
+    for name, changes in GENERATING_MODELS.items():
+        worst = figures[name] = _largest_shortfall(mesh, compute, {**SMALL_MODEL, **changes})
+        if not worst <= limit:
+            problems.append(f"{name}: differs by {worst:.1e} nats from the pass over the whole text (limit {limit:g})")
+    found = ", ".join(f"{name} {worst:.1e}" for name, worst in figures.items())
+    return judge(f"{compute} generation", problems, f"largest difference in nats: {found}", figures)
+
+
+def _largest_shortfall(mesh: Mesh, compute: str, shape: dict[str, Any]) -> float:
+    """Return the most by which a token's log-probability differs, or it falls short of the likeliest's."""
+    import torch
+
+    from trainer.engine.build import ModelPlan, build_models
+    from trainer.generate.generator import EngineGenerator
+    from trainer.generate.sampling import Sampling
+
+    model = build_models({"policy": ModelPlan(build_config(compute, shape), is_trained=False)}, mesh)["policy"]
+    prompts = [[7] * 3, list(range(1, 20)), [5, 6] * 6, list(range(30, 70))]
+    answers = EngineGenerator(model, max_rows=3).generate(prompts, Sampling(24, temperature=0.0))
+    worst = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = model.compute_logits(torch.tensor([prompt + answer.token_ids]))[0, len(prompt) - 1 : -1]
+        expected = logits.cpu().double().log_softmax(-1)
+        chosen = expected.gather(-1, torch.tensor(answer.token_ids).unsqueeze(-1)).squeeze(-1)
+        below, apart = expected.amax(-1) - chosen, (chosen - torch.tensor(answer.logprobs)).abs()
+        worst = max(worst, float(below.max()), float(apart.max()))
     model.close()
     return worst
 

@@ -133,6 +133,8 @@ class ShardedModel:
             forward_only=True,
             collect_outputs=True,
         )
+        if len(outputs) == 1:
+            return outputs[0]
         return torch.cat(outputs) if outputs else None
 
     def finish_parameter_gather(self) -> None:

@@ -27,6 +27,7 @@ from trainer.generate.rows import Completion, Row, Slots, deal
 from trainer.generate.sampling import Sampling, draw_tokens, row_random
 from trainer.generate.stops import Decode, find_stop_string
 from trainer.model.attention.cache import KeyValueCache
+from trainer.model.build import attending_with_cache
 
 MAX_ROWS = 64
 _PROMPT_TOKENS = 8192  # of the prompts that are computed in one pass: its activations
@@ -78,7 +79,8 @@ class EngineGenerator:
             )
             for prompt, sample in deal(lengths, sampling.num_samples, num_replicas, replica)
         ]
-        _Generation(model, rows, self._max_rows, sampling, self._decode, on_token).run()
+        with attending_with_cache(model.chunks, model.config, mesh):
+            _Generation(model, rows, self._max_rows, sampling, self._decode, on_token).run()
         is_first = mesh.tp_rank == 0 and mesh.is_first_pp_stage
         everywhere = gather_objects([row.completion() for row in rows] if is_first else [])
         completions = [one for part in everywhere for one in part]
@@ -122,7 +124,9 @@ class _Generation:
         self._stops = frozenset(sampling.stop_tokens)
         self._first_logits: dict[int, torch.Tensor] = {}
         """On the last pipeline stage, `[vocab/tp]` after a prompt of which further rows wait."""
-        self._is_split = model.config.parallel.sp
+        # Where tp ranks share the tokens each takes as many, and Transformer Engine's FP8 wants multiples of 16.
+        multiple = model.mesh.tp_size if model.config.parallel.sp else 1
+        self._multiple = multiple * (16 if model.config.precision.fp8 is not None else 1)
 
     def run(self) -> None:
         """Generate until all rows of all replicas that share experts have ended."""
@@ -141,12 +145,12 @@ class _Generation:
             old = self._slots.active[:num_old]
             logits.append(
                 self._model.compute_next_logits(
-                    token_pass(old, self._cache, self._mesh, num_parts=parts, is_split=self._is_split)
+                    token_pass(old, self._cache, self._mesh, num_parts=parts, multiple=self._multiple)
                 )
             )
         if num_new:
             parts = num_microbatches(num_new, self._mesh)
-            passes = prompt_pass(new, self._cache, self._mesh, num_parts=parts, is_split=self._is_split)
+            passes = prompt_pass(new, self._cache, self._mesh, num_parts=parts, multiple=self._multiple)
             self._keep(new, self._model.compute_next_logits(passes))
         if joining:
             logits.append(self._join(joining, num_old, sources))
@@ -195,7 +199,8 @@ class _Generation:
         numbers = [row.random.random() for row in rows] if self._sampling.temperature > 0 else []
         drawn = torch.empty(2, len(rows), dtype=torch.float64, device=mesh.device)
         if mesh.is_last_pp_stage:
-            whole = gather_over_tp(torch.cat(list(logits)), mesh)[:, : self._model.config.model.vocab_size]
+            joined = logits[0] if len(logits) == 1 else torch.cat(list(logits))
+            whole = gather_over_tp(joined, mesh)[:, : self._model.config.model.vocab_size]
             if mesh.tp_rank == 0:
                 uniforms = copy_to(torch.tensor(numbers, dtype=torch.float64), mesh.device)
                 tokens, log_probs = draw_tokens(whole.float(), self._sampling, uniforms)

@@ -23,22 +23,22 @@ def num_microbatches(num_pieces: int, mesh: Mesh) -> int:
 
 
 def prompt_pass(
-    prompts: Sequence[tuple[int, Row]], cache: KeyValueCache, mesh: Mesh, *, num_parts: int, is_split: bool
+    prompts: Sequence[tuple[int, Row]], cache: KeyValueCache, mesh: Mesh, *, num_parts: int, multiple: int
 ) -> list[CachedTokens]:
     """Return the microbatches of a pass over the whole prompts of rows, given with their slots; the last tokens' logits
-    are wanted. `is_split` says whether tp ranks share the tokens."""
+    are wanted. The tokens of a microbatch are a multiple of `multiple`."""
     lengths = [len(row.prompt_ids) for _, row in prompts]
     parts = _cut_evenly(lengths, num_parts)
-    size = _round_up(max(sum(lengths[part.start : part.stop]) for part in parts), mesh, is_split=is_split)
+    size = _round_up(max(sum(lengths[part.start : part.stop]) for part in parts), multiple)
     return [_prompts(prompts[part.start : part.stop], cache, mesh, size) for part in parts]
 
 
 def token_pass(
-    rows: Sequence[Row], cache: KeyValueCache, mesh: Mesh, *, num_parts: int, is_split: bool
+    rows: Sequence[Row], cache: KeyValueCache, mesh: Mesh, *, num_parts: int, multiple: int
 ) -> list[CachedTokens]:
     """Return the microbatches of a pass over the newest token of each row; row i has slot i."""
     parts = _cut_evenly([1] * len(rows), num_parts)
-    size = _round_up(max(len(part) for part in parts), mesh, is_split=is_split)
+    size = _round_up(max(len(part) for part in parts), multiple)
     return [_new_tokens(rows, part, cache, mesh, size) for part in parts]
 
 
@@ -52,9 +52,8 @@ def _cut_evenly(weights: Sequence[int], num_parts: int) -> list[range]:
     return [range(start, end) for start, end in zip(cuts, [*cuts[1:], len(weights)], strict=True)]
 
 
-def _round_up(num_tokens: int, mesh: Mesh, *, is_split: bool) -> int:
-    """Return the tokens of a microbatch: at least one, and as many for each tp rank where they share them."""
-    multiple = mesh.tp_size if is_split else 1
+def _round_up(num_tokens: int, multiple: int) -> int:
+    """Return the tokens of a microbatch, at least one."""
     return max(1, math.ceil(num_tokens / multiple)) * multiple
 
 

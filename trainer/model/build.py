@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from configs.sections.model import MlaConfig, ModelConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
 from trainer.model.attention.core import CORE_ATTENTIONS, SdpaCoreAttention
+from trainer.model.attention.own import own_attention
 from trainer.model.attention.sinks import draw_sinks
 from trainer.model.config import build_transformer_config
 from trainer.model.dynamic_rope import DynamicRotaryEmbedding, rotate_by_document
@@ -45,6 +48,19 @@ def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTM
         _build_chunk(config.model, transformer, mesh, vpp_rank, use_te=use_te, attention=attention)
         for vpp_rank in range(mesh.vpp_size)
     ]
+
+
+@contextlib.contextmanager
+def attending_with_cache(chunks: Sequence[Any], config: Config, mesh: Mesh) -> Iterator[None]:
+    """Let chunks take `CachedTokens`, also those whose attention is Transformer Engine's."""
+    kind = CORE_ATTENTIONS[mesh.platform.attention_kernels(config.precision.compute)]
+    with own_attention(chunks, kind, _rotation(config.model)):
+        yield
+
+
+def _rotation(model: ModelConfig) -> Callable[..., Any]:
+    """Return the forward pre-hook that hands positions down to our rotation."""
+    return rotate_by_document if model.rope.scaling == "dynamic" else rotate_by_position
 
 
 def _build_chunk(
@@ -80,8 +96,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     ).to(mesh.device)
     if attention is not None:
-        rotate = rotate_by_document if model.rope.scaling == "dynamic" else rotate_by_position
-        chunk.register_forward_pre_hook(rotate, with_kwargs=True)
+        chunk.register_forward_pre_hook(_rotation(model), with_kwargs=True)
     if model.attention_sinks:
         draw_sinks(chunk, transformer)
     _set_rotary_frequencies(chunk, model, mesh.device)

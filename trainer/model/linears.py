@@ -5,12 +5,14 @@ With one new token a row, as in generation, the wrappers around a multiplication
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import layers
 
+_sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _reduce, _copy = layers.reduce_from_tensor_model_parallel_region, layers.copy_to_tensor_model_parallel_region
 
 
@@ -32,9 +34,19 @@ def forward_without_gradients(forward: Callable[..., torch.Tensor]) -> Callable[
 
 def reduce_over_tp(values: torch.Tensor, group: Any = None) -> torch.Tensor:
     """Sum over the tp ranks, if there are several; gradients are copied."""
-    return values if group is not None and group.size() == 1 else _reduce(values, group=group)
+    return values if _is_alone(group) else _reduce(values, group=group)
 
 
 def copy_to_tp(values: torch.Tensor, group: Any = None) -> torch.Tensor:
     """Copy to the tp ranks, if there are several; gradients are summed."""
-    return values if group is not None and group.size() == 1 else _copy(values, group=group)
+    return values if _is_alone(group) else _copy(values, group=group)
+
+
+def _is_alone(group: Any) -> bool:
+    """Return whether a group is of one rank; asking the group itself takes as long as a small kernel."""
+    if group is None:
+        return False
+    size = _sizes.get(group)
+    if size is None:
+        size = _sizes[group] = group.size()
+    return size == 1

@@ -1,0 +1,121 @@
+"""The generator on one rank: what ends answers, what is refused, and that rows do not depend on each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.errors import BadInput
+from tests.pool import Place
+from tests.small_runs import VOCAB_SIZE, open_engine, small_config
+
+PROMPTS = [np.random.default_rng(length).integers(0, VOCAB_SIZE, length).tolist() for length in (3, 30, 1, 12)]
+
+
+def decode(ids: Any) -> str:
+    """Spell ids as letters: two for each, so that a text may begin inside a token."""
+    return "".join(chr(97 + one // 16) + chr(97 + one % 16) for one in ids)
+
+
+def generate_much(place: Place, config: Any) -> dict[str, Any]:
+    """Return answers in several settings, and what is refused."""
+    import torch
+
+    from trainer.generate.generator import EngineGenerator
+    from trainer.generate.sampling import Sampling
+
+    found: dict[str, Any] = {"refused": []}
+    with open_engine(place, config) as engine:
+        generator = EngineGenerator(engine, decode, max_rows=3)
+        sampling = Sampling(20, num_samples=4, seed=1)
+        found["together"] = generator.generate(PROMPTS, sampling)
+        found["one at a time"] = EngineGenerator(engine, max_rows=1).generate(PROMPTS, sampling)
+        told: list[tuple[int, int, int]] = []
+        found["first alone"] = generator.generate(PROMPTS[:1], sampling, lambda *one: told.append(one))
+        found["told"] = told
+        spelled = decode(found["together"][0].token_ids)
+        found["stop"] = spelled[5:8]  # from the middle of one token to the middle of another, or inside two
+        found["stopped"] = generator.generate(PROMPTS[:1], Sampling(20, seed=1, stop_strings=("?", found["stop"])))[0]
+        found["at the end"] = generator.generate([[1] * 120], Sampling(20, temperature=0.0))[0]
+        found["foreign"] = generate_with_foreign_attention(engine, generator, sampling)
+        found["is_training_unharmed"] = bool(torch.isfinite(engine.compute_logits(torch.tensor([PROMPTS[1]]))).all())
+        for prompts, options, one in (
+            ([[]], {}, generator),
+            ([[1], [1] * 128], {}, generator),
+            ([[VOCAB_SIZE]], {}, generator),
+            ([[1]], {"stop_strings": ("x",)}, EngineGenerator(engine)),
+        ):
+            with pytest.raises(BadInput) as refusal:
+                one.generate(prompts, Sampling(2, **options))
+            found["refused"].append(str(refusal.value))
+    return found
+
+
+def generate_with_foreign_attention(engine: Any, generator: Any, sampling: Any) -> Any:
+    """Generate where layers attend with what knows no cache, and chunks hand no positions down."""
+    import torch
+
+    class Foreign(torch.nn.Module):
+        pass
+
+    layers = [layer.self_attention for layer in engine.chunks[0].decoder.layers]
+    cores = [layer.core_attention for layer in layers]
+    hooks = dict(engine.chunks[0]._forward_pre_hooks)
+    for layer in layers:
+        layer.core_attention = Foreign()
+    engine.chunks[0]._forward_pre_hooks.clear()
+    engine.chunks[0].config.apply_rope_fusion = True
+    answers = generator.generate(PROMPTS, sampling)
+    assert all(isinstance(layer.core_attention, Foreign) for layer in layers)
+    assert engine.chunks[0].config.apply_rope_fusion and not engine.chunks[0]._forward_pre_hooks
+    engine.chunks[0]._forward_pre_hooks.update(hooks)
+    engine.chunks[0].config.apply_rope_fusion = False
+    for layer, core in zip(layers, cores, strict=True):
+        layer.core_attention = core
+    return answers
+
+
+@pytest.fixture(scope="module")
+def found(ranks):
+    return ranks.run(generate_much, small_config())[0]
+
+
+def ids(answers: Any) -> list[list[int]]:
+    return [one.token_ids for one in answers]
+
+
+def test_an_answer_depends_on_no_other(found):
+    """Whatever rows are beside it, and wherever it stands among the slots."""
+    assert [(one.prompt, one.sample) for one in found["together"]] == [(p, s) for p in range(4) for s in range(4)]
+    assert ids(found["together"]) == ids(found["one at a time"])
+    assert ids(found["first alone"]) == ids(found["together"])[:4]
+    assert len({tuple(one) for one in ids(found["together"])}) == 16
+    by_row = {sample: [token for _, other, token in found["told"] if other == sample] for sample in range(4)}
+    assert list(by_row.values()) == ids(found["first alone"])
+
+
+def test_a_stop_string_ends_an_answer_at_the_token_that_completes_it(found):
+    stopped, whole = found["stopped"], found["together"][0]
+    assert stopped.finish == "stop_string" and len(stopped.logprobs) == len(stopped.token_ids) == 4
+    assert stopped.token_ids == whole.token_ids[:4]
+    assert found["stop"] in decode(stopped.token_ids) and found["stop"] not in decode(stopped.token_ids[:-1])
+
+
+def test_the_context_is_a_limit(found):
+    assert found["at the end"].finish == "length" and len(found["at the end"].token_ids) == 8
+
+
+def test_layers_that_know_no_cache_borrow_our_attention(found):
+    assert ids(found["foreign"]) == ids(found["together"])
+    assert found["is_training_unharmed"]
+
+
+def test_what_a_model_cannot_take_is_refused(found):
+    assert found["refused"] == [
+        "prompt 0: 0 tokens; with model.max_position_embeddings=128 a prompt has 1 to 127",
+        "prompt 1: 128 tokens; with model.max_position_embeddings=128 a prompt has 1 to 127",
+        f"prompt 0: token {VOCAB_SIZE} is not one of the model's, 0 to {VOCAB_SIZE - 1}",
+        "stop_strings: need a tokenizer to be found with; give stop_tokens, or a tokenizer",
+    ]
