@@ -98,17 +98,19 @@ def flush_streams() -> bool:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End this process with `exit_code`.
+    """End this process with `exit_code`, without the interpreter's clean-up.
 
-    A failed rank leaves without the interpreter's clean-up: destructors of process groups wait for peers that may be
-    gone, and `atexit` would join writer processes that have nothing left to write.
+    A thread of gloo that is late to let go of a tensor would ask for the interpreter's lock while that is taken down,
+    which ends the thread in the middle of a destructor, and the process by SIGABRT. After a failure destructors of
+    process groups moreover wait for peers that may be gone, and children have nothing left to write.
     """
     flush_streams()
-    if exit_code == 0:
-        sys.exit(0)
     logging.shutdown()
     for child in multiprocessing.active_children():
-        child.terminate()
+        if exit_code or child.daemon:
+            child.terminate()
+        else:
+            child.join()
     os._exit(exit_code)
 
 

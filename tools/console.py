@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from configs.errors import BadInput, ExitCode, ShardwrightError
-from parallel.failures import flush_streams, is_peer_loss, let_rank_zero_speak
+from parallel.failures import is_peer_loss, leave, let_rank_zero_speak
 from parallel.platform import load_platform
 from tools.ranks import read_environment, refuse_ranks
 
@@ -110,11 +110,10 @@ def run_command(
 def end_process(main: Callable[[], int]) -> NoReturn:
     """Run a tool's `main` as its script does and end the process, in silence where stdout's reader has gone."""
     try:
-        code: int | str | None = main()
+        code = main()
     except SystemExit as ended:  # argparse has printed its help, or a wrong option
-        code = ended.code
-    flush_streams()
-    sys.exit(code)
+        code = int(ended.code or 0)
+    leave(code)
 
 
 def _has_reader_gone() -> bool:

@@ -96,6 +96,37 @@ def test_leave_does_not_wait_for_threads_or_children():
 
 
 @pytest.mark.parametrize("code", [0, 5])
+def test_leave_does_not_take_the_interpreter_down_under_threads_that_still_use_it(code):
+    snippet = (
+        "import logging, sys, threading, time\n"
+        "from parallel.failures import leave\n"
+        "class Held:\n"
+        "    def __del__(self): print('taken down')\n"
+        "held = Held()\n"
+        "logging.basicConfig(stream=sys.stdout)\n"
+        "print('said')\n"
+        "logging.warning('logged')\n"
+        f"leave({code})\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (ended.returncode, ended.stdout) == (code, "said\nWARNING:root:logged\n")
+
+
+def test_a_rank_that_is_done_waits_for_its_children():
+    snippet = (
+        "import multiprocessing, time\n"
+        "from parallel.failures import leave\n"
+        "def write():\n"
+        "    time.sleep(0.3)\n"
+        "    print('written', flush=True)\n"
+        "multiprocessing.get_context('fork').Process(target=write).start()\n"
+        "leave(0)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (ended.returncode, ended.stdout) == (0, "written\n")
+
+
+@pytest.mark.parametrize("code", [0, 5])
 def test_leave_says_nothing_of_a_stdout_that_takes_no_more(code):
     with open("/dev/full", "w") as full:
         ended = subprocess.run(

@@ -22,6 +22,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 from configs.load import load_config
 from configs.stages import Config
 from parallel.environment import Environment
+from parallel.failures import leave
 from parallel.platform import load_platform
 from tools.ranks import read_environment
 
@@ -123,4 +124,4 @@ def _memory_bytes(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 from configs.load import load_config
 from configs.stages import Config
 from parallel.environment import Environment
+from parallel.failures import leave
 from parallel.platform import PlatformName, detect_platform_name, load_platform
 from tools.bench.clock import RunReport, StepClock
 from tools.bench.turns import Turns
@@ -65,4 +66,4 @@ def _run(loop: str, config: Config, environment: Environment, platform: Platform
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
