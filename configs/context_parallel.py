@@ -58,9 +58,10 @@ def check_cp_attention(config: Config, *, has_te: bool) -> Iterator[str]:
         works = [size for size in range(2, parallel.cp) if parallel.cp % size == 0]
         if parallel.cp_inner not in works:
             advice = f"a value that would work: {works[0]}" if works else "set parallel.cp_attention=ring"
+            what = "is needed for" if parallel.cp_inner is None else f"{parallel.cp_inner} does not suit"
             yield (
-                f"parallel.cp_inner: {parallel.cp_inner} neighbours are no smaller part of parallel.cp={parallel.cp}; "
-                f"{advice}"
+                f"parallel.cp_inner: {what} parallel.cp_attention=hierarchical with parallel.cp={parallel.cp}, which "
+                f"it must divide into several groups of several neighbours; {advice}"
             )
             return
     if method in ("ulysses", "hierarchical"):

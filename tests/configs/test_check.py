@@ -284,8 +284,8 @@ CP_RULES = [
     (["parallel.cp_attention=te"], "parallel.cp_attention: te needs layers of Transformer Engine; a value that would"),
     (["model.attention_dropout=0.1"], "model.attention_dropout: 0.1 is not drawn alike on the ranks of parallel.cp=4"),
     (["parallel.cp_inner=2"], "parallel.cp_inner: is for parallel.cp_attention=hierarchical, which is ring; set it to"),
-    (["parallel.cp_attention=hierarchical"], "parallel.cp_inner: None neighbours are no smaller part of parallel.cp=4"),
-    (["parallel.cp_attention=hierarchical", "parallel.cp_inner=4"], "parallel.cp_inner: 4 neighbours are no smaller"),
+    (["parallel.cp_attention=hierarchical"], "parallel.cp_inner: is needed for parallel.cp_attention="),
+    (["parallel.cp_attention=hierarchical", "parallel.cp_inner=4"], "parallel.cp_inner: 4 does not suit "),
     (
         ["parallel.cp_attention=ulysses", "model.num_attention_heads=6", "model.num_query_groups=6"]
         + ["model.hidden_size=96", "model.head_dim=16"],

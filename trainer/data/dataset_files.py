@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from configs.errors import BadInput
@@ -81,6 +81,13 @@ def read_meta(prefix: str) -> DatasetMeta | None:
     if not file.is_file():
         return None
     try:
-        return DatasetMeta(**json.loads(file.read_bytes()))
+        content = json.loads(file.read_bytes())
+        unknown = set(content) - {field.name for field in fields(DatasetMeta)}
+        if unknown:
+            raise BadInput(
+                f"data {file}: this version does not know {', '.join(sorted(unknown))}; use the version that wrote it, "
+                f"or {MAKE_AGAIN}"
+            )
+        return DatasetMeta(**content)
     except (ValueError, TypeError) as error:
         raise BadInput(f"data {file}: not readable ({error}); {MAKE_AGAIN}") from error

@@ -65,6 +65,8 @@ def test_data_of_a_larger_vocabulary_is_told_and_a_broken_meta_file(tmp_path):
     assert problems(train=[{"path": prefix}])[0].endswith("a value that would work: 300")
     meta.write_bytes(b"\xef\xbb\xbf" + json.dumps(META | {"vocab_size": 100}).encode())
     assert problems(train=[{"path": prefix}]) == []
+    meta.write_text(json.dumps(META | {"later": 1}))
+    assert "this version does not know later; use the version that wrote it" in problems(train=[{"path": prefix}])[0]
     meta.write_text("{")
     assert "data.meta.json: not readable" in problems(train=[{"path": prefix}])[0]
 
