@@ -149,10 +149,10 @@ def _read_row(line: str, where: str) -> dict[str, Any]:
 
 def _read_messages(turns: list[Any], where: str) -> list[Message]:
     from trainer.data.chat.conversation import BadRow
-    from trainer.data.chat.turn_forms import TurnKeys, parse_turn
+    from trainer.data.chat.turn_forms import parse_turn
 
     try:
-        messages = [parse_turn(turn, TurnKeys()) for turn in turns]
+        messages = [parse_turn(turn, {}, {}) for turn in turns]
     except BadRow as error:
         raise BadInput(f"{where}: messages: {error}") from error
     if not messages or messages[-1].role == "assistant":

@@ -29,7 +29,7 @@ def check_conversations(mesh: Mesh) -> Outcome:
     problems, worst = [], 0.0
     with open_engine(config, mesh) as engine:
         for weighting in ("token", "sample"):
-            sft = SftSection(weighting=weighting, neftune_alpha=5.0, label_smoothing=0.1)  # type: ignore[arg-type]
+            sft = SftSection(weighting=weighting, neftune_alpha=5.0, label_smoothing=0.1)
             evaluated = ConversationEvaluation(sft)
             batch = evaluated.finish(_make_batch(config.model.vocab_size))
             loss, accuracy = _define(engine, batch, weighting)
