@@ -135,7 +135,7 @@ def _with_steps_of_epochs(config: Config, blend: Blend | None) -> Config:
     if train.num_epochs is None or blend is None:
         return config
     in_epoch = sum(source.num_samples for source in blend.sources)
-    num_samples = math.ceil(Fraction(str(train.num_epochs)) * in_epoch)  # 1.1 * 10 is above 11 in floating point
+    num_samples = math.ceil(Fraction(str(train.num_epochs)) * in_epoch)  # 2.2 * 25 is above 55 in floating point
     if num_samples > STEPS_OF_EPOCHS:
         raise BadInput(
             f"train.num_epochs: {train.num_epochs:g} times the {in_epoch} samples of the data are more than a run can "

@@ -57,9 +57,9 @@ def test_an_epoch_reads_every_row_of_every_source_once(make_config, tmp_path):
         assert np.bincount(read, minlength=num_rows).tolist() == [2] * num_rows
 
 
-@pytest.mark.parametrize(("num_epochs", "num_steps"), [(1.1, 11), (0.001, 1), (3, 30)])
+@pytest.mark.parametrize(("num_epochs", "num_steps"), [(2.2, 55), (0.001, 1), (3, 75)])
 def test_epochs_are_the_fewest_steps_that_read_them(make_config, tmp_path, num_epochs, num_steps):
-    config = make_config(write_chats(tmp_path / "a.jsonl", ["ab " * 20] * 10), train={"num_epochs": num_epochs})
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["ab " * 20] * 25), train={"num_epochs": num_epochs})
     assert open_corpus(config, prepare_conversations(config)).config.train.num_steps == num_steps
 
 
