@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from configs.errors import BadInput
 from configs.stages import SftConfig
 from trainer.data.chat import cache
 from trainer.data.chat.cache import prepare_conversations
+from trainer.data.chat.template import load_template
 from trainer.data.corpus import open_corpus
 
 MODEL = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 1000}
@@ -26,8 +30,8 @@ def write_chats(path, words: list[str]) -> str:
 
 @pytest.fixture
 def make_config(directory, tmp_path):
-    def make(*paths: str, **sections: dict) -> SftConfig:
-        sft = {"template": "chatml", "cache": str(tmp_path / "cache"), "num_workers": 1}
+    def make(*paths: str, **sections: Any) -> SftConfig:
+        sft = {"template": sections.pop("template", "chatml"), "cache": str(tmp_path / "cache"), "num_workers": 1}
         fields = {
             "model": MODEL,
             "data": {"tokenizer": str(directory)},
@@ -85,6 +89,15 @@ def test_a_file_with_its_old_size_and_time_and_other_content_is_tokenised_anew(m
     after = os.stat(tmp_path / "a.jsonl")
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert prepare_conversations(config).train[0].path != old
+
+
+def test_a_template_that_writes_the_date_does_not_tokenise_anew_each_day(make_config, tmp_path, monkeypatch):
+    chatml = load_template("chatml", tmp_path).text
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + chatml)
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]), template=str(tmp_path / "dated.jinja"))
+    today = prepare_conversations(config).train[0].path
+    monkeypatch.setattr(cache, "load_template", lambda *args: replace(load_template(*args), now=datetime(2040, 1, 1)))
+    assert prepare_conversations(config).train[0].path == today
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(make_config, tmp_path, monkeypatch):
