@@ -22,7 +22,8 @@ from configs.plan.derive import (
 )
 from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
 from configs.plan.flops import flops_per_step
-from configs.stages import STAGE_CONFIGS, Config
+from configs.sections.train import STEPS_OF_EPOCHS
+from configs.stages import STAGE_CONFIGS, Config, SftConfig
 
 _MIB, _GIB = 2**20, 2**30
 _DEVICE_GB = (24, 40, 48, 80, 141, 180)
@@ -85,7 +86,10 @@ def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     first = f"{microbatches[0]} rising to " if len(sizes) > 1 else ""
     yield "microbatches per step", f"{first}{microbatches[-1]} of {train.micro_batch_size} x {train.seq_len} tokens"
     yield "tokens per step", f"{tokens_per_step(train):,}" + (" at the full batch" if len(sizes) > 1 else "")
-    yield "total tokens", f"{tokens_after(train, train.num_steps):,} in {train.num_steps:,} steps"
+    if train.num_epochs is not None and train.num_steps == STEPS_OF_EPOCHS:
+        yield "total tokens", f"those of train.num_epochs={train.num_epochs:g}, known when the data is read"
+    else:
+        yield "total tokens", f"{tokens_after(train, train.num_steps):,} in {train.num_steps:,} steps"
 
 
 def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
@@ -128,6 +132,8 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
     places = [("data.tokenizer", data.tokenizer, data.tokenizer)] if data.tokenizer else []
     for name in ("train", "validation"):
         places += [(f"data.{name}", source.path, f"{source.path}.bin") for source in getattr(data, name)]
+        if isinstance(config, SftConfig):
+            places += [(f"sft.{name}", source.path, source.path) for source in getattr(config.sft, name)]
     if config.checkpoint.init_from_hf is not None:
         path = config.checkpoint.init_from_hf
         places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))

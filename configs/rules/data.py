@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from configs.rules.model import check_unused
 from configs.sections.data import SourceConfig
@@ -30,12 +30,7 @@ def check_data(config: Config) -> Iterator[str]:
             yield f"data.{name}: {path} is listed more than once; list it once and raise its weight"
     yield from _check_packing(config)
     yield from _check_long_documents(config)
-    weights = [weight for source in data.train for weight in _part_weights(source)]
-    if weights and not (math.isfinite(sum(weights)) and min(weights) / sum(weights) > _LEAST_SHARE):
-        yield (
-            "data.train: the weights are too large to be added, or too far apart for each source to be drawn from; "
-            "values that would work: weights such as 0.7 and 0.3"
-        )
+    yield from _check_weights("data.train", [weight for source in data.train for weight in _part_weights(source)])
     names = [os.path.basename(source.path) for source in {source.path: source for source in data.validation}.values()]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.validation: several sources are logged under the file name {name}; give them different file names"
@@ -79,13 +74,25 @@ def _check_conversations(config: SftConfig) -> Iterator[str]:
         paths = [os.path.normpath(source.path) for source in getattr(sft, name)]
         for path in sorted({path for path in paths if paths.count(path) > 1}):
             yield f"sft.{name}: {path} is listed more than once; list it once and raise its weight"
-    names = [os.path.basename(os.path.normpath(source.path)) for source in sft.validation]
+    names = [source.name for source in {os.path.normpath(source.path): source for source in sft.validation}.values()]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"sft.validation: several sources are logged under the file name {name}; give them different file names"
+    if sft.train_on == "all":
+        reason = "with sft.train_on=all, which does not say where answers begin"
+        yield from check_unused(sft, "sft", ("num_answers", "max_answer_tokens"), reason)
     weights = [source.weight for source in sft.train]
+    yield from _check_weights("sft.train", [weight for weight in weights if weight is not None])
     if None in weights and any(weight is not None for weight in weights):
         place = weights.index(None)
         yield f"sft.train[{place}].weight: is missing, and other sources have one; a value that would work: 1.0"
+
+
+def _check_weights(field: str, weights: Sequence[float]) -> Iterator[str]:
+    if weights and not (math.isfinite(sum(weights)) and min(weights) / sum(weights) > _LEAST_SHARE):
+        yield (
+            f"{field}: the weights are too large to be added, or too far apart for each source to be drawn from; "
+            "values that would work: weights such as 0.7 and 0.3"
+        )
 
 
 def _check_packing(config: Config) -> Iterator[str]:

@@ -16,7 +16,8 @@ def check_training(config: Config) -> list[str]:
         *_check_precision(config),
         *_check_fp8_fields(config),
         *_check_optimizer(config),
-        *_check_schedule(config),
+        *_check_schedule_fields(config),
+        *(() if config.train.num_epochs is not None else check_schedule_length(config)),
         *_check_checkpoint(config),
         *_check_sample(config),
     ]
@@ -102,22 +103,28 @@ def _check_optimizer(config: Config) -> Iterator[str]:
         yield f"optimizer.min_lr: an exponential decay never reaches 0; a value that would work: {optimizer.lr / 10:g}"
 
 
-def _check_schedule(config: Config) -> Iterator[str]:
-    schedule, num_steps = config.schedule, config.train.num_steps
+def _check_schedule_fields(config: Config) -> Iterator[str]:
+    schedule = config.schedule
     if schedule.kind != "wsd":
         reason = f"with schedule.kind={schedule.kind}"
         yield from check_unused(schedule, "schedule", ("wsd_decay_steps", "wsd_decay"), reason)
     if schedule.kind == "constant":
         yield from check_unused(schedule, "schedule", ("decay_steps",), "with schedule.kind=constant")
+
+
+def check_schedule_length(config: Config) -> Iterator[str]:
+    """Yield where the schedule is longer than the run, whose steps are those of its data with `train.num_epochs`."""
+    schedule, num_steps = config.schedule, config.train.num_steps
     if num_steps == 0:
         return
     end = schedule.decay_steps or num_steps
     if schedule.warmup_steps >= end:
-        field = "train.num_steps" if schedule.decay_steps is None else "schedule.decay_steps"
-        yield (
-            f"schedule.warmup_steps: {schedule.warmup_steps} is not below {field}={end}; a value that would work: "
-            f"{end // 10}"
-        )
+        limit = f"schedule.decay_steps={end}"
+        if schedule.decay_steps is None:
+            epochs = config.train.num_epochs
+            limit = f"train.num_steps={end}" if epochs is None else f"the {end} steps of train.num_epochs={epochs:g}"
+        works = end // 10
+        yield f"schedule.warmup_steps: {schedule.warmup_steps} is not below {limit}; a value that would work: {works}"
         return
     decay = schedule.wsd_decay_steps
     if schedule.kind == "wsd" and decay is not None and schedule.warmup_steps + decay > end:

@@ -47,6 +47,17 @@ def test_every_example_value_in_help_is_accepted(stage: str) -> None:
         load_config(tiny, [*overrides, f"{field.path}={field.example}"], stage)
 
 
+def test_a_plan_of_fine_tuning_says_what_its_data_has_yet_to_say(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {ROOT / 'configs' / 'models' / 'tiny.yaml'}\ntrain: {{num_epochs: 2}}\n", encoding="utf-8"
+    )
+    config = load_config(str(recipe), ["sft.train=[{path: nowhere.jsonl}]"], "sft")
+    text = describe(config, derive_layout(config, 1))
+    assert "total tokens                those of train.num_epochs=2, known" in text
+    assert "sft.train                   nowhere.jsonl: not on this machine" in text
+
+
 def test_dry_run_text_holds_config_and_consequences(tmp_path: Path) -> None:
     config = load_config(
         str(ROOT / "configs" / "pretrain" / "llama3_1_70b.yaml"),

@@ -5,6 +5,7 @@ Which source the next sample comes from depends on the ledger alone, never on ra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from trainer.data.indexed import TokenDataset
 from trainer.data.packed_source import SOURCES, PackedSource
 from trainer.data.source import Source
 from trainer.data.upsampling import split_by_length, whole_and_threshold
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,23 @@ class Blend:
         self.consumed_samples = state["consumed_samples"]
         present = {source.dataset.identity for source in self.sources}
         self._retired = {path: entry for path, entry in known.items() if entry["identity"] not in present}
+        self._tell_changes(state["sources"])
         blend = [(source.dataset.identity, float(w)) for source, w in zip(self.sources, self.weights, strict=True)]
         if [(entry["identity"], entry["weight"]) for entry in state["sources"].values()] == blend:
             self._drawn[:] = [before[identity]["drawn_in_blend"] for identity, _ in blend]
         else:  # another blend begins now: a new source gets its share from here on, not a burst to catch up
             self._drawn[:] = 0
+
+    def _tell_changes(self, before: Mapping[str, Any]) -> None:
+        """Say which sources come and go where a run goes on with others."""
+        identities = {entry["identity"] for entry in before.values()}
+        for source in self.sources:
+            if source.dataset.identity not in identities:
+                log.warning("%s is other data than the checkpoint's run read last", source.dataset.prefix)
+        present = {source.dataset.identity for source in self.sources}
+        for path, entry in before.items():
+            if entry["identity"] not in present:
+                log.warning("%s, of which %d samples were read, is no longer read", path, entry["consumed_samples"])
 
     def _check_thresholds(self, identities: Iterable[str]) -> None:
         """Refuse a source whose long documents were told from the others by another length."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from configs.errors import BadInput
 from configs.plan.derive import consumed_samples_after, global_batch_size_at, steps_of_samples
+from configs.rules.training import check_schedule_length
 from configs.sections.data import DataConfig
+from configs.sections.train import STEPS_OF_EPOCHS
 from configs.stages import Config
 from trainer.data.blend import Blend, open_blend
 from trainer.data.dataset_files import DatasetMeta
 from trainer.data.indexed import TokenDataset, check_tokenizer, check_vocab_size
+from trainer.data.packed_source import PackedSource
 from trainer.data.reader import BatchReader, Finish, ValidationReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Corpus:
     ) -> dict[str, ValidationReader]:
         """Return one reader per validation source for one data-parallel rank."""
         train = self.config.train
-        return {
+        readers = {
             name: ValidationReader(
                 dataset,
                 seq_len=train.seq_len,
@@ -77,6 +84,16 @@ class Corpus:
             )
             for name, dataset in self.validation.items()
         }
+        for name, reader in readers.items():
+            num_rows = reader.source.num_samples
+            if isinstance(reader.source, PackedSource) and reader.num_samples < num_rows:
+                log.info(
+                    "validation %s: %d of its %d rows, drawn once (train.eval_num_samples)",
+                    name,
+                    reader.num_samples,
+                    num_rows,
+                )
+        return readers
 
 
 def open_corpus(config: Config, data: DataConfig | None = None) -> Corpus:
@@ -110,13 +127,25 @@ def open_corpus(config: Config, data: DataConfig | None = None) -> Corpus:
 
 
 def _with_steps_of_epochs(config: Config, blend: Blend | None) -> Config:
-    """Return the config with the steps in which `train.num_epochs` times the samples of all sources are drawn."""
+    """Return the config with the steps in which `train.num_epochs` times the samples of all sources are drawn.
+
+    Raises BadInput where these are too few for the schedule.
+    """
     train = config.train
     if train.num_epochs is None or blend is None:
         return config
-    num_samples = math.ceil(train.num_epochs * sum(source.num_samples for source in blend.sources))
+    in_epoch = sum(source.num_samples for source in blend.sources)
+    num_samples = math.ceil(Fraction(str(train.num_epochs)) * in_epoch)  # 2.2 * 25 is above 55 in floating point
+    if num_samples > STEPS_OF_EPOCHS:
+        raise BadInput(
+            f"train.num_epochs: {train.num_epochs:g} times the {in_epoch} samples of the data are more than a run can "
+            "count; a value that would work: 3"
+        )
     num_steps = steps_of_samples(train, num_samples)
-    return config.model_copy(update={"train": train.model_copy(update={"num_steps": num_steps})})
+    counted = config.model_copy(update={"train": train.model_copy(update={"num_steps": num_steps})})
+    for problem in check_schedule_length(counted):
+        raise BadInput(problem)
+    return counted
 
 
 def _mask_end(data: DataConfig, dataset: TokenDataset, tokenizer: Tokenizer | None) -> int | None:

@@ -37,15 +37,19 @@ class Answer:
     is_exact: bool
 
 
-def read_questions(dataset: TokenDataset, num_questions: int, longest: int) -> list[Question]:
-    """Return the questions of the first samples whose prompt and answer are together at most `longest` tokens."""
+def read_questions(dataset: TokenDataset, num_questions: int, longest: int, seq_len: int) -> list[Question]:
+    """Return the questions of the first samples whose prompt and answer are together at most `longest` tokens.
+
+    Left out is a sample whose last trained token is the last that a row of `seq_len` predictions holds: it may have
+    been cut there, and its last token would not be what ends a turn.
+    """
     questions: list[Question] = []
     for document, length in enumerate(dataset.lengths.tolist()):
         if len(questions) == num_questions:
             break
         mask = dataset.read_mask(document, 0, length)
         trained = np.flatnonzero(mask) if mask is not None else np.arange(1, length)
-        if not trained.size or trained[-1] >= longest:
+        if not trained.size or trained[-1] >= min(longest, seq_len):
             continue
         gaps = np.flatnonzero(np.diff(trained) > 1)
         start = int(trained[gaps[-1] + 1 if gaps.size else 0])
@@ -70,7 +74,8 @@ class AnswerEvaluator:
         values: dict[str, float] = {}
         answers: list[Answer] = []
         for name, dataset in self._datasets.items():
-            questions = read_questions(dataset, self._num_questions, model.config.model.max_position_embeddings)
+            context = model.config.model.max_position_embeddings
+            questions = read_questions(dataset, self._num_questions, context, model.config.train.seq_len)
             if not questions:
                 continue
             found = self._ask(model, name, questions)

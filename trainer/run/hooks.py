@@ -57,7 +57,9 @@ class Hooks:
             self._first_validation = self._evaluate(state)
             self._reporter.write_start(state.step, self._first_validation)
         self._vote()
-        if state.step < self._config.train.num_steps and not self.stop_requested():
+        if self.is_patience_over(state):
+            log.info("step %d: train.patience has ended this run; a larger one lets it go on", state.step)
+        elif state.step < self._config.train.num_steps and not self.stop_requested():
             log.info("step %d is under way, the first of this start", state.step + 1)
 
     def stop_requested(self) -> bool:

@@ -37,8 +37,10 @@ from trainer.optim.learning_rate import compute_learning_rate
 
 log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
-_STEERING_SECTIONS = ("model", "precision", "data", "train", "optimizer", "schedule", "lora")
-_QUIET_FIELDS = ("train.log_every", "data.prefetch_steps")
+_STEERING_SECTIONS = ("model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft")
+_QUIET_FIELDS = (
+    "train.log_every", "data.prefetch_steps", "sft.cache", "sft.num_workers", "sft.num_answers", "sft.max_answer_tokens"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def describe_changes(
     """Return each field of the config that steers training and differs from the saved one: what, from what, to what."""
     changes = []
     for section in sections:
-        before, after = _flat(saved.get(section) or {}, section), _flat(present[section] or {}, section)
+        before, after = _flat(saved.get(section) or {}, section), _flat(present.get(section) or {}, section)
         changes += [
             f"{path} is {value_text(value)}, it was {value_text(before[path])}"
             for path, value in after.items()

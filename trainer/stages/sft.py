@@ -86,7 +86,7 @@ def build_sft_stage(context: StageContext) -> TrainingStage:
     reader = corpus.build_reader(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, finish=objective.finish)
     readers = corpus.build_validation_readers(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, finish=evaluated.finish)
     answers = None
-    if config.sft.num_answers and corpus.tokenizer is not None:
+    if config.sft.num_answers and config.sft.train_on != "all" and corpus.tokenizer is not None:
         sft = config.sft
         answers = AnswerEvaluator(corpus.validation, corpus.tokenizer, sft.num_answers, sft.max_answer_tokens)
     return TrainingStage("sft", engine, reader, objective, Evaluator(readers, answers), evaluated)

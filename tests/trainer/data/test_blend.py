@@ -123,3 +123,15 @@ def test_the_same_data_twice_and_no_data_are_refused(make_source):
         Blend([make_source("a"), make_source("a")], [1, 1])
     with pytest.raises(BadInput, match="data.train"):
         Blend([], [])
+
+
+def test_a_run_that_goes_on_with_other_data_tells_of_it(make_source, caplog):
+    before = Blend([make_source("a"), make_source("b")], [1, 1])
+    draws(before, [6])
+    Blend([make_source("a"), make_source("b")], [1, 2]).load_state_dict(before.state_dict())
+    assert not caplog.records
+    Blend([make_source("a"), make_source("c")], [1, 1]).load_state_dict(before.state_dict())
+    assert [record.getMessage() for record in caplog.records] == [
+        "c is other data than the checkpoint's run read last",
+        "b, of which 3 samples were read, is no longer read",
+    ]

@@ -22,19 +22,42 @@ class Recorder:
         return lambda *args, **options: self._calls.append(f"{self._owner}.{name}")
 
 
+def make_hooks(calls: list[str], **sections: Any) -> Any:
+    from trainer.run import hooks
+
+    platform = SimpleNamespace(peak_memory_bytes=lambda: 0)
+    signals = SimpleNamespace(is_received=False, is_agreed=False)
+    writer = Recorder(calls, "checkpoints", is_writing=False)
+    return hooks.Hooks(
+        small_config(**sections), SimpleNamespace(platform=platform, device=None), SimpleNamespace(),
+        reporter=Recorder(calls, "reporter"), checkpoints=writer, signals=signals, lock=Recorder(calls, "lock"),
+    )  # fmt: skip
+
+
+def words_at_a_start(place: Place, num_stale_validations: int) -> list[str]:
+    """Return what is said where a run with a patience of 2 goes on after step 3."""
+    from unittest.mock import patch
+
+    from trainer.run import hooks
+
+    train, data = {"eval_every": 1, "patience": 2}, {"validation": [{"path": "held-out"}]}
+    made = make_hooks([], train=train, data=data)
+    with patch.object(hooks, "log") as log, patch.object(hooks, "max_over_ranks", lambda values, device: list(values)):
+        made.on_start(SimpleNamespace(step=3, num_stale_validations=num_stale_validations))
+    return [call.args[0] % call.args[1:] for call in log.info.call_args_list]
+
+
+def test_a_run_that_patience_has_ended_says_so_and_begins_no_step(ranks):
+    assert ranks.run(words_at_a_start, 1) == [["step 4 is under way, the first of this start"]]
+    assert ranks.run(words_at_a_start, 2) == [["step 3: train.patience has ended this run; a larger one lets it go on"]]
+
+
 def calls_after_a_step(place: Place, async_save: bool) -> list[str]:
     """Return what is called after a step at which the run saves."""
     from trainer.run import hooks
 
     calls: list[str] = []
-    config = small_config(checkpoint={"save_every": 2, "async_save": async_save})
-    platform = SimpleNamespace(peak_memory_bytes=lambda: 0)
-    signals = SimpleNamespace(is_received=False, is_agreed=False)
-    writer = Recorder(calls, "checkpoints", is_writing=False)
-    made = hooks.Hooks(
-        config, SimpleNamespace(platform=platform, device=None), SimpleNamespace(),
-        reporter=Recorder(calls, "reporter"), checkpoints=writer, signals=signals, lock=Recorder(calls, "lock"),
-    )  # fmt: skip
+    made = make_hooks(calls, checkpoint={"save_every": 2, "async_save": async_save})
     plain, hooks.max_over_ranks = hooks.max_over_ranks, lambda values, device: [float(value) for value in values]
     try:
         made.after_step(SimpleNamespace(step=2, num_nonfinite_in_a_row=0), SimpleNamespace(is_applied=True))

@@ -9,7 +9,8 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
-from tests.small_runs import small_config
+from configs.stages import SftConfig
+from tests.small_runs import DENSE_MODEL, small_config
 from trainer.checkpoint.manifest import Manifest
 from trainer.engine.state import TrainState
 from trainer.run import start as start_module
@@ -30,6 +31,16 @@ def test_what_steers_training_is_told_and_nothing_else():
     assert "train.global_batch_size is 16, it was 8" in changes
     assert [one.split(" is ")[0] for one in changes] == ["data.train", "train.num_steps", "train.global_batch_size"]
     assert describe_changes(before, before) == []
+
+
+def test_what_steers_fine_tuning_is_told_and_where_it_is_cached_is_not():
+    def resolved(**sft) -> dict:
+        model, train = dict(DENSE_MODEL), {"num_steps": 1}
+        return resolved_dict(SftConfig.model_validate({"model": model, "train": train, "sft": sft}))
+
+    after = resolved(weighting="sample", template="qwen", train=[{"path": "b"}], cache="elsewhere", num_workers=3)
+    changes = describe_changes(resolved(train=[{"path": "a"}]), after)
+    assert [one.split(" is ")[0] for one in changes] == ["sft.template", "sft.train", "sft.weighting"]
 
 
 def test_what_changes_make_of_the_next_learning_rate_is_told(tmp_path):

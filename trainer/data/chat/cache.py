@@ -29,10 +29,12 @@ from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
 from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes
 from trainer.data.index_file import write_index
+from trainer.data.indexed import TokenDataset
 from trainer.data.making.documents import BLOCK_BYTES
 from trainer.data.making.parts import hash_file
 from trainer.data.making.pool import WorkerPool
 from trainer.data.making.workers import token_dtype
+from trainer.data.packed_source import SOURCES
 from trainer.data.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -67,10 +69,11 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
         recipes = [
             Recipe.of(config, f"sft.{split}[{number}]", source) for number, source in enumerate(config.sources(split))
         ]
-        prefixes = [prepare_source(recipe, is_maker=is_maker) for recipe in recipes]
-        weights = [_weight(recipe, prefix) for recipe, prefix in zip(recipes, prefixes, strict=True)]
+        datasets = [TokenDataset(prepare_source(recipe, is_maker=is_maker)) for recipe in recipes]
+        _check_different(recipes, datasets)
         sources[split] = tuple(
-            SourceConfig(path=prefix, weight=weight) for prefix, weight in zip(prefixes, weights, strict=True)
+            SourceConfig(path=dataset.prefix, weight=_weight(recipe, dataset))
+            for recipe, dataset in zip(recipes, datasets, strict=True)
         )
     fields = {**sources, "packing": config.packing, "document_mask": True}
     return config.data.model_copy(update=fields)
@@ -79,7 +82,7 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
 def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     """Return the prefix of the dataset of one source, made now unless the cache has it. Raises BadInput."""
     cache, quick = Path(recipe.sft.cache), _quick_key(recipe)
-    name = Path(recipe.source.path.rstrip("/")).name.split(".")[0] or "source"
+    name = recipe.source.name
     known = cache / f"{quick}.key"
     while True:
         prefix = cache / known.read_text(encoding="utf-8") / name if known.is_file() else None
@@ -92,8 +95,9 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     prefix = cache / key / name
     with _held(cache, key):
         if not _is_whole(str(prefix)):
-            _make(recipe, cache, key, name)
-        _write_whole(known, key)
+            _make(recipe, cache, key, name, quick)
+        with _writing(cache):
+            _write_whole(known, key)
     return str(prefix)
 
 
@@ -112,25 +116,36 @@ def _is_whole(prefix: str) -> bool:
     return True
 
 
-def _weight(recipe: Recipe, prefix: str) -> float:
-    """Return the source's weight, by default as many rows as it fills."""
+def _check_different(recipes: Sequence[Recipe], datasets: Sequence[TokenDataset]) -> None:
+    """Refuse two sources of one split that become the same tokens and masks."""
+    seen: dict[str, str] = {}
+    for recipe, dataset in zip(recipes, datasets, strict=True):
+        path, other = recipe.source.path, seen.setdefault(dataset.identity, recipe.source.path)
+        if path != other:
+            raise BadInput(f"{recipe.field}: {path} holds the same conversations as {other}; list one of them alone")
+
+
+def _weight(recipe: Recipe, dataset: TokenDataset) -> float:
+    """Return the source's weight, by default as many rows as it fills, so that an epoch reads each of them once."""
     if recipe.source.weight is not None:
         return recipe.source.weight
-    summary = read_summary(prefix)
-    return float(summary.num_tokens if recipe.sft.packing else summary.num_samples)
+    return float(SOURCES["best_fit" if recipe.sft.packing else "padded"](dataset, recipe.seq_len, seed=0).num_samples)
 
 
-def _make(recipe: Recipe, cache: Path, key: str, name: str) -> None:
-    """Tokenise a source and rename the result into place."""
+def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
+    """Tokenise a source and rename the result into place, unless its files have changed since their keys were made."""
     folder = cache / f".{key}.making"
     shutil.rmtree(folder, ignore_errors=True)  # what a kill has left; the cache is held
     try:
-        folder.mkdir(parents=True)
-        _tokenise(recipe, folder / name)
-        shutil.rmtree(cache / key, ignore_errors=True)
-        os.rename(folder, cache / key)
-    except OSError as error:
-        raise BadInput(f"sft.cache: {cache} cannot be written to ({error}); choose another path") from error
+        with _writing(cache):
+            folder.mkdir(parents=True)
+            _tokenise(recipe, folder / name)
+            if _quick_key(recipe) != quick:
+                raise BadInput(
+                    f"{recipe.field}: {recipe.source.path} has changed while it was read; start again when it is whole"
+                )
+            shutil.rmtree(cache / key, ignore_errors=True)
+            os.rename(folder, cache / key)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -222,14 +237,22 @@ def describe(summary: Summary) -> str:
 
 
 def _quick_key(recipe: Recipe) -> str:
-    """Return a key that changes with the files' names, sizes and times, without reading them."""
-    files = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(recipe)]
+    """Return a key that changes with the files' names, sizes and times, without reading them.
+
+    The time of the last change to the inode is among them: programs that copy set that of the last writing back.
+    """
+    found = [(os.path.abspath(path), os.stat(path)) for path in _files(recipe)]
+    files = [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
     return _digest([files, *_settings(recipe)])
 
 
 def _content_key(recipe: Recipe) -> str:
-    """Return a key that changes with what is in the files."""
-    return _digest([[(os.path.basename(path), hash_file(path)) for path in _files(recipe)], *_settings(recipe)])
+    """Return a key that changes with what is in the files. Raises BadInput where one cannot be read."""
+    try:
+        files = [(os.path.basename(path), hash_file(path)) for path in _files(recipe)]
+    except OSError as error:
+        raise BadInput(f"{recipe.field}.path: {recipe.source.path} cannot be read ({error}); mend that") from error
+    return _digest([files, *_settings(recipe)])
 
 
 def _files(recipe: Recipe) -> Sequence[str]:
@@ -253,14 +276,21 @@ def _digest(parts: Any) -> str:
 @contextmanager
 def _held(cache: Path, key: str) -> Iterator[None]:
     """Hold a key of the cache: another run that wants the same waits."""
-    try:
+    with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         stream = open(cache / f".{key}.lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise BadInput(f"sft.cache: {cache} cannot be written to ({error}); choose another path") from error
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Say in one sentence that the cache cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"sft.cache: {cache} cannot be written to ({error}); choose another path") from error
 
 
 def _write_whole(path: Path, text: str) -> None:

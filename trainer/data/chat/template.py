@@ -56,9 +56,11 @@ class ChatTemplate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides what the template writes: its text, its variables and, where used, the date."""
-        date = self.now.date().isoformat() if "strftime_now" in self.text + (self.tool_text or "") else None
-        content = [self.text, self.tool_text, sorted(self.variables.items()), date]
+        """SHA-256 of what decides what the template writes, its text and its variables, but for the date of the day.
+
+        A run goes on with the tokens that it began with: those of a later day would be other data.
+        """
+        content = [self.text, self.tool_text, sorted(self.variables.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def render(

@@ -1,0 +1,126 @@
+"""Sources of conversations in the cache: what a changed file, two alike and an epoch over several of them become."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.errors import BadInput
+from configs.stages import SftConfig
+from trainer.data.chat import cache
+from trainer.data.chat.cache import prepare_conversations
+from trainer.data.chat.template import load_template
+from trainer.data.corpus import open_corpus
+
+MODEL = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 1000}
+
+
+def write_chats(path, words: list[str]) -> str:
+    """Write a chat of one question for each of the answers given."""
+    turns = ([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in words)
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
+    return str(path)
+
+
+@pytest.fixture
+def make_config(directory, tmp_path):
+    def make(*paths: str, **sections: Any) -> SftConfig:
+        sft = {"template": sections.pop("template", "chatml"), "cache": str(tmp_path / "cache"), "num_workers": 1}
+        fields = {
+            "model": MODEL,
+            "data": {"tokenizer": str(directory)},
+            "train": {"seq_len": 64, "global_batch_size": 1} | sections.get("train", {"num_steps": 1}),
+            "sft": sft | {"train": [{"path": path} for path in paths]},
+            "schedule": sections.get("schedule", {}),
+        }
+        return SftConfig.model_validate(fields)
+
+    return make
+
+
+def test_an_epoch_reads_every_row_of_every_source_once(make_config, tmp_path):
+    # The first source's rows are half empty, so that it has fewer tokens than the second and as many rows.
+    half, short = (
+        write_chats(tmp_path / "half.jsonl", ["abcde " * 6] * 7),
+        write_chats(tmp_path / "s.jsonl", ["a"] * 21),
+    )
+    config = make_config(half, short, train={"num_epochs": 2})
+    corpus = open_corpus(config, prepare_conversations(config))
+    rows = [source.num_samples for source in corpus.blend.sources]
+    tokens = [source.dataset.num_tokens for source in corpus.blend.sources]
+    assert tokens[0] / rows[0] < 0.8 * tokens[1] / rows[1], "one fills its rows worse than the other"
+    drawn = corpus.blend.take(corpus.config.train.num_steps)
+    for number, num_rows in enumerate(rows):
+        read = drawn.sample[drawn.source == number] % num_rows
+        assert np.bincount(read, minlength=num_rows).tolist() == [2] * num_rows
+
+
+@pytest.mark.parametrize(("num_epochs", "num_steps"), [(2.2, 55), (0.001, 1), (3, 75)])
+def test_epochs_are_the_fewest_steps_that_read_them(make_config, tmp_path, num_epochs, num_steps):
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["ab " * 20] * 25), train={"num_epochs": num_epochs})
+    assert open_corpus(config, prepare_conversations(config)).config.train.num_steps == num_steps
+
+
+@pytest.mark.parametrize(
+    ("train", "schedule", "sentence"),
+    [
+        ({"num_epochs": 1}, {"warmup_steps": 5}, "schedule.warmup_steps: 5 is not below the 2 steps of train.num_ep"),
+        ({"num_epochs": 1}, {"kind": "wsd", "wsd_decay_steps": 3}, "schedule.wsd_decay_steps: 3 do not fit"),
+        ({"num_epochs": 1e300}, {}, "train.num_epochs: 1e.300 times the 2 samples"),
+    ],
+)
+def test_epochs_too_few_or_too_many_are_refused(make_config, tmp_path, train, schedule, sentence):
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["ab " * 20] * 2), train=train, schedule=schedule)
+    with pytest.raises(BadInput, match=f"^{sentence}.*would work"):
+        open_corpus(config, prepare_conversations(config))
+
+
+def test_a_file_with_its_old_size_and_time_and_other_content_is_tokenised_anew(make_config, tmp_path):
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]))
+    before, old = os.stat(tmp_path / "a.jsonl"), prepare_conversations(config).train[0].path
+    write_chats(tmp_path / "a.jsonl", ["noo"])
+    os.utime(tmp_path / "a.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = os.stat(tmp_path / "a.jsonl")
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert prepare_conversations(config).train[0].path != old
+
+
+def test_a_template_that_writes_the_date_does_not_tokenise_anew_each_day(make_config, tmp_path, monkeypatch):
+    chatml = load_template("chatml", tmp_path).text
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + chatml)
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]), template=str(tmp_path / "dated.jinja"))
+    today = prepare_conversations(config).train[0].path
+    monkeypatch.setattr(cache, "load_template", lambda *args: replace(load_template(*args), now=datetime(2040, 1, 1)))
+    assert prepare_conversations(config).train[0].path == today
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(make_config, tmp_path, monkeypatch):
+    path, tokenise = write_chats(tmp_path / "a.jsonl", ["yes"]), cache._tokenise
+
+    def grow(*args):
+        tokenise(*args)
+        with open(path, "a") as stream:
+            stream.write("{}\n")
+
+    monkeypatch.setattr(cache, "_tokenise", grow)
+    with pytest.raises(BadInput, match=r"^sft.train\[0\]: .*a.jsonl has changed while it was read"):
+        prepare_conversations(make_config(path))
+    assert not list((tmp_path / "cache").glob("*/a*")) and not list((tmp_path / "cache").glob(".*.making"))
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(make_config, tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(BadInput, match=r"^sft.train\[0\].path: .*a.jsonl cannot be read \("):
+        prepare_conversations(make_config(str(tmp_path / "a.jsonl")))
+
+
+def test_two_sources_of_the_same_conversations_are_refused(make_config, tmp_path):
+    paths = [write_chats(tmp_path / name, ["yes", "no"]) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(BadInput, match=r"^sft.train\[1\]: .*b.jsonl holds the same conversations as .*a.jsonl"):
+        prepare_conversations(make_config(*paths))
