@@ -27,9 +27,9 @@ from configs.stages import SftConfig
 from trainer.data.chat.rows import iter_blocks, list_chat_files
 from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
-from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes
+from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes, read_meta
 from trainer.data.index_file import write_index
-from trainer.data.making.documents import BLOCK_BYTES
+from trainer.data.making.documents import BLOCK_BYTES, describe_left_out
 from trainer.data.making.parts import hash_file
 from trainer.data.making.pool import WorkerPool
 from trainer.data.making.workers import token_dtype
@@ -68,6 +68,8 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
             Recipe.of(config, f"sft.{split}[{number}]", source) for number, source in enumerate(config.sources(split))
         ]
         prefixes = [prepare_source(recipe, is_maker=is_maker) for recipe in recipes]
+        if split == "train":
+            _refuse_equal(recipes, prefixes)
         weights = [_weight(recipe, prefix) for recipe, prefix in zip(recipes, prefixes, strict=True)]
         sources[split] = tuple(
             SourceConfig(path=prefix, weight=weight) for prefix, weight in zip(prefixes, weights, strict=True)
@@ -84,6 +86,8 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     while True:
         prefix = cache / known.read_text(encoding="utf-8") / name if known.is_file() else None
         if prefix is not None and _is_whole(str(prefix)):
+            if is_maker:
+                _tell_known(recipe, str(prefix))
             return str(prefix)
         if is_maker:
             break
@@ -91,7 +95,9 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     key = _content_key(recipe)
     prefix = cache / key / name
     with _held(cache, key):
-        if not _is_whole(str(prefix)):
+        if _is_whole(str(prefix)):
+            _tell_known(recipe, str(prefix))
+        else:
             _make(recipe, cache, key, name)
         _write_whole(known, key)
     return str(prefix)
@@ -112,6 +118,26 @@ def _is_whole(prefix: str) -> bool:
     return True
 
 
+def _tell_known(recipe: Recipe, prefix: str) -> None:
+    """Say where the cache has a source, and again what became of its rows."""
+    log.info("%s is tokenised in %s: %s", recipe.source.path, prefix, describe(read_summary(prefix)))
+
+
+def _refuse_equal(recipes: Sequence[Recipe], prefixes: Sequence[str]) -> None:
+    """Raise BadInput where two sources are the same samples, by the name the config has for them."""
+    seen: dict[tuple[str, str | None], str] = {}
+    for recipe, prefix in zip(recipes, prefixes, strict=True):
+        meta = read_meta(prefix)
+        if meta is None:
+            continue
+        other = seen.setdefault((meta.bin_sha256, meta.mask_sha256), recipe.source.path)
+        if other != recipe.source.path:
+            raise BadInput(
+                f"{recipe.field}: {recipe.source.path} holds the same conversations as {other}; list one of them and "
+                "raise its weight"
+            )
+
+
 def _weight(recipe: Recipe, prefix: str) -> float:
     """Return the source's weight, by default as many rows as it fills."""
     if recipe.source.weight is not None:
@@ -121,14 +147,15 @@ def _weight(recipe: Recipe, prefix: str) -> float:
 
 
 def _make(recipe: Recipe, cache: Path, key: str, name: str) -> None:
-    """Tokenise a source and rename the result into place."""
+    """Tokenise a source and rename the result into place, beside what the same rows gave under another name."""
     folder = cache / f".{key}.making"
     shutil.rmtree(folder, ignore_errors=True)  # what a kill has left; the cache is held
     try:
         folder.mkdir(parents=True)
         _tokenise(recipe, folder / name)
-        shutil.rmtree(cache / key, ignore_errors=True)
-        os.rename(folder, cache / key)
+        (cache / key).mkdir(exist_ok=True)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith(SUMMARY_SUFFIX)):  # last: it is whole
+            os.replace(file, cache / key / file.name)
     except OSError as error:
         raise BadInput(f"sft.cache: {cache} cannot be written to ({error}); choose another path") from error
     finally:
@@ -140,7 +167,10 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
     tokenizer = load_tokenizer(recipe.tokenizer)
     worker = ConversationWorker(recipe)
     num_workers = recipe.sft.num_workers or len(os.sched_getaffinity(0))
-    num_bytes = sum(file.num_bytes for file in list_chat_files(recipe.source, recipe.field)[0])
+    files, left_out = list_chat_files(recipe.source, recipe.field)
+    if left_out:
+        log.info("%s: left out: %s; to read another split, name its folder", recipe.source.path, describe_left_out(left_out))
+    num_bytes = sum(file.num_bytes for file in files)
     pool = WorkerPool(ConversationWorker, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
