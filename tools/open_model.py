@@ -39,6 +39,18 @@ def read_config_of(place: Path, overrides: Sequence[str], *, seq_len: int, world
     return config
 
 
+def read_template_of(place: Path) -> str | None:
+    """Return the `sft.template` that a run was fine-tuned with; None for its tokenizer's own, and for other places."""
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.manifest import read_manifest
+
+    checkpoint = resolve_checkpoint(place)
+    template: str | None = (
+        None if checkpoint is None else read_manifest(checkpoint).config.get("sft", {}).get("template")
+    )
+    return template
+
+
 def _read_place(place: Path) -> dict[str, Any]:
     """Return the sections that say what the model is; of a Hugging Face model fp32 on CPUs, elsewhere bf16."""
     from trainer.checkpoint.layout import resolve_checkpoint

@@ -30,7 +30,7 @@ from trainer.data.chat.worker import ConversationWorker, Recipe
 from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes
 from trainer.data.index_file import write_index
 from trainer.data.indexed import TokenDataset
-from trainer.data.making.documents import BLOCK_BYTES
+from trainer.data.making.documents import BLOCK_BYTES, describe_left_out
 from trainer.data.making.parts import hash_file
 from trainer.data.making.pool import WorkerPool
 from trainer.data.making.workers import token_dtype
@@ -87,6 +87,8 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     while True:
         prefix = cache / known.read_text(encoding="utf-8") / name if known.is_file() else None
         if prefix is not None and _is_whole(str(prefix)):
+            if is_maker:
+                _tell_known(recipe, str(prefix))
             return str(prefix)
         if is_maker:
             break
@@ -94,7 +96,9 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     key = _content_key(recipe)
     prefix = cache / key / name
     with _held(cache, key):
-        if not _is_whole(str(prefix)):
+        if _is_whole(str(prefix)):
+            _tell_known(recipe, str(prefix))
+        else:
             _make(recipe, cache, key, name, quick)
         with _writing(cache):
             _write_whole(known, key)
@@ -116,13 +120,20 @@ def _is_whole(prefix: str) -> bool:
     return True
 
 
+def _tell_known(recipe: Recipe, prefix: str) -> None:
+    """Say where the cache has a source, and again what became of its rows."""
+    log.info("%s is tokenised in %s: %s", recipe.source.path, prefix, describe(read_summary(prefix)))
+
+
 def _check_different(recipes: Sequence[Recipe], datasets: Sequence[TokenDataset]) -> None:
     """Refuse two sources of one split that become the same tokens and masks."""
     seen: dict[str, str] = {}
     for recipe, dataset in zip(recipes, datasets, strict=True):
         path, other = recipe.source.path, seen.setdefault(dataset.identity, recipe.source.path)
         if path != other:
-            raise BadInput(f"{recipe.field}: {path} holds the same conversations as {other}; list one of them alone")
+            raise BadInput(
+                f"{recipe.field}: {path} holds the same conversations as {other}; list one of them and raise its weight"
+            )
 
 
 def _weight(recipe: Recipe, dataset: TokenDataset) -> float:
@@ -133,7 +144,10 @@ def _weight(recipe: Recipe, dataset: TokenDataset) -> float:
 
 
 def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
-    """Tokenise a source and rename the result into place, unless its files have changed since their keys were made."""
+    """Tokenise a source and rename the result into place, beside what the same rows gave under another name.
+
+    Raises BadInput where its files have changed since their keys were made.
+    """
     folder = cache / f".{key}.making"
     shutil.rmtree(folder, ignore_errors=True)  # what a kill has left; the cache is held
     try:
@@ -144,8 +158,11 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
                 raise BadInput(
                     f"{recipe.field}: {recipe.source.path} has changed while it was read; start again when it is whole"
                 )
-            shutil.rmtree(cache / key, ignore_errors=True)
-            os.rename(folder, cache / key)
+            (cache / key).mkdir(exist_ok=True)
+            for file in sorted(
+                folder.iterdir(), key=lambda file: file.name.endswith(SUMMARY_SUFFIX)
+            ):  # last: it is whole
+                os.replace(file, cache / key / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -155,7 +172,12 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
     tokenizer = load_tokenizer(recipe.tokenizer)
     worker = ConversationWorker(recipe)
     num_workers = recipe.sft.num_workers or len(os.sched_getaffinity(0))
-    num_bytes = sum(file.num_bytes for file in list_chat_files(recipe.source, recipe.field)[0])
+    files, left_out = list_chat_files(recipe.source, recipe.field)
+    if left_out:
+        log.info(
+            "%s: left out: %s; to read another split, name its folder", recipe.source.path, describe_left_out(left_out)
+        )
+    num_bytes = sum(file.num_bytes for file in files)
     pool = WorkerPool(ConversationWorker, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
