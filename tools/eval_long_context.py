@@ -94,7 +94,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check_directory(arguments.out, "runs/demo/evaluation")
     environment, lengths = read_environment(), arguments.lengths
     for length in lengths:  # each must suit the layout
-        config = read_config_of(arguments.model, arguments.overrides, seq_len=length, world_size=environment.world_size)
+        config = read_config_of(
+            arguments.model,
+            arguments.overrides,
+            seq_len=length,
+            world_size=environment.world_size,
+            seq_len_option="--lengths",
+        )
     if config.data.tokenizer is None:
         raise BadInput("data.tokenizer: the passkeys need the model's tokenizer; give data.tokenizer=DIR")
     tokenizer, dataset = load_tokenizer(config.data.tokenizer), TokenDataset(arguments.data)
