@@ -14,7 +14,7 @@ from typing import Any
 PACKAGES = ("torch", "megatron-core", "transformers", "accelerate")
 LIMIT = 0.03
 """Share of the bare loop's speed that ours may cost."""
-NAMES = {"bare": "bare megatron-core loop", "hf": "Hugging Face Trainer"}
+NAMES = {"bare": "bare megatron-core loop", "hf": "Hugging Face Trainer", "trl": "TRL's SFTTrainer, packed"}
 
 
 def describe_machine(device: str, load_before: float) -> dict[str, Any]:
