@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run_fit(config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
-    """Train as `launch/pretrain.py` or `launch/sft.py` does and return the last step's loss on rank 0, which writes the metrics.
+    """Train as `launch/pretrain.py` or `launch/sft.py` does and return the last step's loss on rank 0.
 
     Collective: all ranks of the world must call this.
     """

@@ -1,6 +1,6 @@
 """One measured run of one loop in this process, started by `throughput.py`; rank 0 writes what it measured as JSON.
 
-Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json PIPES 2 10 STAGE CONFIG [key=value ...]
+Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json PIPES 2 10 STAGE CONFIG [K=V ...]
 The words are the loop (fit, bare, hf or trl), the result's file, the directory of the conductor's pipes, warm-up steps,
 measured steps, the stage (pretrain or sft) and the run's config.
 """

@@ -24,14 +24,14 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from tools.bench.chats import write_chats, write_tokenizer
 from tools.bench.compare import Measure, bootstrap_interval, compare
-from tools.bench.report import describe_machine, print_report
+from tools.bench.report import PACKAGES, describe_machine, print_report
 from tools.bench.throughput import NUM_WARMUP, ROOT, Case, RunFailed, measure_case
 from tools.console import Progress, end_process, run_command
 from tools.outputs import check_file
 from tools.paths import path_argument
 
 SIDES = ("ours", "datasets", "datasets_without_mask")
-_MEGABYTES = 40
+_MEGABYTES = 10
 _MODEL_VOCABULARY, _REAL_VOCABULARY = 4096, 32_000
 
 
@@ -115,7 +115,8 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
             write_chats(chats, _MEGABYTES * 10**6)
             write_tokenizer(Path(name) / "chats.jsonl", tokenizer, _REAL_VOCABULARY)
         tokenising = measure_tokenising(chats, tokenizer, arguments.rounds, arguments.processes)
-    machine = describe_machine(measures[0].report.device, load_before)
+    packages = (*PACKAGES, "trl", "datasets")
+    machine = describe_machine(measures[0].report.device, load_before, packages)
     comparisons = compare(measures)
     print_report(machine, comparisons)
     print_tokenising(tokenising)
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sft.py", description="Our fine-tuning against TRL's and datasets.map.")
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="measured steps of each loop (default 60)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of tokenising (default 3)")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="that tokenise, on both sides (default 2)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="that tokenise, of either (default 2)")
     parser.add_argument("--chats", type=path_argument, metavar="FILE", help="JSON Lines with `messages` to tokenise")
     parser.add_argument("--tokenizer", type=path_argument, metavar="DIR", help="with ChatML's tokens; for --chats")
     default_out = ROOT / "tools" / "bench" / "results" / "sft_cpu.json"

@@ -43,7 +43,13 @@ _SETTINGS = (
     "checkpoint.save_every=null",
     "parallel.pp=1",
 )
-PRETRAINING = (*_SETTINGS, "data.tokenizer=null", "data.validation=[]", "sample.prompts=[]", "train.global_batch_size=4")
+PRETRAINING = (
+    *_SETTINGS,
+    "data.tokenizer=null",
+    "data.validation=[]",
+    "sample.prompts=[]",
+    "train.global_batch_size=4",
+)
 FINE_TUNING = (*_SETTINGS, "sft.validation=[]", "sft.num_answers=0", "checkpoint.init_from=null", "train.log_every=10")
 
 

@@ -78,7 +78,8 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
 
 def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     """Return the prefix of the dataset of one source, made now unless the cache has it. Raises BadInput."""
-    cache, quick = Path(recipe.sft.cache), _quick_key(recipe)
+    settings = list(_settings(recipe))
+    cache, quick = Path(recipe.sft.cache), _quick_key(recipe, settings)
     name = Path(recipe.source.path.rstrip("/")).name.split(".")[0] or "source"
     known = cache / f"{quick}.key"
     while True:
@@ -88,7 +89,7 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
         if is_maker:
             break
         time.sleep(0.5)
-    key = _content_key(recipe)
+    key = _content_key(recipe, settings)
     prefix = cache / key / name
     with _held(cache, key):
         if not Path(f"{prefix}.meta.json").is_file():
@@ -127,8 +128,8 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str) -> None:
 
 def _tokenise(recipe: Recipe, prefix: Path) -> None:
     """Write the dataset of a source, its mask and its summary."""
-    tokenizer = load_tokenizer(recipe.tokenizer)
     worker = ConversationWorker(recipe)
+    tokenizer = worker.tokenizer
     num_workers = recipe.sft.num_workers or len(os.sched_getaffinity(0))
     num_bytes = sum(file.num_bytes for file in list_chat_files(recipe.source, recipe.field)[0])
     pool = WorkerPool(ConversationWorker, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
@@ -211,15 +212,15 @@ def describe(summary: Summary) -> str:
     return text
 
 
-def _quick_key(recipe: Recipe) -> str:
+def _quick_key(recipe: Recipe, settings: Sequence[Any]) -> str:
     """Return a key that changes with the files' names, sizes and times, without reading them."""
     files = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _files(recipe)]
-    return _digest([files, *_settings(recipe)])
+    return _digest([files, *settings])
 
 
-def _content_key(recipe: Recipe) -> str:
+def _content_key(recipe: Recipe, settings: Sequence[Any]) -> str:
     """Return a key that changes with what is in the files."""
-    return _digest([[(os.path.basename(path), hash_file(path)) for path in _files(recipe)], *_settings(recipe)])
+    return _digest([[(os.path.basename(path), hash_file(path)) for path in _files(recipe)], *settings])
 
 
 def _files(recipe: Recipe) -> Sequence[str]:
