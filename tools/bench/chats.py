@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tools.prepare_corpus import CHAT_TOKENS, split_library
 from tools.train_tokenizer import train_tokenizer
-from trainer.data.making.documents import InputFile
 
 TAGGED_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}"
@@ -36,6 +35,8 @@ def write_chats(path: Path, num_bytes: int = 0) -> None:
 
 def write_tokenizer(chats: Path, out: Path, vocab_size: int) -> None:
     """Train a byte-level BPE tokenizer on chats, with ChatML's tokens."""
+    from trainer.data.making.documents import InputFile
+
     text = out.with_suffix(".txt")
     rows = map(json.loads, chats.read_text(encoding="utf-8").splitlines())
     text.write_text("\n".join(turn["content"] for row in rows for turn in row["messages"]), encoding="utf-8")

@@ -32,6 +32,7 @@ from tools.outputs import check_file
 from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
 NUM_WARMUP = 2
 ALONE = ("hf", "trl")
 """Loops that need no launcher."""
@@ -43,7 +44,7 @@ _SETTINGS = (
     "checkpoint.save_every=null",
     "parallel.pp=1",
 )
-PRETRAINING = (
+SETTINGS = (
     *_SETTINGS,
     "data.tokenizer=null",
     "data.validation=[]",
@@ -65,11 +66,11 @@ class Case:
 
     def words(self, data: Path, run_dir: Path) -> list[str]:
         """Return stage, config and overrides of a run on a dataset, or on a file of conversations."""
-        settings, section = (FINE_TUNING, "sft") if self.stage == "sft" else (PRETRAINING, "data")
+        settings, section = (FINE_TUNING, "sft") if self.stage == "sft" else (SETTINGS, "data")
         paths = [f"{section}.train=[{{path: {data}}}]", f"run.dir={run_dir}"]
         if self.stage == "sft":
             paths.append(f"sft.cache={run_dir.parent / 'cache'}")
-        config = ROOT / "configs" / "demo" / f"{self.stage}.yaml"
+        config = CONFIG.with_name(f"{self.stage}.yaml")
         return [self.stage, str(config), *settings, *self.overrides, *paths]
 
 
