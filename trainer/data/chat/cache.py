@@ -81,7 +81,8 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
 
 def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     """Return the prefix of the dataset of one source, made now unless the cache has it. Raises BadInput."""
-    cache, quick = Path(recipe.sft.cache), _quick_key(recipe)
+    settings = list(_settings(recipe))
+    cache, quick = Path(recipe.sft.cache), _quick_key(recipe, settings)
     name = recipe.source.name
     known = cache / f"{quick}.key"
     while True:
@@ -93,7 +94,7 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
         if is_maker:
             break
         time.sleep(0.5)
-    key = _content_key(recipe)
+    key = _content_key(recipe, settings)
     prefix = cache / key / name
     with _held(cache, key):
         if _is_whole(str(prefix)):
@@ -154,7 +155,7 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
         with _writing(cache):
             folder.mkdir(parents=True)
             _tokenise(recipe, folder / name)
-            if _quick_key(recipe) != quick:
+            if _quick_key(recipe, list(_settings(recipe))) != quick:
                 raise BadInput(
                     f"{recipe.field}: {recipe.source.path} has changed while it was read; start again when it is whole"
                 )
@@ -169,8 +170,8 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
 
 def _tokenise(recipe: Recipe, prefix: Path) -> None:
     """Write the dataset of a source, its mask and its summary."""
-    tokenizer = load_tokenizer(recipe.tokenizer)
     worker = ConversationWorker(recipe)
+    tokenizer = worker.tokenizer
     num_workers = recipe.sft.num_workers or len(os.sched_getaffinity(0))
     files, left_out = list_chat_files(recipe.source, recipe.field)
     if left_out:
@@ -258,23 +259,23 @@ def describe(summary: Summary) -> str:
     return text
 
 
-def _quick_key(recipe: Recipe) -> str:
+def _quick_key(recipe: Recipe, settings: Sequence[Any]) -> str:
     """Return a key that changes with the files' names, sizes and times, without reading them.
 
     The time of the last change to the inode is among them: programs that copy set that of the last writing back.
     """
     found = [(os.path.abspath(path), os.stat(path)) for path in _files(recipe)]
     files = [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
-    return _digest([files, *_settings(recipe)])
+    return _digest([files, *settings])
 
 
-def _content_key(recipe: Recipe) -> str:
+def _content_key(recipe: Recipe, settings: Sequence[Any]) -> str:
     """Return a key that changes with what is in the files. Raises BadInput where one cannot be read."""
     try:
         files = [(os.path.basename(path), hash_file(path)) for path in _files(recipe)]
     except OSError as error:
         raise BadInput(f"{recipe.field}.path: {recipe.source.path} cannot be read ({error}); mend that") from error
-    return _digest([files, *_settings(recipe)])
+    return _digest([files, *settings])
 
 
 def _files(recipe: Recipe) -> Sequence[str]:
