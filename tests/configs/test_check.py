@@ -393,15 +393,3 @@ def test_whatever_passes_the_check_can_be_described() -> None:
         accepted += 1
         assert "model TFLOPs per step" in describe(config, derive_layout(config, world_size))
     assert accepted > 20
-
-
-@pytest.mark.parametrize("weights", [(1e308, 1e308), (1e308, 1e-300), (1.0, 1e-300)])
-def test_weights_that_cannot_be_shares_are_refused(weights: tuple[float, float]) -> None:
-    sources = ", ".join(f"{{path: source{number}, weight: {weight}}}" for number, weight in enumerate(weights))
-    found = problems_of([*DENSE[1:], f"data.train=[{sources}]"])
-    assert len(found) == 1 and found[0].startswith("data.train: the weights are too large to be added, or too far")
-    assert "values that would work" in found[0]
-
-
-def test_weights_far_apart_but_drawn_from_are_kept() -> None:
-    assert problems_of([*DENSE[1:], "data.train=[{path: a, weight: 1e300}, {path: b, weight: 1e292}]"]) == []
