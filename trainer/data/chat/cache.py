@@ -27,7 +27,7 @@ from configs.stages import SftConfig
 from trainer.data.chat.rows import iter_blocks, list_chat_files
 from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
-from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes
+from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes, read_meta
 from trainer.data.index_file import write_index
 from trainer.data.indexed import TokenDataset
 from trainer.data.making.documents import BLOCK_BYTES, describe_left_out
@@ -86,7 +86,7 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     name = recipe.source.name
     known = cache / f"{quick}.key"
     while True:
-        prefix = cache / known.read_text(encoding="utf-8") / name if known.is_file() else None
+        prefix = cache / known.read_text(encoding="utf-8", errors="replace") / name if known.is_file() else None
         if prefix is not None and _is_whole(str(prefix)):
             if is_maker:
                 _tell_known(recipe, str(prefix))
@@ -116,9 +116,10 @@ def _is_whole(prefix: str) -> bool:
     try:
         check_sizes(prefix)
         read_summary(prefix)
+        meta = read_meta(prefix)
     except (BadInput, OSError, ValueError, TypeError):
         return False
-    return True
+    return meta is not None and meta.mask_sha256 is not None  # without it every token would count as trained
 
 
 def _tell_known(recipe: Recipe, prefix: str) -> None:

@@ -17,6 +17,7 @@ from trainer.data.chat import cache
 from trainer.data.chat.cache import prepare_conversations
 from trainer.data.chat.template import load_template
 from trainer.data.corpus import open_corpus
+from trainer.data.indexed import TokenDataset
 
 MODEL = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 1000}
 
@@ -89,6 +90,15 @@ def test_a_file_with_its_old_size_and_time_and_other_content_is_tokenised_anew(m
     after = os.stat(tmp_path / "a.jsonl")
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert prepare_conversations(config).train[0].path != old
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".mask", ".meta.json", ".summary.json"])
+def test_what_is_missing_in_the_cache_is_made_again(make_config, tmp_path, suffix):
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]))
+    prefix = prepare_conversations(config).train[0].path
+    os.remove(prefix + suffix)
+    dataset = TokenDataset(prepare_conversations(config).train[0].path)
+    assert 0 < dataset.read_mask(0, 0, dataset.num_tokens).sum() < dataset.num_tokens
 
 
 def test_a_template_that_writes_the_date_does_not_tokenise_anew_each_day(make_config, tmp_path, monkeypatch):
