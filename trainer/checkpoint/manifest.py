@@ -159,7 +159,8 @@ def check_continues(manifest: Manifest, config: Config, stage: str, where: Path)
     if saved_packing != packing:
         (field, here), (_, there) = map(config.packing_setting, (packing, saved_packing))
         raise BadInput(
-            f"{field}: {here} differs from the {there} of {where}, whose data order cannot go on; use {there}, or {anew}."
+            f"{field}: {here} differs from the {there} of {where}, whose data order cannot go on; use {there}, or "
+            f"{anew}."
         )
 
 
