@@ -58,7 +58,9 @@ def test_every_problem_is_told_at_once(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("cp", "works"), [(2, "a value that would work: train.seq_len=8"), (8, "it needs at least 17")])
+@pytest.mark.parametrize(
+    ("cp", "works"), [(2, "a value that would work: train.seq_len=8"), (8, "it needs at least 17")]
+)
 def test_a_length_that_is_advised_can_be_shared_among_ranks(tmp_path, cp, works):
     values = {"model": MODEL, "train": {"num_steps": 1, "seq_len": 16}, "parallel": {"cp": cp}}
     (problem,) = find_data_problems(
