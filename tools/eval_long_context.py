@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -183,7 +184,9 @@ def _write(result: Result, directory: Path) -> None:
         **asdict(result),
         "perplexity": [asdict(one) | {"perplexity": one.perplexity} for one in result.perplexity],
     }
-    (directory / "long_context.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary = directory / "long_context.json.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / "long_context.json")
     print(f"{directory}: long_context.json, passkeys.png, perplexity.png, tensorboard/")
 
 
