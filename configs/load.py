@@ -320,7 +320,7 @@ def _suggestion(location: tuple[str | int, ...], stage: str) -> str:
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
     if elsewhere:
         return f"did you mean {difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0)[0]}?"
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)  # below, the section's name alone is alike
     if close:
         return f"did you mean {close[0]}?"
     return f"{parent_path or 'the sections'} {'has' if parent_path else 'are'} {', '.join(siblings)}"

@@ -102,6 +102,11 @@ def test_overrides_set_lists_maps_and_whole_sections(tiny: str) -> None:
     [
         ("train.num_stepss=5", "train.num_stepss: unknown field; did you mean train.num_steps?"),
         ("train.lr=1", "train.lr: unknown field; did you mean optimizer.lr?"),
+        (
+            "optimizer.learning_rate=1",
+            "optimizer.learning_rate: unknown field; "
+            "optimizer has lr, min_lr, weight_decay, beta1, beta2, eps, clip_grad",
+        ),
         ("tp=2", "tp: unknown field; did you mean parallel.tp?"),
         ("parralel.tp=2", "parralel: unknown field; did you mean parallel?"),
         ("parallel.tp=x", "parallel.tp: 'x' is not a whole number; a value that would work: 1"),
