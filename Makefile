@@ -45,8 +45,9 @@ test: setup  ## run every test
 test-fast: setup  ## run the tests that take seconds
 	$(PYTHON) -m pytest -m "not slow"
 
-bench: setup  ## measure tokens/s against bare megatron-core and Hugging Face Trainer, conversion, context parallelism, generation
+bench: setup  ## measure tokens/s against bare megatron-core, Hugging Face Trainer and TRL, and what else tools/bench/ has
 	$(PYTHON) tools/bench/throughput.py
+	$(PYTHON) tools/bench/sft.py
 	$(PYTHON) tools/bench/conversion.py
 	$(PYTHON) tools/bench/context_parallel.py
 	OMP_NUM_THREADS=1 $(PYTHON) tools/bench/generation.py

@@ -47,6 +47,10 @@ class Config(Section):
         """How samples are made of documents (`data.packing`)."""
         return self.data.packing
 
+    def packing_setting(self, packing: str) -> tuple[str, str]:
+        """Return the field that chooses `packing`, and the value with which it does."""
+        return "data.packing", packing
+
     @property
     def has_document_mask(self) -> bool:
         """Whether attention and positions stay within documents."""
@@ -74,6 +78,10 @@ class SftConfig(Config):
     def packing(self) -> str:
         """How rows are made of conversations."""
         return "best_fit" if self.sft.packing else "padded"
+
+    def packing_setting(self, packing: str) -> tuple[str, str]:
+        """Return the field that chooses `packing`, and the value with which it does."""
+        return "sft.packing", "true" if packing == "best_fit" else "false"
 
     @property
     def has_document_mask(self) -> bool:

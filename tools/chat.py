@@ -19,7 +19,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from configs.errors import BadInput
 from tools.console import end_process, run_command
-from tools.open_model import open_model, read_config_of
+from tools.open_model import open_model, read_config_of, read_template_of
 from tools.outputs import check_file
 from tools.paths import path_argument
 from tools.ranks import read_environment
@@ -40,6 +40,13 @@ class Question:
     row: dict[str, Any]
     """As it is written, to be told with the answer."""
     messages: list[Message]
+    expected: Any = None
+    """The assistant's turn that ended the row's messages: its text, or the whole turn where it has more; else None."""
+
+    def told(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return the row with its answer; what the row has under the same names is kept as `original_*`."""
+        found = answer if self.expected is None else {"expected": self.expected, **answer}
+        return {f"original_{key}" if key in found else key: value for key, value in self.row.items()} | found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +62,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
-        "--template", metavar="NAME", help="chat template by name or .jinja file (default: tokenizer's)"
+        "--template",
+        metavar="NAME",
+        help="chat template by name or .jinja file (default: the run's, else the tokenizer's)",
     )
     parser.add_argument(
         "--prompts", type=path_argument, metavar="FILE", help="lines of text, or JSONL (prompt, messages)"
@@ -88,7 +97,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     prompts: ChatPrompts | RawPrompts = RawPrompts(tokenizer)
     if not arguments.raw:
         try:
-            prompts = ChatPrompts(tokenizer, arguments.template, "--template")
+            prompts = ChatPrompts(tokenizer, arguments.template or read_template_of(arguments.model), "--template")
         except BadInput as error:
             raise BadInput(f"{error}; or continue plain text with --raw") from error
     sampling = Sampling(
@@ -120,17 +129,18 @@ def _read_questions(path: Path, arguments: argparse.Namespace) -> Iterator[Quest
             continue
         is_empty = False
         row: dict[str, Any] = {"prompt": line}
+        expected = None
         if path.suffix in (".jsonl", ".json"):
             row = _read_row(line, f"{path}:{number}")
         if isinstance(row.get("prompt"), str):
             messages = [*begin, Message("user", row["prompt"])]
         elif isinstance(row.get("messages"), list) and not arguments.raw:
-            own = _read_messages(row["messages"], f"{path}:{number}")
+            own, expected = _read_messages(row["messages"], f"{path}:{number}")
             messages = own if own[0].role == "system" else [*begin, *own]
         else:
             wanted = '"prompt": "text"' if arguments.raw else '"prompt": "text" or "messages": [...]'
             raise BadInput(f"{path}:{number}: has nothing to answer; a row holds {wanted}")
-        yield Question(row, messages)
+        yield Question(row, messages, expected)
     if is_empty:
         raise BadInput(f"{path}: holds no prompts; write one a line")
 
@@ -147,17 +157,22 @@ def _read_row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _read_messages(turns: list[Any], where: str) -> list[Message]:
-    from trainer.data.chat.conversation import BadRow
+def _read_messages(turns: list[Any], where: str) -> tuple[list[Message], Any]:
+    """Return the turns to answer, and the assistant's turn behind them where there is one, as in validation files."""
+    from trainer.data.chat.conversation import BadRow, Message
     from trainer.data.chat.turn_forms import parse_turn
 
     try:
         messages = [parse_turn(turn, {}, {}) for turn in turns]
     except BadRow as error:
         raise BadInput(f"{where}: messages: {error}") from error
+    expected = None
+    if messages and messages[-1].role == "assistant":
+        last = messages.pop()
+        expected = last.content if last == Message("assistant", last.content) else turns[-1]
     if not messages or messages[-1].role == "assistant":
-        raise BadInput(f"{where}: messages: the last turn is the assistant's, or there is none; end with the user's")
-    return messages
+        raise BadInput(f"{where}: messages: hold no turn to answer; end with the user's, or with its answer behind it")
+    return messages, expected
 
 
 def _answer(
@@ -176,11 +191,11 @@ def _answer(
         return
     lines = [
         json.dumps(
-            one.row | {
+            one.told({
                 "answer": tokenizer.decode(_spoken(completion)),
                 "finish": completion.finish,
                 "num_tokens": len(completion.token_ids),
-            },
+            }),
             ensure_ascii=False,
         )
         for one, completion in zip(questions, completions, strict=True)

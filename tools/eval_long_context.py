@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -94,7 +95,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check_directory(arguments.out, "runs/demo/evaluation")
     environment, lengths = read_environment(), arguments.lengths
     for length in lengths:  # each must suit the layout
-        config = read_config_of(arguments.model, arguments.overrides, seq_len=length, world_size=environment.world_size)
+        config = read_config_of(
+            arguments.model,
+            arguments.overrides,
+            seq_len=length,
+            world_size=environment.world_size,
+            seq_len_option="--lengths",
+        )
     if config.data.tokenizer is None:
         raise BadInput("data.tokenizer: the passkeys need the model's tokenizer; give data.tokenizer=DIR")
     tokenizer, dataset = load_tokenizer(config.data.tokenizer), TokenDataset(arguments.data)
@@ -177,7 +184,9 @@ def _write(result: Result, directory: Path) -> None:
         **asdict(result),
         "perplexity": [asdict(one) | {"perplexity": one.perplexity} for one in result.perplexity],
     }
-    (directory / "long_context.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary = directory / "long_context.json.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / "long_context.json")
     print(f"{directory}: long_context.json, passkeys.png, perplexity.png, tensorboard/")
 
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from trainer.engine.sharded_model import ShardedModel
 
 
-def read_config_of(place: Path, overrides: Sequence[str], *, seq_len: int, world_size: int) -> Config:
+def read_config_of(
+    place: Path, overrides: Sequence[str], *, seq_len: int, world_size: int, seq_len_option: str = "train.seq_len"
+) -> Config:
     """Return the config with which the model in `place` takes sequences of `seq_len` tokens on so many ranks.
 
     Architecture, number format and tokenizer are those of the place, the layout is one of data parallelism alone;
-    `overrides` such as `parallel.cp=2` change that. Raises BadInput for what cannot be.
+    `overrides` such as `parallel.cp=2` change that. `seq_len_option` is what the user gave the length by. Raises
+    BadInput for what cannot be.
     """
     from configs.load import config_of
     from configs.rules.check import check_config
@@ -34,9 +37,23 @@ def read_config_of(place: Path, overrides: Sequence[str], *, seq_len: int, world
     if config is not None:
         has_te = has_transformer_engine()
         problems += check_config(config, world_size, platform=detect_platform_name(), has_te=has_te)
+    if config is not None and config.train.seq_len != seq_len:
+        raise BadInput(f"train.seq_len: {config.train.seq_len} would have no effect here; leave it out")
     if problems or config is None:
-        raise BadInput("\n".join(problems))
+        raise BadInput("\n".join(problems).replace("train.seq_len: ", f"{seq_len_option}: "))
     return config
+
+
+def read_template_of(place: Path) -> str | None:
+    """Return the `sft.template` that a run was fine-tuned with; None for its tokenizer's own, and for other places."""
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.manifest import read_manifest
+
+    checkpoint = resolve_checkpoint(place)
+    template: str | None = (
+        None if checkpoint is None else read_manifest(checkpoint).config.get("sft", {}).get("template")
+    )
+    return template
 
 
 def _read_place(place: Path) -> dict[str, Any]:

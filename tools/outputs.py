@@ -22,7 +22,11 @@ def check_directory(out: str, example: str) -> None:
 
 
 def check_file(out: Path) -> None:
-    """Refuse a result file's path that is a directory."""
+    """Refuse a result file's path that is a directory, or that lies in none."""
     if out.is_dir():
         works = out / "results.json"
         raise BadInput(f"--out {out}: a directory, and a file is needed; a value that would work: {works}")
+    if not out.parent.is_dir():
+        raise BadInput(
+            f"{out}: cannot be written, as there is no directory {out.parent}; make it, or name another file"
+        )

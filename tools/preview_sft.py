@@ -39,12 +39,16 @@ def encode_rows(config: SftConfig, split: str) -> Iterator[EncodedRow]:
     """Yield what becomes of every row of a split's sources; rows that a run refuses come as dropped ones."""
     from trainer.data.chat.rows import iter_blocks, list_chat_files
     from trainer.data.chat.worker import ConversationWorker, Recipe
+    from trainer.data.making.documents import describe_left_out
 
     lenient = config.model_copy(update={"sft": config.sft.model_copy(update={"bad_rows": "drop"})})
     for number, source in enumerate(config.sources(split)):  # type: ignore[arg-type]
         recipe = Recipe.of(lenient, f"sft.{split}[{number}]", source)
         worker = ConversationWorker(recipe)
-        num_bytes = sum(file.num_bytes for file in list_chat_files(source, recipe.field)[0])
+        files, left_out = list_chat_files(source, recipe.field)
+        if left_out:
+            print(f"{source.path}: left out: {describe_left_out(left_out)}; to read another split, name its folder")
+        num_bytes = sum(file.num_bytes for file in files)
         with Progress(f"tokenising {source.path}", num_bytes) as progress:
             done = 0
             for block in iter_blocks(source, recipe.field):
@@ -143,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", type=path_argument, metavar="FILE", help="write a page with 100 samples")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write an object a sample")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.show < 0:
+        parser.error(f"--show: {arguments.show} is less than 0; a value that would work: 3")
 
     def command() -> None:
         for path in (arguments.html, arguments.json):

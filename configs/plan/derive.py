@@ -217,6 +217,11 @@ def nearest_multiple(value: int, step: int) -> int:
     return max(step, (value + step // 2) // step * step)
 
 
+def sequence_pieces(parallel: ParallelConfig) -> int:
+    """Return of how many equal pieces a sample consists: two a cp rank, one from either end, times tp with sp."""
+    return (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)
+
+
 def tokens_per_step(train: TrainConfig) -> int:
     """Return the tokens of one step at the full global batch."""
     return train.global_batch_size * train.seq_len

@@ -22,7 +22,6 @@ from configs.plan.derive import (
 )
 from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
 from configs.plan.flops import flops_per_step
-from configs.sections.train import STEPS_OF_EPOCHS
 from configs.stages import STAGE_CONFIGS, Config, SftConfig
 
 _MIB, _GIB = 2**20, 2**30
@@ -86,8 +85,8 @@ def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     first = f"{microbatches[0]} rising to " if len(sizes) > 1 else ""
     yield "microbatches per step", f"{first}{microbatches[-1]} of {train.micro_batch_size} x {train.seq_len} tokens"
     yield "tokens per step", f"{tokens_per_step(train):,}" + (" at the full batch" if len(sizes) > 1 else "")
-    if train.num_epochs is not None and train.num_steps == STEPS_OF_EPOCHS:
-        yield "total tokens", f"those of train.num_epochs={train.num_epochs:g}, known when the data is read"
+    if train.num_epochs is not None:
+        yield "length", f"{train.num_epochs:g} epochs; the start of a run counts their steps when the data is open"
     else:
         yield "total tokens", f"{tokens_after(train, train.num_steps):,} in {train.num_steps:,} steps"
 
@@ -130,10 +129,9 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
     """Say which data is on this machine; a plan for another one may name what is not here yet."""
     data = config.data
     places = [("data.tokenizer", data.tokenizer, data.tokenizer)] if data.tokenizer else []
+    section, ending = ("sft", "") if isinstance(config, SftConfig) else ("data", ".bin")
     for name in ("train", "validation"):
-        places += [(f"data.{name}", source.path, f"{source.path}.bin") for source in getattr(data, name)]
-        if isinstance(config, SftConfig):
-            places += [(f"sft.{name}", source.path, source.path) for source in getattr(config.sft, name)]
+        places += [(f"{section}.{name}", each.path, f"{each.path}{ending}") for each in config.sources(name)]
     if config.checkpoint.init_from_hf is not None:
         path = config.checkpoint.init_from_hf
         places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
@@ -146,7 +144,8 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
         places.append(("checkpoint.resume", config.checkpoint.resume, config.checkpoint.resume))
     for name, path, file in places:
         found = "found" if os.path.exists(file) else "not on this machine"
-        size = f", {_size_text(os.path.getsize(file))}" if file.endswith(".bin") and os.path.isfile(file) else ""
+        is_data = name.endswith((".train", ".validation")) and os.path.isfile(file)
+        size = f", {_size_text(os.path.getsize(file))}" if is_data else ""
         yield name, f"{path}: {found}{size}"
 
 

@@ -19,6 +19,7 @@ from configs.plan.derive import (
     num_query_groups,
     padded_vocab_size,
     ramp_batch_sizes,
+    sequence_pieces,
 )
 from configs.plan.tensors import distinct_linears
 from configs.sections.model import ModelConfig
@@ -122,18 +123,25 @@ def _check_sequence(config: Config) -> Iterator[str]:
             f"parallel.sp: mixture of experts with parallel.tp={parallel.tp} needs the sequence split; "
             "set parallel.sp=true"
         )
-    # Context parallelism gives each rank two pieces of the sequence, one from either end, to balance the causal mask.
-    pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)
+    pieces, longest, reasons = sequence_pieces(parallel), model.max_position_embeddings, []
     if train.seq_len % pieces:
-        yield (
-            f"train.seq_len: {train.seq_len} is not divisible by {pieces} (tp with parallel.sp, times 2*cp with "
-            f"parallel.cp > 1); a value that would work: {nearest_multiple(train.seq_len, pieces)}"
-        )
-    if train.seq_len > model.max_position_embeddings:
-        yield (
-            f"train.seq_len: {train.seq_len} exceeds model.max_position_embeddings={model.max_position_embeddings}; "
-            f"a value that would work: {model.max_position_embeddings}"
-        )
+        reasons.append(f"is not divisible by {pieces} (tp with parallel.sp, times 2*cp with parallel.cp > 1)")
+    if train.seq_len > longest:
+        reasons.append(f"exceeds model.max_position_embeddings={longest}")
+    if reasons:
+        works = _seq_lens_that_work(train.seq_len, pieces, longest)
+        yield f"train.seq_len: {train.seq_len} {' and '.join(reasons)}; a value that would work: {works}"
+
+
+def _seq_lens_that_work(seq_len: int, pieces: int, longest: int) -> str:
+    """Return a length that breaks no rule of the sequence: no longer than asked for, so that the data has it too."""
+    values = []
+    if longest >= pieces:
+        values.append(str(max(pieces, min(seq_len, longest) // pieces * pieces)))
+    if max(seq_len, pieces) > longest:
+        wanted = _round_up(seq_len, pieces)
+        values.append(f"{wanted} with model.max_position_embeddings={wanted}")
+    return ", or ".join(values)
 
 
 def _check_pipeline(config: Config) -> Iterator[str]:

@@ -40,7 +40,8 @@ class TrainConfig(Section):
     """Length and shape of training."""
 
     num_steps: Annotated[int, Field(ge=0, le=STEPS_OF_EPOCHS, examples=[1000])]
-    """Optimizer updates of the whole run; 0 writes the initial weights as a seed checkpoint and ends."""
+    """Optimizer updates of the whole run; 0 writes the initial weights as a seed checkpoint and ends. May be left out,
+    or null, where train.num_epochs is set."""
     num_epochs: PositiveFloat | None = None
     """Passes over the training data instead of train.num_steps, which then follows from the data, in whole steps: the
     last one begins the next pass where it is not full; null for steps."""
@@ -69,6 +70,6 @@ class TrainConfig(Section):
     @classmethod
     def _leave_steps_to_epochs(cls, fields: Any) -> Any:
         """Let `num_epochs` stand alone: how many steps they are is known when the data is open."""
-        if isinstance(fields, dict) and fields.get("num_epochs") is not None and "num_steps" not in fields:
+        if isinstance(fields, dict) and fields.get("num_epochs") is not None and fields.get("num_steps") is None:
             return {**fields, "num_steps": STEPS_OF_EPOCHS}
         return fields

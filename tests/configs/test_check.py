@@ -319,7 +319,27 @@ def test_a_row_is_cut_into_two_chunks_a_rank() -> None:
     overrides = [*DENSE, "parallel.cp=2"]
     assert problems_of(overrides, 2) == problems_of(overrides, 2, has_te=True) == []
     (problem,) = problems_of([*overrides, "train.seq_len=66"], 2, has_te=True)
-    assert problem.startswith("train.seq_len: 66 is not divisible by 4") and problem.endswith("work: 68")
+    assert problem.startswith("train.seq_len: 66 is not divisible by 4") and problem.endswith("work: 64")
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "longest", "works"),
+    [
+        (130, 128, "128, or 132 with model.max_position_embeddings=132"),
+        (127, 127, "124"),
+        (128, 126, "124, or 128 with model.max_position_embeddings=128"),
+        (3, 128, "4"),
+        (3, 3, "4 with model.max_position_embeddings=4"),
+    ],
+)
+def test_a_length_that_is_advised_breaks_no_other_rule(seq_len: int, longest: int, works: str) -> None:
+    overrides = [*DENSE, "parallel.cp=2"]
+    (problem,) = problems_of([*overrides, f"train.seq_len={seq_len}", f"model.max_position_embeddings={longest}"], 2)
+    assert problem.endswith(f"; a value that would work: {works}")
+    for advice in works.split(", or "):
+        length, *longer = advice.split(" with ")
+        words = longer or [f"model.max_position_embeddings={longest}"]
+        assert problems_of([*overrides, f"train.seq_len={length}", *words], 2) == []
 
 
 def test_overlap_defaults_follow_the_platform() -> None:
@@ -373,15 +393,3 @@ def test_whatever_passes_the_check_can_be_described() -> None:
         accepted += 1
         assert "model TFLOPs per step" in describe(config, derive_layout(config, world_size))
     assert accepted > 20
-
-
-@pytest.mark.parametrize("weights", [(1e308, 1e308), (1e308, 1e-300), (1.0, 1e-300)])
-def test_weights_that_cannot_be_shares_are_refused(weights: tuple[float, float]) -> None:
-    sources = ", ".join(f"{{path: source{number}, weight: {weight}}}" for number, weight in enumerate(weights))
-    found = problems_of([*DENSE[1:], f"data.train=[{sources}]"])
-    assert len(found) == 1 and found[0].startswith("data.train: the weights are too large to be added, or too far")
-    assert "values that would work" in found[0]
-
-
-def test_weights_far_apart_but_drawn_from_are_kept() -> None:
-    assert problems_of([*DENSE[1:], "data.train=[{path: a, weight: 1e300}, {path: b, weight: 1e292}]"]) == []

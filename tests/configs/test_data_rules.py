@@ -49,3 +49,14 @@ def test_what_can_be_read_has_no_problem():
 def test_what_contradicts_itself_is_told(data, sentence):
     (found,) = problems_of(**data)
     assert re.match(sentence, found), found
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (1e308, 1e-300), (1.0, 1e-300)])
+def test_weights_that_cannot_be_shares_are_refused(weights):
+    found = problems_of(train=[{"path": f"source{number}", "weight": weight} for number, weight in enumerate(weights)])
+    assert len(found) == 1 and found[0].startswith("data.train: the weights are too large to be added, or too far")
+    assert "values that would work" in found[0]
+
+
+def test_weights_far_apart_but_drawn_from_are_kept():
+    assert problems_of(train=[{"path": "a", "weight": 1e300}, {"path": "b", "weight": 1e292}]) == []

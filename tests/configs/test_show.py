@@ -54,7 +54,7 @@ def test_a_plan_of_fine_tuning_says_what_its_data_has_yet_to_say(tmp_path: Path)
     )
     config = load_config(str(recipe), ["sft.train=[{path: nowhere.jsonl}]"], "sft")
     text = describe(config, derive_layout(config, 1))
-    assert "total tokens                those of train.num_epochs=2, known" in text
+    assert "2 epochs; the start of a run counts their steps" in text
     assert "sft.train                   nowhere.jsonl: not on this machine" in text
 
 
@@ -88,3 +88,17 @@ def test_configs_and_topology_import_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_a_dry_run_of_epochs_counts_no_steps_and_names_the_conversations(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("{}\n")
+    gone = tmp_path / "gone.jsonl"
+    sources = [f"sft.train=[{{path: {chats}}}]", f"sft.validation=[{{path: {gone}}}]"]
+    words = [*sources, "train.num_steps=null", "train.num_epochs=1.5", "data.tokenizer=none"]
+    config = load_config(str(ROOT / "configs" / "models" / "tiny.yaml"), words, "sft")
+    _, _, derived = describe(config, derive_layout(config, 1)).partition("# What follows from it")
+    assert "1.5 epochs; " in derived and "total tokens" not in derived and "1,000,000,000,000" not in derived
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in derived.strip().splitlines()}
+    assert rows["sft.train"] == f"{chats}: found, 0.0 MiB"
+    assert rows["sft.validation"] == f"{gone}: not on this machine"

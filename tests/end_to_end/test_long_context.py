@@ -140,6 +140,11 @@ def assert_transformers_agrees(results: dict, run_dir: Path, tmp_path: Path) -> 
         (("--lengths", "60"), "--lengths: 60 tokens are too few"),
         (("--lengths", "5000"), "no document has more than 5000 tokens"),
         (("parallel.cp=2",), "parallel"),
+        (
+            ("model.max_position_embeddings=224",),
+            "--lengths: 256 exceeds model.max_position_embeddings=224; a value that",
+        ),
+        (("train.seq_len=64",), "train.seq_len: 64 would have no effect here"),
         (("model.num_layers=3",), "holds another architecture"),
         (("train.nothing=1",), "train.nothing"),
     ],

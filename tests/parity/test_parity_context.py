@@ -74,6 +74,20 @@ def test_windows_and_sinks_equal_one_rank(judge, world, parallel):
     judge.check(world, parallel, masks="documents", model=WINDOWS_AND_SINKS)
 
 
+CP4_CASES = {
+    "latent_hierarchical": (4, HIERARCHICAL, MODELS["latent"]),
+    "windows_and_sinks_ulysses": (4, CP4 | ULYSSES, WINDOWS_AND_SINKS),
+    "experts_hierarchical_ep2": (4, HIERARCHICAL | {"ep": 2}, MODELS["experts_balanced"]),
+    "vpp2_all_gather": (8, CP4 | {"cp_attention": "all_gather", "pp": 2, "vpp": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CP4_CASES)
+def test_four_ranks_equal_one_rank_with_every_kind_of_model(judge, name):
+    world, parallel, model = CP4_CASES[name]
+    judge.check(world, parallel, masks="documents", model=model)
+
+
 @pytest.mark.parametrize("parallel", [CP2 | {"ep": 2}, CP2 | {"ep": 2, "tp": 2, "sp": True}], ids=["ep2", "ep2_tp2_sp"])
 @pytest.mark.parametrize("name", ["experts_balanced", "experts_bias"])
 def test_experts_equal_one_rank(judge, name, parallel):

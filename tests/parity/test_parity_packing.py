@@ -10,6 +10,7 @@ import pytest
 
 from configs.stages import Config
 from tests.parity.conftest import assert_equal_runs
+from tests.parity.test_parity_context import MODELS as MODELS_OF_CONTEXT
 from tests.pool import Place
 from tests.small_runs import SEQ_LEN, VOCAB_SIZE, RunRecord, open_engine, record_run, train_steps
 
@@ -119,3 +120,19 @@ def test_packed_rows_equal_documents_alone(judge, name):
     alone = judge.run(1, {}, case=run_alone, **sections)
     assert alone.num_tokens == [sum(LENGTHS) - len(LENGTHS)] * 3
     assert_equal_runs(judge.run(world, parallel, case=run_packed, **sections, **PACKED), alone)
+
+
+YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.3}
+MODELS = {
+    "windows_and_sinks": MODELS_OF_CONTEXT["windows_and_sinks"],
+    "dynamic": {"rope": {"scaling": "dynamic", "factor": 4.0, "original_max_position_embeddings": 9}},
+    "latent_yarn": MODELS_OF_CONTEXT["latent"] | {"rope": YARN | {"interleaved": True}},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_document_is_seen_and_rotated_as_if_it_were_alone(judge, name):
+    """What a window, a sink or a scaled rotation makes of a document depends on its own length and positions."""
+    sections: dict[str, Mapping[str, Any]] = {"model": MODELS[name], "train": {"num_steps": 3}}
+    alone = judge.run(1, {}, case=run_alone, **sections)
+    assert_equal_runs(judge.run(*LAYOUTS["cp2"], case=run_packed, **sections, **PACKED), alone)

@@ -127,3 +127,57 @@ def test_dynamic_scaling_equals_one_rank(judge, world, parallel, masks):
 def test_dynamic_scaling_does_not_see_the_microbatch(judge):
     """The documents of a microbatch have the length of their own, not of the longest among them."""
     judge.check(1, {}, masks="documents", train={"micro_batch_size": 4}, model=SHORT)
+
+
+def score_documents(
+    place: Place, config: Any, source: str, tokens: np.ndarray, labels: np.ndarray, lengths: list[int]
+) -> np.ndarray:
+    """Return the log-probabilities `[total]` of the labels of documents that lie in one row."""
+    import torch
+
+    from trainer.data.batch import Batch, Documents
+    from trainer.engine.forward import score_language_model
+    from trainer.hf.source import HfModel
+    from trainer.hf.warm_start import load_hf_weights
+
+    with open_engine(place, config) as engine:
+        load_hf_weights(engine, HfModel(source, config.model))
+        row, positions = torch.from_numpy(tokens)[None], torch.cat([torch.arange(length) for length in lengths])[None]
+        documents = Documents.build(torch.tensor([0, *lengths]).cumsum(0))
+        batch = Batch(row, torch.from_numpy(labels)[None], positions, torch.ones(row.shape), documents, sample_ids=(0,))
+        (scores,) = engine.score([batch], score_language_model)
+    return scores.log_probs[0].numpy()
+
+
+# One token, two, and around the original length, below which nothing is stretched.
+DOCUMENTS = [1, ORIGINAL - 1, ORIGINAL, 2, ORIGINAL + 1, STRETCHED, 37]
+
+
+@pytest.mark.parametrize(
+    ("case", "rope", "context"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}, ORIGINAL),
+        ("deepseek_v3", {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3}, STRETCHED),
+    ],
+    ids=["dynamic", "latent_yarn"],
+)
+def test_documents_of_a_row_are_rotated_as_transformers_rotates_each_alone(ranks, tmp_path, case, rope, context):
+    make_hf_model(tmp_path / "hf", case)
+    path = tmp_path / "hf" / "config.json"
+    content = json.loads(path.read_text())
+    content["rope_parameters"] |= rope | {"original_max_position_embeddings": ORIGINAL}
+    path.write_text(json.dumps(content | {"max_position_embeddings": context}))
+    total = sum(DOCUMENTS)
+    model = read_section(tmp_path / "hf").model_dump() | {"vocab_pad_multiple": 16, "max_position_embeddings": total}
+    train = {"num_steps": 1, "seq_len": total, "micro_batch_size": 1, "global_batch_size": 1}
+    config = small_config(2, model=model, parallel={"cp": 2}, data={"document_mask": True}, train=train)
+    tokens = np.random.default_rng(3).integers(0, 251, total)
+    labels = np.roll(tokens, -1)
+    answers = ranks.run(score_documents, config, str(tmp_path / "hf"), tokens, labels, DOCUMENTS, world=2)
+    for end, length in zip(np.cumsum(DOCUMENTS), DOCUMENTS, strict=True):
+        alone = slice(end - length, end)
+        logits = transformers_logits(tmp_path / "hf", tokens[None, alone])[0].astype(np.float64)
+        chosen = logits[np.arange(length), labels[alone]]
+        expected = chosen - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) - logits.max(-1)
+        for log_probs in answers:
+            np.testing.assert_allclose(log_probs[alone], expected, atol=1e-5, rtol=0)

@@ -3,19 +3,26 @@
 import json
 import subprocess
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 
+from configs.sections.sft import ConversationSource
 from tests import forked
 from tools.bench import throughput
+from tools.bench.chats import TAGGED_CHATML, write_tokenizer
 from tools.bench.clock import RunReport, StepClock
 from tools.bench.compare import Measure, bootstrap_interval, compare
 from tools.bench.report import describe_verdict, write_report
+from tools.bench.sft import SIDES, measure_tokenising
 from tools.bench.throughput import Case, RunFailed, main, measure_case
 from tools.bench.turns import Conductor, Turns
 from tools.made_up_data import write_made_up_dataset
+from trainer.data.chat.encode import ChatEncoder
+from trainer.data.chat.forms import parse_conversation
+from trainer.data.chat.template import load_template
+from trainer.data.tokenizer import load_tokenizer
 
 
 def measure(loop, seconds, loss=2.0):
@@ -84,6 +91,25 @@ def test_ratios_are_made_step_by_step():
     assert hf["ratio"]["median"] == pytest.approx(2.0) and hf["is_same_loss"] is None
 
 
+def test_speeds_are_compared_by_token():
+    # the same seconds, and of the other loop's tokens half: twice its speed, and half its processor time a token
+    other = measure("trl", [2.0, 4.0], loss=None)
+    other = Measure(other.layout, replace(other.report, tokens_per_step=50), other.step_seconds)
+    [one] = compare([measure("fit", [2.0, 4.0]), other])
+    assert one["ratio"]["median"] == 2.0 and one["processor_ratio"] == 0.5
+
+
+def test_tokens_are_counted_in_measured_steps_alone(tmp_path):
+    with Conductor(tmp_path, ["a"], 1, check=lambda: None) as conductor:
+        clock = StepClock(1, 2, lambda: None, Turns(tmp_path, "a", 0))
+        counts = iter([100, 7, 8, 200])
+        for _ in range(clock.total_steps):
+            conductor.release()
+            clock.tick()
+            clock.count(next(counts))
+    assert clock.tokens_per_step == 7.5
+
+
 def test_the_interval_narrows_with_the_number_of_steps():
     def width(count):
         low, high = bootstrap_interval([0.9 + 0.2 * (number % 11) / 10 for number in range(count)])
@@ -144,3 +170,47 @@ def test_the_loops_do_the_same_work(forked_loops, tmp_path):
     fit, bare, hf = measure_case(case, 2, tmp_path / "tokens")
     assert fit.report.loss == pytest.approx(bare.report.loss, rel=1e-6) and hf.report.loss is None
     assert all(len(run.step_seconds) == 2 and min(run.step_seconds) > 0 for run in (fit, bare, hf))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A file of chats and a tokenizer with ChatML's tokens."""
+    folder = tmp_path_factory.mktemp("chats")
+    rows = [
+        [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "It is one. " * number}]
+        for number in range(1, 60)
+    ]
+    file = folder / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    write_tokenizer(file, folder / "tokenizer", 320)
+    return file, folder / "tokenizer", rows
+
+
+def test_the_tagged_template_gives_our_mask(chats):
+    import transformers
+
+    file, tokenizer, rows = chats
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer))
+    ours = ChatEncoder(load_template("chatml", tokenizer), load_tokenizer(tokenizer))
+    for row in rows[:5]:
+        made = theirs.apply_chat_template(
+            row, chat_template=TAGGED_CHATML, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        [sample] = ours.encode(parse_conversation({"messages": row}, ConversationSource(path="x")))
+        assert made["input_ids"] == sample.input_ids and made["assistant_masks"] == sample.loss_mask
+        assert 0 < sum(sample.loss_mask) < len(sample.loss_mask)
+
+
+@pytest.mark.slow
+def test_both_tokenise_the_same(chats):
+    figures = measure_tokenising(chats[0], chats[1], num_rounds=1, num_processes=1)
+    assert all(figures[side]["megabytes_per_second"] > 0 for side in SIDES)
+
+
+@pytest.mark.slow
+def test_fine_tuning_loops_train_as_many_tokens(forked_loops, chats, tmp_path):
+    tiny = ("model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=64", "train.global_batch_size=4")
+    overrides = ("parallel.tp=1", f"data.tokenizer={chats[1]}", *tiny)
+    fit, trl = measure_case(Case("SFT", 1, overrides, ("fit", "trl"), stage="sft"), 2, chats[0])
+    for run in (fit, trl):  # rows of 256, hardly any place of them empty
+        assert 0.9 * 4 * 256 < run.report.tokens_per_step < 4 * 256 and len(run.step_seconds) == 2

@@ -82,6 +82,35 @@ def test_a_file_is_answered_alike_on_any_layout(chat, tmp_path):
     assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8") == said
 
 
+def test_an_answer_behind_the_question_is_what_is_expected_of_it(chat, tmp_path):
+    ask, turn = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    called = {**turn, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    rows = [{"messages": [ask]}, {"messages": [ask, turn], "answer": "4"}, {"messages": [ask, called]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    ((code, said, told),) = chat("--template", "alpaca", "--prompts", tmp_path / "rows.jsonl", "--temperature", "0")
+    assert code == 0, told
+    asked, expected, whole = [json.loads(line) for line in said.splitlines()]
+    assert "expected" not in asked and (expected["expected"], whole["expected"]) == ("4", called)
+    assert asked["answer"] == expected["answer"] == whole["answer"]
+    assert expected["original_answer"] == "4" and expected["messages"] == [ask, turn]
+
+
+def test_a_run_is_asked_with_the_template_it_was_tuned_with(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    import trainer.checkpoint.layout
+    import trainer.checkpoint.manifest
+    from tools.open_model import read_template_of
+
+    assert read_template_of(tmp_path) is None
+    saved = {"sft": {"template": "chatml"}}
+    monkeypatch.setattr(trainer.checkpoint.layout, "resolve_checkpoint", lambda place: place)
+    monkeypatch.setattr(trainer.checkpoint.manifest, "read_manifest", lambda place: SimpleNamespace(config=saved))
+    assert read_template_of(tmp_path) == "chatml"
+    del saved["sft"]
+    assert read_template_of(tmp_path) is None
+
+
 def test_typed_lines_are_answered_and_forgotten_on_demand(chat):
     words = ["--template", "alpaca", "--temperature", "0"]
     ((_, twice, _),) = chat(*words, typed="return\n/new\n\nreturn\n")
@@ -98,7 +127,7 @@ def test_typed_lines_are_answered_and_forgotten_on_demand(chat):
     [
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "a.jsonl:2: is not JSON"),
         ("a.jsonl", '{"question": "x"}\n', 'a.jsonl:1: has nothing to answer; a row holds "prompt": "text" or'),
-        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "end with the user's"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "hold no turn to answer; end with"),
         ("a.txt", "\n", "a.txt: holds no prompts"),
     ],
 )

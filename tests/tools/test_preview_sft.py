@@ -63,12 +63,22 @@ def test_every_token_is_shown_and_written_with_its_mask(recipe, tmp_path, capsys
         (["sft.train=[]"], "sft.train: 1 steps need at least one source"),
         (["data.tokenizer=null"], "data.tokenizer: is needed"),
         (["sft.template=nothing"], "sft.template"),
+        (
+            ["--json", "nowhere/samples.json"],
+            "nowhere/samples.json: cannot be written, as there is no directory nowhere",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_one_sentence(recipe, capsys, words, named):
     assert preview_sft.main([str(recipe), *words]) == ExitCode.BAD_INPUT
-    said = capsys.readouterr().err
-    assert named in said and said.count("\n") == 1
+    said = capsys.readouterr()
+    assert named in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_a_negative_number_of_samples_is_refused(recipe, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        preview_sft.main([str(recipe), "--show", "-1"])
+    assert refusal.value.code == ExitCode.BAD_INPUT and "--show: -1 is less than 0" in capsys.readouterr().err
 
 
 def test_small_tasks_are_right_and_none_held_out_is_trained(tmp_path, capsys):

@@ -17,6 +17,7 @@ class StepClock:
         self._first, self._last = num_warmup, num_warmup + num_steps
         self._synchronize, self._turns = synchronize, turns
         self._count = 0
+        self._num_tokens = 0
         self._processor = (0.0, 0.0)
 
     @property
@@ -36,6 +37,16 @@ class StepClock:
             self._processor = (time.process_time(), 0.0)
         self._count += 1
 
+    def count(self, num_tokens: int) -> None:
+        """Note tokens of the step that has begun, where not every place of its rows holds one."""
+        if self._first < self._count <= self._last:
+            self._num_tokens += num_tokens
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of a measured step, as counted; 0 where none were."""
+        return self._num_tokens / (self._last - self._first)
+
     @property
     def processor_seconds(self) -> float:
         """Processor time of this process over the measured steps, which other work on the machine hardly changes."""
@@ -49,8 +60,8 @@ class RunReport:
     """What one run tells of itself, on rank 0; the conductor measures its steps."""
 
     loop: str
-    tokens_per_step: int
-    """Tokens of the global batch, over all ranks."""
+    tokens_per_step: float
+    """Tokens of the global batch, over all ranks; of packed samples those that predict one, and no padding."""
     processor_seconds_per_step: float
     """Processor time of rank 0, all threads."""
     loss: float | None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from configs.stages import Config
+from configs.stages import Config, SftConfig
 from parallel.environment import Environment
 from parallel.platform import PlatformName
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def run_fit(config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
-    """Train as `launch/pretrain.py` does and return the last step's loss on rank 0, which writes the metrics.
+    """Train as `launch/pretrain.py` or `launch/sft.py` does and return the last step's loss on rank 0.
 
     Collective: all ranks of the world must call this.
     """
     from trainer.run.run import run
-    from trainer.stages.base import StageContext, StageKind
+    from trainer.stages.base import Stage, StageContext, StageKind
     from trainer.stages.build import STAGES
-    from trainer.stages.next_token import build_next_token_stage
-    from trainer.stages.training import TrainingStage
 
-    def build(context: StageContext) -> TrainingStage:
-        """Build pretraining that ticks at the start of each step, which is the first thing the loop calls."""
-        stage = build_next_token_stage("pretrain", context)
+    kind = STAGES["sft" if isinstance(config, SftConfig) else "pretrain"]
+
+    def build(context: StageContext) -> Stage:
+        """Build the stage so that it ticks at the start of each step, which is the first thing the loop calls."""
+        stage = kind.build(context)
         step = stage.step
 
         def clocked_step(state: TrainState) -> StepResult:
@@ -36,6 +36,8 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
             return step(state)
 
         stage.step = clocked_step  # type: ignore[method-assign]
+        if isinstance(config, SftConfig):
+            _count_tokens(stage, clock)
         return stage
 
     STAGES["clocked"] = StageKind(build)
@@ -44,3 +46,15 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
         return None
     last_row = (Path(str(config.run.dir)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     return float(json.loads(last_row)["loss"])
+
+
+def _count_tokens(stage: Any, clock: StepClock) -> None:
+    """Count what each step reads but padding, whose tokens are 0: the end of a document, which no chat holds."""
+    read_step = stage.reader.read_step
+
+    def counted() -> Any:
+        batches = read_step()
+        clock.count(sum(int(batch.tokens.count_nonzero()) for batch in batches))
+        return batches
+
+    stage.reader.read_step = counted

@@ -21,8 +21,6 @@ def run_hf(config: Config, platform_name: PlatformName, clock: StepClock) -> Non
     """Train a Llama of the config's sizes for the clock's steps, alone in this process, in fp32."""
     import transformers
 
-    train, settings = config.train, config.optimizer
-
     class Tick(transformers.TrainerCallback):
         """Ticks at the start of each optimizer step."""
 
@@ -31,24 +29,10 @@ def run_hf(config: Config, platform_name: PlatformName, clock: StepClock) -> Non
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = transformers.TrainingArguments(
-            output_dir=scratch,
-            use_cpu=platform_name == "cpu",
-            max_steps=clock.total_steps,
-            per_device_train_batch_size=train.micro_batch_size,
-            gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
-            learning_rate=settings.lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_epsilon=settings.eps,
-            max_grad_norm=settings.clip_grad,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
+            **training_arguments(config, platform_name, clock.total_steps, scratch)
         )
         trainer = transformers.Trainer(
-            model=_build_llama(config.model),
+            model=build_llama(config.model),
             args=arguments,
             train_dataset=_read_samples(config, clock.total_steps),
             callbacks=[Tick()],
@@ -56,7 +40,30 @@ def run_hf(config: Config, platform_name: PlatformName, clock: StepClock) -> Non
         trainer.train()
 
 
-def _build_llama(model: ModelConfig) -> Any:
+def training_arguments(config: Config, platform_name: PlatformName, num_steps: int, output_dir: str) -> dict[str, Any]:
+    """Return the config's batch and optimizer as `TrainingArguments` names them, without saving and reports."""
+    train, settings = config.train, config.optimizer
+    return {
+        "output_dir": output_dir,
+        "use_cpu": platform_name == "cpu",
+        "max_steps": num_steps,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // train.micro_batch_size,
+        "learning_rate": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.beta1,
+        "adam_beta2": settings.beta2,
+        "adam_epsilon": settings.eps,
+        "max_grad_norm": settings.clip_grad,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def build_llama(model: ModelConfig) -> Any:
+    """Return a Llama of the config's sizes with weights of its own."""
     import transformers
 
     return transformers.LlamaForCausalLM(

@@ -1,8 +1,8 @@
 """One measured run of one loop in this process, started by `throughput.py`; rank 0 writes what it measured as JSON.
 
-Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json PIPES 2 10 CONFIG [key=value ...]
-The words are the loop (fit, bare or hf), the result's file, the directory of the conductor's pipes, warm-up steps,
-measured steps and the run's config.
+Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json PIPES 2 10 STAGE CONFIG [K=V ...]
+The words are the loop (fit, bare, hf or trl), the result's file, the directory of the conductor's pipes, warm-up steps,
+measured steps, the stage (pretrain or sft) and the run's config.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tools.ranks import read_environment
 
 def main(argv: Sequence[str]) -> int:
     """Run the loop that `argv` names and return the exit code."""
-    loop, result, pipes, num_warmup, num_steps, config_path, *overrides = argv
+    loop, result, pipes, num_warmup, num_steps, stage, config_path, *overrides = argv
     environment = read_environment()
     name = detect_platform_name()
     platform = load_platform(name)
     turns = Turns(Path(pipes), loop, environment.rank)
     clock = StepClock(int(num_warmup), int(num_steps), platform.synchronize, turns)
-    config = load_config(config_path, [*overrides, f"train.num_steps={clock.total_steps}"])
+    config = load_config(config_path, [*overrides, f"train.num_steps={clock.total_steps}"], stage)
     loss = _run(loop, config, environment, name, clock)
     if environment.rank == 0:
         report = RunReport(
             loop=loop,
-            tokens_per_step=config.train.global_batch_size * config.train.seq_len,
+            tokens_per_step=clock.tokens_per_step or config.train.global_batch_size * config.train.seq_len,
             processor_seconds_per_step=clock.processor_seconds / int(num_steps),
             loss=loss,
             device=platform.describe()["device"],
@@ -59,6 +59,11 @@ def _run(loop: str, config: Config, environment: Environment, platform: Platform
         from tools.bench.bare_loop import run_bare
 
         return run_bare(config, environment, platform, clock)
+    if loop == "trl":
+        from tools.bench.trl_loop import run_trl
+
+        run_trl(config, platform, clock)
+        return None
     from tools.bench.hf_loop import run_hf
 
     run_hf(config, platform, clock)

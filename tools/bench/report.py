@@ -14,17 +14,17 @@ from typing import Any
 PACKAGES = ("torch", "megatron-core", "transformers", "accelerate")
 LIMIT = 0.03
 """Share of the bare loop's speed that ours may cost."""
-NAMES = {"bare": "bare megatron-core loop", "hf": "Hugging Face Trainer"}
+NAMES = {"bare": "bare megatron-core loop", "hf": "Hugging Face Trainer", "trl": "TRL's SFTTrainer, packed"}
 
 
-def describe_machine(device: str, load_before: float) -> dict[str, Any]:
+def describe_machine(device: str, load_before: float, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Return device, versions, date and the load averages (1 minute, processes) before and after the runs."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
         "processor": _processor(),
         "python": sys.version.split()[0],
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in packages},
         "load_average_before": load_before,
         "load_average_after": os.getloadavg()[0],
     }

@@ -34,18 +34,24 @@ from tools.paths import path_argument
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
 NUM_WARMUP = 2
-SETTINGS = (
-    "data.tokenizer=null",
-    "data.validation=[]",
+ALONE = ("hf", "trl")
+"""Loops that need no launcher."""
+_SETTINGS = (
     "train.eval_every=null",
-    "sample.prompts=[]",
     "precision.compute=fp32",
-    "train.global_batch_size=4",
     "schedule.kind=constant",
     "schedule.warmup_steps=0",
     "checkpoint.save_every=null",
     "parallel.pp=1",
 )
+SETTINGS = (
+    *_SETTINGS,
+    "data.tokenizer=null",
+    "data.validation=[]",
+    "sample.prompts=[]",
+    "train.global_batch_size=4",
+)
+FINE_TUNING = (*_SETTINGS, "sft.validation=[]", "sft.num_answers=0", "checkpoint.init_from=null", "train.log_every=10")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,16 @@ class Case:
     num_ranks: int
     overrides: tuple[str, ...]
     loops: tuple[str, ...]
+    stage: str = "pretrain"
+
+    def words(self, data: Path, run_dir: Path) -> list[str]:
+        """Return stage, config and overrides of a run on a dataset, or on a file of conversations."""
+        settings, section = (FINE_TUNING, "sft") if self.stage == "sft" else (SETTINGS, "data")
+        paths = [f"{section}.train=[{{path: {data}}}]", f"run.dir={run_dir}"]
+        if self.stage == "sft":
+            paths.append(f"sft.cache={run_dir.parent / 'cache'}")
+        config = CONFIG.with_name(f"{self.stage}.yaml")
+        return [self.stage, str(config), *settings, *self.overrides, *paths]
 
 
 CASES = (
@@ -79,9 +95,9 @@ class _Run:
         self.loop, self._layout = loop, case.layout
         self._result, self._log = scratch / f"{loop}.json", scratch / f"{loop}.log"
         script = ROOT / "tools" / "bench" / "one_run.py"
-        launcher = ["-m", "launch.local", "--nproc-per-node", str(case.num_ranks)] if loop != "hf" else []
-        overrides = [*SETTINGS, *case.overrides, f"data.train=[{{path: {data}}}]", f"run.dir={scratch / loop}"]
-        words = [loop, str(self._result), str(scratch), str(NUM_WARMUP), str(num_steps), str(CONFIG), *overrides]
+        launcher = ["-m", "launch.local", "--nproc-per-node", str(case.num_ranks)] if loop not in ALONE else []
+        words = [loop, str(self._result), str(scratch), str(NUM_WARMUP), str(num_steps)]
+        words += case.words(data, scratch / loop)
         environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ | {PLATFORM_VARIABLE: platform}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -157,9 +157,10 @@ def check_continues(manifest: Manifest, config: Config, stage: str, where: Path)
     packing = config.packing
     saved_packing = ledger.get("packing", "concat") if has_data else packing
     if saved_packing != packing:
+        (field, here), (_, there) = map(config.packing_setting, (packing, saved_packing))
         raise BadInput(
-            f"packing: {packing} differs from the {saved_packing} of {where}, whose data order cannot go on; use "
-            f"{saved_packing}, or {anew}."
+            f"{field}: {here} differs from the {there} of {where}, whose data order cannot go on; use {there}, or "
+            f"{anew}."
         )
 
 

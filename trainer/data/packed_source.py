@@ -59,9 +59,11 @@ class PackedSource:
         self.num_predictions = int(num_predictions.sum(dtype=np.int64))
         self._epochs: dict[int, _Epoch] = {}
         if self.num_samples < 1:
+            has_window = dataset.num_tokens > seq_len
+            works = "a value that would work: data.packing=concat" if has_window else "give data of longer documents"
             raise BadInput(
                 f"{field}: no document of {dataset.prefix} has two tokens, so that data.packing=best_fit finds nothing "
-                "to predict; a value that would work: data.packing=concat"
+                f"to predict; {works}"
             )
 
     @property

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from configs.errors import BadInput
+from configs.plan.derive import sequence_pieces
 from configs.stages import Config, SftConfig
 from trainer.data.dataset_files import check_sizes, read_meta
 
@@ -56,9 +57,12 @@ def _source_problems(config: Config, field: str, prefix: str) -> Iterator[str]:
     num_tokens, meta = check_sizes(prefix).num_tokens, read_meta(prefix)
     seq_len = config.train.seq_len
     if num_tokens <= seq_len and config.data.packing == "concat":
+        pieces = sequence_pieces(config.parallel)
+        fits = (num_tokens - 1) // pieces * pieces
+        works = f"a value that would work: train.seq_len={fits}" if fits > 0 else f"it needs at least {pieces + 1}"
         yield (
             f"{field}: the {num_tokens} tokens of {prefix} give no sample of train.seq_len={seq_len} and the token "
-            f"that follows; a value that would work: train.seq_len={max(num_tokens - 1, 1)}"
+            f"that follows; {works}"
         )
     if meta is not None and meta.vocab_size > config.model.vocab_size:
         yield (

@@ -26,9 +26,10 @@ def split_by_length(dataset: TokenDataset, source: SourceConfig) -> list[tuple[T
     is_long = dataset.lengths >= tokens
     field, shortest, longest = f"data.train: {dataset.prefix}", int(dataset.lengths.min()), int(dataset.lengths.max())
     if not is_long.any():
+        works = str(longest) if shortest < longest or share == 1 else "null for it and for long_document_share"
         raise BadInput(
             f"{field} has no document of long_document_tokens={tokens} tokens, its longest has {longest}; a value that "
-            f"would work: {longest}"
+            f"would work: {works}"
         )
     if is_long.all() and share < 1:
         raise BadInput(

@@ -100,4 +100,6 @@ def test_the_rows_of_one_long_document_are_spread(make_source):
 
 def test_data_without_a_prediction_is_refused(make_source):
     with pytest.raises(BadInput, match=r"data.train: no document of a has two tokens, .* work: data.packing=concat"):
-        make_source(lengths=[1, 0, 1])
+        make_source(lengths=[1, 0, 1], seq_len=1)
+    with pytest.raises(BadInput, match=r"no document of b has two tokens, .* predict; give data of longer documents"):
+        make_source("b", lengths=[1, 0, 1], seq_len=2)

@@ -58,6 +58,17 @@ def test_every_problem_is_told_at_once(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("cp", "works"), [(2, "a value that would work: train.seq_len=8"), (8, "it needs at least 17")]
+)
+def test_a_length_that_is_advised_can_be_shared_among_ranks(tmp_path, cp, works):
+    values = {"model": MODEL, "train": {"num_steps": 1, "seq_len": 16}, "parallel": {"cp": cp}}
+    (problem,) = find_data_problems(
+        Config.model_validate(values | {"data": {"train": [{"path": write_data(tmp_path / "data")}]}})
+    )
+    assert problem.endswith(works)
+
+
 def test_data_of_a_larger_vocabulary_is_told_and_a_broken_meta_file(tmp_path):
     prefix = write_data(tmp_path / "data")
     meta = Path(prefix + ".meta.json")

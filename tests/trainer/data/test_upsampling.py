@@ -87,6 +87,16 @@ def test_sources_without_both_kinds_of_documents_are_refused(prefix):
     assert len(open_one(prefix, 1.0, tokens=2).sources) == 1
 
 
+def test_of_documents_of_one_length_none_can_be_drawn_more_often(tmp_path):
+    write_index(tmp_path / "data.idx", np.uint16, [np.full(3, 20, dtype=np.int32)])
+    (tmp_path / "data.bin").write_bytes(bytes(120))
+    with pytest.raises(BadInput, match="its longest has 20; .* work: null for it and for long_document_share$"):
+        open_one(str(tmp_path / "data"), 0.7, tokens=21)
+    with pytest.raises(BadInput, match="its longest has 20; .* work: 20$"):
+        open_one(str(tmp_path / "data"), 1.0, tokens=21)
+    assert len(open_one(str(tmp_path / "data"), 1.0, tokens=20).sources) == 1
+
+
 def test_what_is_read_how_often_is_told(prefix):
     long, short = open_one(prefix, 0.5, packing="best_fit").describe_order(200)
     assert long.startswith(f"{prefix} (documents of at least 25 tokens): 18 documents of 570 tokens, 50.0% of all ")

@@ -30,7 +30,7 @@ from trainer.data.chat.worker import ConversationWorker, Recipe
 from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes, read_meta
 from trainer.data.index_file import write_index
 from trainer.data.indexed import TokenDataset
-from trainer.data.making.documents import BLOCK_BYTES
+from trainer.data.making.documents import BLOCK_BYTES, describe_left_out
 from trainer.data.making.parts import hash_file
 from trainer.data.making.pool import WorkerPool
 from trainer.data.making.workers import token_dtype
@@ -81,20 +81,25 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
 
 def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     """Return the prefix of the dataset of one source, made now unless the cache has it. Raises BadInput."""
-    cache, quick = Path(recipe.sft.cache), _quick_key(recipe)
+    settings = list(_settings(recipe))
+    cache, quick = Path(recipe.sft.cache), _quick_key(recipe, settings)
     name = recipe.source.name
     known = cache / f"{quick}.key"
     while True:
         prefix = cache / known.read_text(encoding="utf-8", errors="replace") / name if known.is_file() else None
         if prefix is not None and _is_whole(str(prefix)):
+            if is_maker:
+                _tell_known(recipe, str(prefix))
             return str(prefix)
         if is_maker:
             break
         time.sleep(0.5)
-    key = _content_key(recipe)
+    key = _content_key(recipe, settings)
     prefix = cache / key / name
     with _held(cache, key):
-        if not _is_whole(str(prefix)):
+        if _is_whole(str(prefix)):
+            _tell_known(recipe, str(prefix))
+        else:
             _make(recipe, cache, key, name, quick)
         with _writing(cache):
             _write_whole(known, key)
@@ -117,13 +122,20 @@ def _is_whole(prefix: str) -> bool:
     return meta is not None and meta.mask_sha256 is not None  # without it every token would count as trained
 
 
+def _tell_known(recipe: Recipe, prefix: str) -> None:
+    """Say where the cache has a source, and again what became of its rows."""
+    log.info("%s is tokenised in %s: %s", recipe.source.path, prefix, describe(read_summary(prefix)))
+
+
 def _check_different(recipes: Sequence[Recipe], datasets: Sequence[TokenDataset]) -> None:
     """Refuse two sources of one split that become the same tokens and masks."""
     seen: dict[str, str] = {}
     for recipe, dataset in zip(recipes, datasets, strict=True):
         path, other = recipe.source.path, seen.setdefault(dataset.identity, recipe.source.path)
         if path != other:
-            raise BadInput(f"{recipe.field}: {path} holds the same conversations as {other}; list one of them alone")
+            raise BadInput(
+                f"{recipe.field}: {path} holds the same conversations as {other}; list one of them and raise its weight"
+            )
 
 
 def _weight(recipe: Recipe, dataset: TokenDataset) -> float:
@@ -134,29 +146,40 @@ def _weight(recipe: Recipe, dataset: TokenDataset) -> float:
 
 
 def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
-    """Tokenise a source and rename the result into place, unless its files have changed since their keys were made."""
+    """Tokenise a source and rename the result into place, beside what the same rows gave under another name.
+
+    Raises BadInput where its files have changed since their keys were made.
+    """
     folder = cache / f".{key}.making"
     shutil.rmtree(folder, ignore_errors=True)  # what a kill has left; the cache is held
     try:
         with _writing(cache):
             folder.mkdir(parents=True)
             _tokenise(recipe, folder / name)
-            if _quick_key(recipe) != quick:
+            if _quick_key(recipe, list(_settings(recipe))) != quick:
                 raise BadInput(
                     f"{recipe.field}: {recipe.source.path} has changed while it was read; start again when it is whole"
                 )
-            shutil.rmtree(cache / key, ignore_errors=True)
-            os.rename(folder, cache / key)
+            (cache / key).mkdir(exist_ok=True)
+            for file in sorted(
+                folder.iterdir(), key=lambda file: file.name.endswith(SUMMARY_SUFFIX)
+            ):  # last: it is whole
+                os.replace(file, cache / key / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tokenise(recipe: Recipe, prefix: Path) -> None:
     """Write the dataset of a source, its mask and its summary."""
-    tokenizer = load_tokenizer(recipe.tokenizer)
     worker = ConversationWorker(recipe)
+    tokenizer = worker.tokenizer
     num_workers = recipe.sft.num_workers or len(os.sched_getaffinity(0))
-    num_bytes = sum(file.num_bytes for file in list_chat_files(recipe.source, recipe.field)[0])
+    files, left_out = list_chat_files(recipe.source, recipe.field)
+    if left_out:
+        log.info(
+            "%s: left out: %s; to read another split, name its folder", recipe.source.path, describe_left_out(left_out)
+        )
+    num_bytes = sum(file.num_bytes for file in files)
     pool = WorkerPool(ConversationWorker, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
@@ -237,23 +260,23 @@ def describe(summary: Summary) -> str:
     return text
 
 
-def _quick_key(recipe: Recipe) -> str:
+def _quick_key(recipe: Recipe, settings: Sequence[Any]) -> str:
     """Return a key that changes with the files' names, sizes and times, without reading them.
 
     The time of the last change to the inode is among them: programs that copy set that of the last writing back.
     """
     found = [(os.path.abspath(path), os.stat(path)) for path in _files(recipe)]
     files = [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
-    return _digest([files, *_settings(recipe)])
+    return _digest([files, *settings])
 
 
-def _content_key(recipe: Recipe) -> str:
+def _content_key(recipe: Recipe, settings: Sequence[Any]) -> str:
     """Return a key that changes with what is in the files. Raises BadInput where one cannot be read."""
     try:
         files = [(os.path.basename(path), hash_file(path)) for path in _files(recipe)]
     except OSError as error:
         raise BadInput(f"{recipe.field}.path: {recipe.source.path} cannot be read ({error}); mend that") from error
-    return _digest([files, *_settings(recipe)])
+    return _digest([files, *settings])
 
 
 def _files(recipe: Recipe) -> Sequence[str]:

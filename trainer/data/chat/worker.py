@@ -88,10 +88,10 @@ class ConversationWorker:
     def __init__(self, recipe: Recipe) -> None:
         """Load what the recipe names. Raises BadInput."""
         self._recipe = recipe
-        self._tokenizer = load_tokenizer(recipe.tokenizer)
+        self.tokenizer = load_tokenizer(recipe.tokenizer)
         template = load_template(recipe.sft.template, recipe.tokenizer)
-        self._encoder = ChatEncoder(template, self._tokenizer, recipe.sft.train_on)
-        self._dtype = token_dtype(self._tokenizer.vocab_size)
+        self._encoder = ChatEncoder(template, self.tokenizer, recipe.sft.train_on)
+        self._dtype = token_dtype(self.tokenizer.vocab_size)
 
     def encode(self, block: RowBlock) -> list[EncodedRow]:
         """Return what becomes of every row of a block. Raises BadInput for the first bad one, unless bad rows drop."""
@@ -123,7 +123,7 @@ class ConversationWorker:
                 yield EncodedRow(block.path, number, dropped=str(samples))
             else:
                 if isinstance(samples, _Unmeant):
-                    check_samples([samples.sample], self._recipe.sft.train_on, self._tokenizer, self._recipe.field)
+                    check_samples([samples.sample], self._recipe.sft.train_on, self.tokenizer, self._recipe.field)
                 raise BadInput(
                     f"{self._recipe.field}: row {number} of {block.path}: {samples}; mend the row, or leave such rows "
                     "out with sft.bad_rows=drop"
