@@ -43,7 +43,8 @@ class TrainConfig(Section):
     """Optimizer updates of the whole run; 0 writes the initial weights as a seed checkpoint and ends. May be left out,
     or null, where train.num_epochs is set."""
     num_epochs: PositiveFloat | None = None
-    """Passes over the training data instead of train.num_steps, which then follows from the data; null for steps."""
+    """Passes over the training data instead of train.num_steps, which then follows from the data, in whole steps: the
+    last one begins the next pass where it is not full; null for steps."""
     seq_len: PositiveInt = 4096
     """Tokens per sample."""
     global_batch_size: Samples = 256
