@@ -322,26 +322,6 @@ def test_a_row_is_cut_into_two_chunks_a_rank() -> None:
     assert problem.startswith("train.seq_len: 66 is not divisible by 4") and problem.endswith("work: 64")
 
 
-@pytest.mark.parametrize(
-    ("seq_len", "longest", "works"),
-    [
-        (130, 128, "128, or 132 with model.max_position_embeddings=132"),
-        (127, 127, "124"),
-        (128, 126, "124, or 128 with model.max_position_embeddings=128"),
-        (3, 128, "4"),
-        (3, 3, "4 with model.max_position_embeddings=4"),
-    ],
-)
-def test_a_length_that_is_advised_breaks_no_other_rule(seq_len: int, longest: int, works: str) -> None:
-    overrides = [*DENSE, "parallel.cp=2"]
-    (problem,) = problems_of([*overrides, f"train.seq_len={seq_len}", f"model.max_position_embeddings={longest}"], 2)
-    assert problem.endswith(f"; a value that would work: {works}")
-    for advice in works.split(", or "):
-        length, *longer = advice.split(" with ")
-        words = longer or [f"model.max_position_embeddings={longest}"]
-        assert problems_of([*overrides, f"train.seq_len={length}", *words], 2) == []
-
-
 def test_overlap_defaults_follow_the_platform() -> None:
     overrides = [*DENSE, "parallel.overlap_param_gather=true"]
     assert problems_of(overrides, platform="cuda") == []
