@@ -62,7 +62,7 @@ class TrainState:
     num_empty_steps: int = 0
     """Steps of which nothing counted; they are among the skipped ones."""
     lowest_validation_loss: float | None = None
-    """Of the validations since the first step, the mean over sources in nats."""
+    """Of all validations, that before the first step too, the mean over sources in nats."""
     num_stale_validations: int = 0
     """Validations in a row, up to the last one, that were no lower than the lowest before."""
 

@@ -49,18 +49,20 @@ class Hooks:
         self._last_validation: dict[str, float] = {}
         self._last_validation_step = -1
 
-    def on_start(self, state: TrainState) -> None:
-        """Measure the validation loss before the first step of a run."""
+    def on_start(self, state: TrainState) -> TrainState:
+        """Measure the validation loss before the first step of a run; return the state with what it has found."""
         if state.step == 0 and self._config.train.num_steps > 0:
             if self._config.sources("validation"):
                 log.info("step 0: validation before the first step is under way")
             self._first_validation = self._evaluate(state)
             self._reporter.write_start(state.step, self._first_validation)
+            state = _after_validation(state, self._first_validation)
         self._vote()
         if self.is_patience_over(state):
             log.info("step %d: train.patience has ended this run; a larger one lets it go on", state.step)
         elif state.step < self._config.train.num_steps and not self.stop_requested():
             log.info("step %d is under way, the first of this start", state.step + 1)
+        return state
 
     def stop_requested(self) -> bool:
         """Return whether any rank has been asked to save and exit."""
@@ -81,9 +83,7 @@ class Hooks:
         extras: dict[str, float] = {}
         if is_last or (train.eval_every is not None and state.step % train.eval_every == 0):
             extras = self._evaluate(state)
-            losses = [value for name, value in extras.items() if name.startswith(VALIDATION_LOSS)]
-            if losses:
-                state = state.after_validation(sum(losses) / len(losses))
+            state = _after_validation(state, extras)
         started = time.perf_counter()
         is_any_rank_writing, extras["peak_memory_gb"] = self._vote()
         self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)
@@ -162,3 +162,9 @@ class Hooks:
             result.grad_norm,
             self._stage.describe_fault(),
         )
+
+
+def _after_validation(state: TrainState, values: dict[str, float]) -> TrainState:
+    """Return the state with the mean loss over the sources of a validation, if there are any."""
+    losses = [value for name, value in values.items() if name.startswith(VALIDATION_LOSS)]
+    return state.after_validation(sum(losses) / len(losses)) if losses else state

@@ -12,7 +12,7 @@ def fit(stage: Stage, state: TrainState, hooks: Hooks, num_steps: int) -> TrainS
 
     Collective: all ranks of the world must call this.
     """
-    hooks.on_start(state)
+    state = hooks.on_start(state)
     while state.step < num_steps and not hooks.stop_requested() and not hooks.is_patience_over(state):
         result = stage.step(state)
         state = hooks.after_step(state.after(result), result)
