@@ -161,9 +161,8 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
                     f"{recipe.field}: {recipe.source.path} has changed while it was read; start again when it is whole"
                 )
             (cache / key).mkdir(exist_ok=True)
-            for file in sorted(
-                folder.iterdir(), key=lambda file: file.name.endswith(SUMMARY_SUFFIX)
-            ):  # last: it is whole
+            # The summary comes last: it says that all is there.
+            for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith(SUMMARY_SUFFIX)):
                 os.replace(file, cache / key / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
