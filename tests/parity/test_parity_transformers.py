@@ -157,7 +157,11 @@ def validate(place: Place, config: Any, prefix: str, num_samples: int, ends: int
                         scores = llama(window[None, start:end]).logits[0][counted]
                     wanted = window[start + 1 : end + 1][counted]
                     losses += torch.nn.functional.cross_entropy(scores, wanted, reduction="none").tolist()
-        return found.values["validation_loss/made-up"], float(np.mean(losses)), reader.num_microbatches * 4 - num_samples
+        return (
+            found.values["validation_loss/made-up"],
+            float(np.mean(losses)),
+            reader.num_microbatches * 4 - num_samples,
+        )
 
 
 @pytest.mark.parametrize("ends", [None, DOCUMENT_END_ID], ids=["rows", "documents"])

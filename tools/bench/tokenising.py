@@ -11,8 +11,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configs.sections.sft import ConversationSource, SftSection
 from tools.bench.chats import TAGGED_CHATML
 
 _LONGEST = 1_000_000  # no sample is cut
@@ -20,7 +25,6 @@ _LONGEST = 1_000_000  # no sample is cut
 
 def run_ours(chats: str, tokenizer: str, cache: str, num_processes: int) -> Callable[[], tuple[int, int]]:
     """Return what makes our cache and counts its samples and tokens."""
-    from configs.sections.sft import ConversationSource, SftSection
     from trainer.data.chat.cache import prepare_source, read_summary
     from trainer.data.chat.worker import Recipe
 
