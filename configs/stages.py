@@ -77,7 +77,7 @@ class SftConfig(Config):
     @property
     def packing(self) -> str:
         """How rows are made of conversations."""
-        return "best_fit" if self.sft.packing else "padded"
+        return self.sft.rows
 
     def packing_setting(self, packing: str) -> tuple[str, str]:
         """Return the field that chooses `packing`, and the value with which it does."""

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,10 +22,13 @@ from tools.console import end_process, run_command
 from tools.outputs import check_directory
 from tools.paths import path_text
 
+if TYPE_CHECKING:
+    from trainer.environments.small_tasks import SmallTask
+
 
 def make_small_tasks(out: str, num_rows: int, num_held_out: int, seed: int) -> None:
     """Write both files; no question that is held out is among those to train on."""
-    from trainer.environments.small_tasks import SmallTask, draw_task
+    from trainer.environments.small_tasks import draw_task
 
     source = random.Random(seed)
     held_out: dict[str, SmallTask] = {}
@@ -46,10 +50,7 @@ def make_small_tasks(out: str, num_rows: int, num_held_out: int, seed: int) -> N
         print(f"{path}: {len(tasks):,} chats")
 
 
-def _row(task: object) -> dict[str, object]:
-    from trainer.environments.small_tasks import SmallTask
-
-    assert isinstance(task, SmallTask)
+def _row(task: SmallTask) -> dict[str, object]:
     messages = [{"role": "user", "content": task.question}, {"role": "assistant", "content": task.worked}]
     return {"messages": messages, "kind": task.kind, "answer": task.answer}
 

@@ -23,18 +23,19 @@ def check_data(config: Config) -> Iterator[str]:
             f"data.train: {_length(config)} need at least one source; a value that would work: "
             "[{path: data/corpus_train}]"
         )
-    for name in ("train", "validation"):
-        paths = [os.path.normpath(source.path) for source in getattr(data, name)]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        for path in twice:
-            yield f"data.{name}: {path} is listed more than once; list it once and raise its weight"
+    section = "sft" if isinstance(config, SftConfig) else "data"
+    for split in ("train", "validation"):
+        paths = [os.path.normpath(source.path) for source in config.sources(split)]
+        for path in sorted({path for path in paths if paths.count(path) > 1}):
+            yield f"{section}.{split}: {path} is listed more than once; list it once and raise its weight"
     yield from _check_packing(config)
     yield from _check_long_documents(config)
     yield from _check_weights("data.train", [weight for source in data.train for weight in _part_weights(source)])
-    names = [os.path.basename(source.path) for source in {source.path: source for source in data.validation}.values()]
+    field = f"{section}.validation"
+    different = {os.path.normpath(source.path): source for source in config.sources("validation")}.values()
+    names = [source.name for source in different]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"data.validation: several sources are logged under the file name {name}; give them different file names"
-    field = "sft.validation" if isinstance(config, SftConfig) else "data.validation"
+        yield f"{field}: several sources are logged under the file name {name}; give them different file names"
     for name in ("eval_every", "patience"):
         if getattr(train, name) is not None and not config.sources("validation"):
             yield f"train.{name}: has no effect without {field}; a value that would work: null"
@@ -70,13 +71,6 @@ def _check_conversations(config: SftConfig) -> Iterator[str]:
             f"sft.train: {_length(config)} need at least one source; a value that would work: "
             "[{path: data/chats.jsonl}]"
         )
-    for name in ("train", "validation"):
-        paths = [os.path.normpath(source.path) for source in getattr(sft, name)]
-        for path in sorted({path for path in paths if paths.count(path) > 1}):
-            yield f"sft.{name}: {path} is listed more than once; list it once and raise its weight"
-    names = [source.name for source in {os.path.normpath(source.path): source for source in sft.validation}.values()]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"sft.validation: several sources are logged under the file name {name}; give them different file names"
     if sft.train_on == "all":
         reason = "with sft.train_on=all, which does not say where answers begin"
         yield from check_unused(sft, "sft", ("num_answers", "max_answer_tokens"), reason)

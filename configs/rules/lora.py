@@ -1,4 +1,4 @@
-"""Rules of LoRA: modules that the model has, a base to adapt, and what frozen weights cannot be combined with."""
+"""Rules of LoRA: modules that the model has, and what frozen weights cannot be combined with."""
 
 from __future__ import annotations
 
@@ -17,13 +17,6 @@ def check_lora(config: Config, *, has_te: bool) -> Iterator[str]:
     if lora is None:
         return
     yield from _check_targets(lora, config.model)
-    checkpoint = config.checkpoint
-    is_going_on = checkpoint.resume not in ("auto", "never")
-    if not is_going_on and checkpoint.init_from is None and checkpoint.init_from_hf is None:
-        yield (
-            "checkpoint.init_from: LoRA adapts a trained model, and none is named; a value that would work: runs/demo, "
-            "the directory of the run that trained it (or checkpoint.init_from_hf, a Hugging Face model's)"
-        )
     fp8 = config.precision.fp8
     if fp8 is not None and resolve_backend(fp8, has_te=has_te) == "te":
         works = "torch" if "torch" in RECIPES[fp8.recipe].backends else "emulated"

@@ -1,4 +1,4 @@
-"""Rules of single stages: what one asks for that the others do not. Torch-free."""
+"""Rules of single stages: what one asks for that the others do not, such as weights to begin with. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ _NEEDS_WEIGHTS = {LongContextConfig: "long context continues", SftConfig: "super
 
 def check_stage(config: Config) -> Iterator[str]:
     """Yield every rule that the config breaks as the stage that its class is."""
-    for kind, needs in _NEEDS_WEIGHTS.items():
-        if isinstance(config, kind):
-            yield from _check_has_weights(config, needs)
+    needs = next((words for kind, words in _NEEDS_WEIGHTS.items() if isinstance(config, kind)), None)
+    if needs is None and config.lora is not None:
+        needs = "LoRA adapts"
+    if needs is not None:
+        yield from _check_has_weights(config, needs)
 
 
 def _check_has_weights(config: Config, needs: str) -> Iterator[str]:

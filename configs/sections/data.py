@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -20,6 +21,11 @@ class SourceConfig(Section):
     """Tokens from which on a document of this source counts as long (with long_document_share)."""
     long_document_share: Annotated[float, Field(gt=0, le=1, examples=[0.7])] | None = None
     """Share of this source's samples drawn from its long documents alone, instead of as they come."""
+
+    @property
+    def name(self) -> str:
+        """File name of the prefix: under it validation is logged."""
+        return os.path.basename(self.path)
 
 
 class DataConfig(Section):

@@ -73,3 +73,8 @@ class SftSection(Section):
     """Directory of tokenised sources, one folder for each content, template, tokenizer and rule."""
     num_workers: Count | None = None
     """Processes that tokenise; null for one a core."""
+
+    @property
+    def rows(self) -> Literal["best_fit", "padded"]:
+        """How rows are made of samples, as `data.packing` names it."""
+        return "best_fit" if self.packing else "padded"

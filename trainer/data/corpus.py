@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
 from configs.errors import BadInput
 from configs.plan.derive import consumed_samples_after, global_batch_size_at, steps_of_samples
@@ -111,8 +110,7 @@ def open_corpus(config: Config, data: DataConfig | None = None) -> Corpus:
     blend = open_blend(data.train, config.train.seq_len, config.run.seed, data.packing) if data.train else None
     validation: dict[str, TokenDataset] = {}
     for source in data.validation:
-        name = Path(source.path).name
-        validation[name if name not in validation else source.path] = TokenDataset(source.path)
+        validation[source.name if source.name not in validation else source.path] = TokenDataset(source.path)
     for dataset in [*(source.dataset for source in (blend.sources if blend else ())), *validation.values()]:
         check_vocab_size(dataset, config.model.vocab_size)
         if tokenizer is not None:

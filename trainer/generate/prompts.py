@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from configs.errors import BadInput
-from trainer.data.chat.behaviour import observe
-from trainer.data.chat.conversation import BadRow, Message
-from trainer.data.chat.messages import to_openai
-from trainer.data.chat.spelled import mark, spells, unmark
+from trainer.data.chat.conversation import BadRow, Conversation, Message
+from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.template import load_template
-from trainer.data.chat.token_spans import SpanTokenizer
 from trainer.data.tokenizer import Tokenizer, template_prefix
 
 
@@ -33,10 +29,9 @@ class ChatPrompts:
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, field: str = "template") -> None:
         """`template` is a name, a .jinja file, or None for the tokenizer's own. Raises BadInput that names `field`."""
-        self._template = load_template(template, tokenizer.directory, field)
-        self._behaviour = observe(self._template, tokenizer, field)
-        self._spans = SpanTokenizer(tokenizer.backend, self._behaviour.frame_tokens)
-        ends = (self._behaviour.end_token, self._behaviour.eos_token)
+        self._encoder = ChatEncoder(load_template(template, tokenizer.directory, field), tokenizer, field=field)
+        behaviour = self._encoder.behaviour
+        ends = (behaviour.end_token, behaviour.eos_token)
         known = (tokenizer.backend.token_to_id(token) for token in ends if token is not None)
         self.stop_tokens: tuple[int, ...] = tuple({tokenizer.eod_id, *(one for one in known if one is not None)})
 
@@ -45,13 +40,7 @@ class ChatPrompts:
 
         Raises BadInput where the template cannot write it.
         """
-        control = self._behaviour.control
-        given: Any = to_openai(messages, self._behaviour.call_form)
         try:
-            if spells(given, control):
-                given = mark(given, control)
-            rendered = self._template.render(given, add_generation_prompt=True).text
+            return self._encoder.encode_prompt(Conversation(tuple(messages)))
         except BadRow as error:
             raise BadInput(f"conversation: {error}") from error
-        plain = unmark(rendered)
-        return self._spans.encode_pieces(plain.text, plain.cuts).ids

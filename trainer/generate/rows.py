@@ -95,10 +95,6 @@ class Slots:
         self.active += joining
         return joining
 
-    def holds(self, prompt: int) -> bool:
-        """Return whether a waiting row has this prompt."""
-        return any(row.prompt == prompt for row in self.waiting)
-
     def drop_finished(self) -> Iterator[tuple[int, int]]:
         """Take out finished rows; yield for each the slot whose row takes its place, and that place."""
         for slot in reversed(range(len(self.active))):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from configs.plan.flops import model_flops
 from configs.stages import Config
 from parallel.mesh import Mesh
 from trainer.engine.state import StepResult, TrainState
-from trainer.evaluate.answers import Answer
 from trainer.report.live import LiveLine
 from trainer.report.sinks import MetricsWriter
+
+if TYPE_CHECKING:
+    from trainer.evaluate.answers import Answer
 
 
 class Reporter:

@@ -12,9 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from trainer.evaluate.answers import Answer
+if TYPE_CHECKING:
+    from trainer.evaluate.answers import Answer
+
 
 _SHOWN_ANSWERS = 16
 STEP_KEYS = ("step", "loss", "grad_norm", "lr", "num_tokens", "tokens_per_second", "seconds")

@@ -142,7 +142,7 @@ def _weight(recipe: Recipe, dataset: TokenDataset) -> float:
     """Return the source's weight, by default as many rows as it fills, so that an epoch reads each of them once."""
     if recipe.source.weight is not None:
         return recipe.source.weight
-    return float(SOURCES["best_fit" if recipe.sft.packing else "padded"](dataset, recipe.seq_len, seed=0).num_samples)
+    return float(SOURCES[recipe.sft.rows](dataset, recipe.seq_len, seed=0).num_samples)
 
 
 def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
