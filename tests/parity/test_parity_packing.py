@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,18 +34,19 @@ class RandomDocuments:
     prefix = identity = "made-up"
     meta = None
 
-    def __init__(self) -> None:
-        self.lengths = np.array(LENGTHS, dtype=np.int32)
-        self.num_documents, self.num_tokens = len(LENGTHS), sum(LENGTHS)
-        random = np.random.default_rng(5)
-        self.documents = [random.integers(0, VOCAB_SIZE, length) for length in LENGTHS]
+    def __init__(self, lengths: Sequence[int] = LENGTHS) -> None:
+        self.lengths = np.array(lengths, dtype=np.int32)
+        self.num_documents, self.num_tokens = len(lengths), sum(lengths)
+        self.random = np.random.default_rng(5)
+        self.documents = [self.random.integers(0, VOCAB_SIZE, length) for length in lengths]
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Return tokens of a document."""
         return self.documents[document][start : start + length]
 
-    def read_mask(self, document: int, start: int, length: int) -> None:
-        """Say that every token is trained."""
+    def read_mask(self, document: int, start: int, length: int) -> np.ndarray | None:
+        """Return which of its tokens are trained; None for all."""
+        return None
 
 
 def read_alone() -> Iterator[Any]:
@@ -62,8 +63,8 @@ def read_alone() -> Iterator[Any]:
             yield Batch(tokens, labels, positions, torch.ones(tokens.shape), sample_ids=(0,))
 
 
-def train_on(place: Place, config: Config, run_dir: str, reader_of: Any) -> RunRecord:
-    """Train from the seed checkpoint on what `reader_of` an engine reads."""
+def train_on(place: Place, config: Config, run_dir: str, reader_of: Any, objective: Any = None) -> RunRecord:
+    """Train from the seed checkpoint on what `reader_of` an engine reads, by default all of it."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
     from trainer.engine.state import TrainState
@@ -73,7 +74,7 @@ def train_on(place: Place, config: Config, run_dir: str, reader_of: Any) -> RunR
 
     with open_engine(place, config) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))
-        stage = TrainingStage("pretrain", engine, reader_of(engine), NextTokenObjective(), Evaluator({}))
+        stage = TrainingStage("made-up", engine, reader_of(engine), objective or NextTokenObjective(), Evaluator({}))
         _, results = train_steps(stage, TrainState(), config.train.num_steps)
         stage.close()
         return record_run(engine, results)

@@ -11,8 +11,9 @@ import pytest
 from configs.sections.sft import SftSection
 from configs.stages import Config
 from tests.parity.conftest import assert_equal_runs
+from tests.parity.test_parity_packing import RandomDocuments, train_on
 from tests.pool import Place
-from tests.small_runs import SEQ_LEN, VOCAB_SIZE, RunRecord, open_engine, record_run, train_steps
+from tests.small_runs import SEQ_LEN, VOCAB_SIZE, RunRecord
 
 LENGTHS = [33, 30, 28, 25, 20, 18, 17, 17, 15, 12, 9, 9, 7, 5, 3, 2]
 PACKED = {"packing": "best_fit", "document_mask": True}
@@ -27,25 +28,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-class RandomChats:
+class RandomChats(RandomDocuments):
     """Samples of random tokens, of which runs are trained: of some the end alone, of some nearly all."""
 
-    prefix = identity = "made-up"
-    meta = None
-
     def __init__(self) -> None:
-        self.lengths = np.array(LENGTHS, dtype=np.int32)
-        self.num_documents, self.num_tokens = len(LENGTHS), sum(LENGTHS)
-        random = np.random.default_rng(5)
-        self.documents = [random.integers(0, VOCAB_SIZE, length) for length in LENGTHS]
+        super().__init__(LENGTHS)
         self.masks = [np.zeros(length, dtype=np.uint8) for length in LENGTHS]
         for mask in self.masks:
-            start = int(random.integers(1, len(mask)))
-            mask[start : start + int(random.integers(1, len(mask)))] = 1
-
-    def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """Return tokens of a sample."""
-        return self.documents[document][start : start + length]
+            start = int(self.random.integers(1, len(mask)))
+            mask[start : start + int(self.random.integers(1, len(mask)))] = 1
 
     def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
         """Return which of its tokens are trained."""
@@ -72,24 +63,12 @@ def read_alone(weighting: str) -> Iterator[Any]:
         yield Batch(tokens, labels, positions, trained.float(), columns=columns, sample_ids=(0,))
 
 
-def train_on(place: Place, config: Config, run_dir: str, weighting: str, reader_of: Any) -> RunRecord:
-    """Train from the seed checkpoint on what `reader_of` a mesh and an objective reads."""
-    from trainer.checkpoint.layout import resolve_checkpoint
-    from trainer.checkpoint.load import warm_start
-    from trainer.engine.state import TrainState
-    from trainer.evaluate.validation import Evaluator
+def objective_of(weighting: str) -> Any:
+    """Return the objective of a weighting; samples that weigh alike have smoothed labels too."""
     from trainer.stages.sft import ConversationObjective
-    from trainer.stages.training import TrainingStage
 
-    with open_engine(place, config) as engine:
-        warm_start(engine, resolve_checkpoint(run_dir))
-        smoothing = 0.1 if weighting == "sample" else 0.0
-        sft = SftSection(weighting=weighting, label_smoothing=smoothing)  # type: ignore[arg-type]
-        objective = ConversationObjective(sft)
-        stage = TrainingStage("sft", engine, reader_of(engine.mesh, objective), objective, Evaluator({}))
-        _, results = train_steps(stage, TrainState(), config.train.num_steps)
-        stage.close()
-        return record_run(engine, results)
+    smoothing = 0.1 if weighting == "sample" else 0.0
+    return ConversationObjective(SftSection(weighting=weighting, label_smoothing=smoothing))  # type: ignore[arg-type]
 
 
 def run_alone(place: Place, config: Config, run_dir: str, weighting: str) -> RunRecord:
@@ -102,7 +81,7 @@ def run_alone(place: Place, config: Config, run_dir: str, weighting: str) -> Run
         def close(self) -> None:
             pass
 
-    return train_on(place, config, run_dir, weighting, lambda mesh, objective: Alone())
+    return train_on(place, config, run_dir, lambda engine: Alone(), objective_of(weighting))
 
 
 def run_rows(place: Place, config: Config, run_dir: str, weighting: str) -> RunRecord:
@@ -111,20 +90,22 @@ def run_rows(place: Place, config: Config, run_dir: str, weighting: str) -> RunR
     from trainer.data.packed_source import SOURCES
     from trainer.data.reader import BatchReader
 
-    def read(mesh: Any, objective: Any) -> BatchReader:
+    objective = objective_of(weighting)
+
+    def read(engine: Any) -> BatchReader:
         source: Any = SOURCES[config.data.packing](RandomChats(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
         assert source.num_samples == config.train.global_batch_size
         return BatchReader(
             Blend([source], [1.0]),
             micro_batch_size=config.train.micro_batch_size,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
+            dp_rank=engine.mesh.dp_rank,
+            dp_size=engine.mesh.dp_size,
             global_batch_size_at=lambda consumed: config.train.global_batch_size,
             vocab_size=VOCAB_SIZE,
             finish=objective.finish,
         )
 
-    return train_on(place, config, run_dir, weighting, read)
+    return train_on(place, config, run_dir, read, objective)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
