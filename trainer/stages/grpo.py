@@ -7,22 +7,22 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from configs.stages import GrpoConfig
+from configs.stages import GrpoConfig, Split
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import Prompt, PromptFile, PromptReader
 from trainer.data.chat.template import load_template
-from trainer.data.tokenizer import Tokenizer
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
 from trainer.engine.parts import Checkpointed
 from trainer.engine.sharded_state import RandomGenerators
 from trainer.engine.state import StepResult, TrainState
+from trainer.environments.environment import Environment, load_environment
 from trainer.environments.scoring import RewardPool
 from trainer.evaluate.answers import ScoredAnswer
 from trainer.evaluate.validation import VALIDATION_SCORE, Evaluation
-from trainer.generate.prompts import end_tokens
 from trainer.optim.learning_rate import compute_learning_rate
 from trainer.rl.collect import Collector, Seconds, count_cores, scores_here
 from trainer.rl.gate import check_agreement, default_tolerance
@@ -30,6 +30,7 @@ from trainer.rl.metrics import combine, describe_rollouts, describe_work, find_u
 from trainer.rl.objective import ADVANTAGES, OLD, REFERENCE, PolicyObjective
 from trainer.rl.reference import AdapterlessReference, ReferenceWeights
 from trainer.rl.rollout import Rollout, Values
+from trainer.rl.talk import begin_conversation
 from trainer.rl.update import Minibatch, PolicyUpdates
 from trainer.stages.base import StageContext
 
@@ -45,12 +46,11 @@ class GrpoStage:
         self,
         config: GrpoConfig,
         engine: Engine,
-        tokenizer: Tokenizer,
         reader: PromptReader,
-        validation: Mapping[str, PromptFile],
+        validation: Sequence[PromptFile],
         collector: Collector,
     ) -> None:
-        self._config, self._engine, self._tokenizer = config, engine, tokenizer
+        self._config, self._engine = config, engine
         self._reader, self._validation, self._collector = reader, validation, collector
         method, mesh = config.grpo.method, engine.mesh
         self._objective = PolicyObjective(
@@ -114,7 +114,9 @@ class GrpoStage:
         """Return the mean score of likeliest answers to each source's first prompts. Collective: all ranks."""
         values: dict[str, float] = {}
         answers: list[ScoredAnswer] = []
-        for name, file in self._validation.items():
+        spell = self._collector.spell
+        for file in self._validation:
+            name = file.name
             prompts = file.first(self._config.grpo.num_validation_prompts)
             rollouts = self._collector.answer_greedily(prompts)
             scores = [rollout.score for rollout in rollouts if rollout.score is not None]
@@ -123,7 +125,7 @@ class GrpoStage:
                 found = [value for one in rollouts if (value := one.rewards.get(reward)) is not None]
                 values[f"validation_{reward}/{name}"] = sum(found) / len(found) if found else math.nan
             answers += [
-                ScoredAnswer(name, self._spell(prompt.token_ids), rollout.texts[-1], rollout.score, rollout.rewards)
+                ScoredAnswer(name, spell(prompt.token_ids), rollout.texts[-1], rollout.score, rollout.rewards)
                 for prompt, rollout in zip(prompts, rollouts, strict=True)
             ]
         return Evaluation(values, answers)
@@ -184,7 +186,7 @@ class GrpoStage:
         old = self._updates.score(minibatches) if needs_old or not self._is_through_gate else None
         rollouts = [rollout for minibatch in minibatches for rollout in minibatch.rollouts]
         if not self._is_through_gate and old is not None and rollouts:
-            difference = check_agreement(rollouts, old, grpo.gate_tolerance or default_tolerance(precision), self._spell)
+            difference = check_agreement(rollouts, old, grpo.gate_tolerance or default_tolerance(precision), self._collector.spell)
             log.info("log-probabilities of generation and of training are %.2g nats apart on average", difference)
             self._is_through_gate = True
         reference = self._updates.score(minibatches, self._reference) if self._reference is not None else None
@@ -204,11 +206,8 @@ class GrpoStage:
         self, step: int, rollout: Rollout, prompts: Mapping[int, Prompt], advantages: Values
     ) -> Mapping[str, Any]:
         drawn = advantages[rollout.key][rollout.trained()] if rollout.key in advantages else None
-        prompt = self._spell(prompts[rollout.group].token_ids)
+        prompt = self._collector.spell(prompts[rollout.group].token_ids)
         return rollout.record(step, prompt, None if drawn is None else float(drawn.mean()))
-
-    def _spell(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.backend.decode(list(ids), skip_special_tokens=False)
 
 
 def build_grpo_stage(context: StageContext) -> GrpoStage:
@@ -218,18 +217,25 @@ def build_grpo_stage(context: StageContext) -> GrpoStage:
     grpo = config.grpo
     template = load_template(grpo.template, tokenizer.directory, "grpo.template")
     encoder = ChatEncoder(template, tokenizer, field="grpo.template")
-    files = [
-        PromptFile(source, f"grpo.prompts[{number}]", encoder, config.longest_prompt)
-        for number, source in enumerate(grpo.prompts)
-    ]
-    validation = {
-        source.name: PromptFile(source, f"grpo.validation[{number}]", encoder, config.longest_prompt)
-        for number, source in enumerate(grpo.validation)
-    }
+    environment = None if grpo.environment is None else load_environment(grpo.environment)
+    files = open_prompts(config, "train", encoder, environment)
+    validation = open_prompts(config, "validation", encoder, environment)
     reader = PromptReader(files, [source.weight for source in grpo.prompts], config.run.seed)
     pool = None
-    if scores_here(engine):
-        pool = RewardPool(grpo.rewards, grpo.num_reward_workers or count_cores(engine))
-        pool.check([row for file in (*files, *validation.values()) for _, row in file.rows], config.rollout.max_new_tokens)
-    collector = Collector(config, engine, tokenizer, end_tokens(encoder), pool)
-    return GrpoStage(config, engine, tokenizer, reader, validation, collector)
+    if grpo.rewards and scores_here(engine):
+        pool = RewardPool(grpo.rewards, grpo.num_reward_workers or count_cores())
+        rows = [row for file in (*files, *validation) for _, row in file.rows]
+        pool.check(rows, config.rollout.max_new_tokens)
+    collector = Collector(config, engine, encoder, pool, environment)
+    return GrpoStage(config, engine, reader, validation, collector)
+
+
+def open_prompts(
+    config: GrpoConfig, split: Split, encoder: ChatEncoder, environment: Environment | None
+) -> list[PromptFile]:
+    """Open the prompts of a split, as the environment begins them where there is one. Raises BadInput."""
+    parse = None if environment is None else partial(begin_conversation, environment, seed=config.run.seed)
+    return [
+        PromptFile(source, f"{config.source_field(split)}[{number}]", encoder, config.longest_prompt, parse)
+        for number, source in enumerate(config.sources(split))
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,6 +26,8 @@ from trainer.data.chat.rows import open_rows
 from trainer.data.permutation import permute
 
 log = logging.getLogger(__name__)
+Parse = Callable[[Mapping[str, Any], str, int], Conversation]
+"""A row, its file and its number there -> what is to be answered; raises BadRow."""
 _NUM_CHECKED = 1000  # prompts of each source that are rendered before a run begins
 _NUM_TRIES = 1000  # prompts in a row that may be too long
 
@@ -48,8 +50,10 @@ class Prompt:
 class PromptFile:
     """The rows of one source, and each as a prompt."""
 
-    def __init__(self, source: ConversationSource, field: str, encoder: ChatEncoder, longest: int) -> None:
-        """Read all rows; prompts of more than `longest` tokens are none.
+    def __init__(
+        self, source: ConversationSource, field: str, encoder: ChatEncoder, longest: int, parse: Parse | None = None
+    ) -> None:
+        """Read all rows; prompts of more than `longest` tokens are none. `parse` is what makes a conversation of a row.
 
         Raises BadInput that names `field`, file and row for one that cannot be answered; of large files the rendering
         of the first rows alone is tried.
@@ -60,7 +64,8 @@ class PromptFile:
         content = hashlib.sha256()
         for path, number, row in open_rows(source, field):
             try:
-                self.rows.append((parse_prompt(row, source, path, number), row))
+                conversation = parse(row, path, number) if parse else parse_prompt(row, source, path, number)
+                self.rows.append((conversation, row))
             except BadRow as error:
                 raise BadInput(f"{field}: row {number} of {path}: {error}") from error
             content.update(json.dumps(row, sort_keys=True, default=str).encode())
