@@ -57,8 +57,12 @@ class RewardPool:
             place, config = f"{self._place}[{number}]", self.rewards[number]
             if seconds is not None and seconds >= config.time_limit:
                 advice = f"try {place}.time_limit={2 * seconds:g}"
-                wrong.append(f"{place}.time_limit={config.time_limit:g}: must be above the {seconds:g} s of its seconds; {advice}")
-            first = next((index for index, row in enumerate(rows) if column is None or row.get(column) is not None), None)
+                wrong.append(
+                    f"{place}.time_limit={config.time_limit:g}: must be above the {seconds:g} s of its seconds; {advice}"
+                )
+            first = next(
+                (index for index, row in enumerate(rows) if column is None or row.get(column) is not None), None
+            )
             if first is not None:
                 firsts.add(first)
             elif rows:

@@ -22,7 +22,7 @@ def describe_rollouts(rollouts: Sequence[Rollout], advantages: Values) -> dict[s
     figures = _spread("response_length", [rollout.num_sampled for rollout in rollouts])
     figures["response_length/clip_ratio"] = _mean([rollout.finish == "length" for rollout in rollouts])
     figures["prompt_length/mean"] = _mean([rollout.is_sampled.index(True) for rollout in rollouts])
-    figures |= _spread("critic/score", [rollout.score for rollout in scored])
+    figures |= _spread("critic/score", [rollout.score for rollout in scored if rollout.score is not None])
     trained = [advantages[rollout.key][rollout.trained()] for rollout in scored]
     figures |= _spread("critic/advantages", np.concatenate(trained) if trained else [])
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):

@@ -64,7 +64,9 @@ def test_right_and_wrong_code():
 )
 def test_tests_by_input_and_output(tests):
     assert score("a, b = map(int, input().split())\nprint(a + b, ' ')", tests) == 1.0
-    assert score("print(3)", [*tests, {"input": "", "output": "4"}] if isinstance(tests, list) else tests, partial=True) in (1.0, 1 / 3)
+    assert score(
+        "print(3)", [*tests, {"input": "", "output": "4"}] if isinstance(tests, list) else tests, partial=True
+    ) in (1.0, 1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,8 @@ def test_tests_by_input_and_output(tests):
         "import os\nos._exit(0)",
         "raise SystemExit(0)",
         RIGHT + "\nprint('[true, true]')\nimport os\nos.write(1, b'[true, true]')\nos._exit(0)",
-        "import os\nfor d in range(3, 20):\n    try:\n        os.write(d, b'[true, true]')\n    except OSError:\n        pass\n" + RIGHT,
+        "import os\nfor d in range(3, 20):\n    try:\n        os.write(d, b'[true, true]')\n    except OSError:\n        pass\n"
+        + RIGHT,
         "x = bytearray(1 << 30)\n" + RIGHT,
         "while True:\n    print('x' * 1000000)",
         "import signal, os\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError):\n        pass\nwhile True:\n    pass",
@@ -156,7 +159,12 @@ print(children, written >> 20, flush=True)
     children, megabytes = map(int, outcome.output.split())
     assert 0 < children < 16 and megabytes <= 4
     assert time.monotonic() - before < 3, "it ended with its first process"
-    fork_bomb = run_program("import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass", "", Limits(1.0, 512, 16, 4, "namespaces"), 100)
+    fork_bomb = run_program(
+        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+        "",
+        Limits(1.0, 512, 16, 4, "namespaces"),
+        100,
+    )
     assert fork_bomb.ended == "time"
 
 
@@ -180,5 +188,8 @@ def test_a_machine_that_cannot_contain_is_refused(monkeypatch):
 
 
 def test_python_has_its_packages():
-    assert run_program("import numpy; print(numpy.ones(3).sum())", "", Limits(10.0, 2048, 16, 4, ISOLATION), 100).output == b"3.0\n"
+    assert (
+        run_program("import numpy; print(numpy.ones(3).sum())", "", Limits(10.0, 2048, 16, 4, ISOLATION), 100).output
+        == b"3.0\n"
+    )
     assert sys.executable

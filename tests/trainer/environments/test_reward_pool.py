@@ -131,10 +131,22 @@ def test_workers_never_import_torch(make_pool):
     ("reward", "rows", "message"),
     [
         ({"function": "exactly"}, [ROW], r"grpo.rewards\[0\].function=exactly: must be one of exact_match, "),
-        ({"function": "numeric", "options": {"column": "reply"}}, [ROW], r"\[0\].options.column=reply: no row .* answer"),
-        ({"function": "length", "options": {"buffer": 200}}, [ROW], r"grpo.rewards\[0\].options.buffer=200: must be from 1"),
+        (
+            {"function": "numeric", "options": {"column": "reply"}},
+            [ROW],
+            r"\[0\].options.column=reply: no row .* answer",
+        ),
+        (
+            {"function": "length", "options": {"buffer": 200}},
+            [ROW],
+            r"grpo.rewards\[0\].options.buffer=200: must be from 1",
+        ),
         ({"function": f"{ODD}:choosy", "options": {"level": "4"}}, [ROW], r"rewards\[0\].options.level=4: .* try 3"),
-        ({"function": "code", "time_limit": 5}, [{"tests": "x"}], r"grpo.rewards\[0\].time_limit=5: must be above the 5 s"),
+        (
+            {"function": "code", "time_limit": 5},
+            [{"tests": "x"}],
+            r"grpo.rewards\[0\].time_limit=5: must be above the 5 s",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_scored(make_pool, reward, rows, message):

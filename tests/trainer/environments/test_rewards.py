@@ -189,6 +189,12 @@ def test_what_cannot_be_called_is_refused(function, options, message):
 def test_every_name_leads_to_a_function():
     for name in BUILT_IN:
         try:
-            load_reward(RewardConfig(function=name, options={"buffer": 1} if name == "length" else {"pattern": "x"} if name == "regex" else {}), "r")
+            load_reward(
+                RewardConfig(
+                    function=name,
+                    options={"buffer": 1} if name == "length" else {"pattern": "x"} if name == "regex" else {},
+                ),
+                "r",
+            )
         except BadInput as error:
             assert name in ("math", "reasoning_gym") and "pip install" in str(error)

@@ -14,6 +14,8 @@ def length(reply: Reply, buffer: int, maximum: int | None = None) -> float:
     """
     most = reply.max_new_tokens if maximum is None else maximum
     if not 1 <= buffer <= most:
-        raise BadInput(f"options.buffer={buffer}: must be from 1 to the {most:,} tokens of an answer; try {most // 5 or 1}")
+        raise BadInput(
+            f"options.buffer={buffer}: must be from 1 to the {most:,} tokens of an answer; try {most // 5 or 1}"
+        )
     beyond = reply.num_tokens - (most - buffer)
     return -min(max(beyond, 0) / buffer, 1.0)
