@@ -60,6 +60,11 @@ def _check_method(config: GrpoConfig) -> Iterator[str]:
             "grpo.kl.estimator: k1 in the loss has a gradient that is 0 on average, and holds nothing; a value that "
             "would work: k2 (or grpo.kl.place=reward)"
         )
+    if config.grpo.cut_answers == "leave_out" and method.kl_coefficient and method.kl_place == "reward":
+        yield (
+            "grpo.cut_answers: leave_out spares the forward passes that a divergence in the rewards needs; a value "
+            "that would work: train (or grpo.kl.place=loss)"
+        )
     if method.ratio == "sequence" and method.surrogate == "cispo":
         yield "grpo.ratio: cispo clips the ratios of tokens; a value that would work: token"
     if method.clip_low == 1 and method.surrogate == "clip" and config.grpo.clip_low is not None:

@@ -1,0 +1,128 @@
+"""A process that scores answers: it imports the reward functions once and sends back one message a reward.
+
+Started by process.py. Never imports torch by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from configs.errors import BadInput, in_one_line
+from configs.sections.reward import RewardConfig
+from trainer.environments.rewards.registry import LoadedReward, load_reward
+from trainer.environments.rewards.reply import Reply
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one reward made of one reply."""
+
+    value: float | None
+    """None where it does not apply, or failed."""
+    fault: str | None = None
+    is_refusal: bool = False
+    """It refused its options, not this reply."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker says once it is ready: the column that each reward reads, and the seconds it gives itself."""
+
+    columns: tuple[str | None, ...]
+    seconds: tuple[float | None, ...]
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serve the parent until it closes the connection: receive lists of replies, send a `Part` for each reward."""
+    _die_with(parent)
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    rewards, place = connection.recv()
+    loaded = _load(rewards, place)
+    if isinstance(loaded, str):
+        connection.send(loaded)
+        return
+    process = os.getpid()
+    connection.send(Loaded(tuple(one.column for one in loaded), tuple(one.seconds for one in loaded)))
+    while True:
+        try:
+            replies: Sequence[Reply] = connection.recv()
+        except EOFError:
+            return
+        connection.send(time.monotonic())
+        for reply in replies:
+            for reward, config in zip(loaded, rewards, strict=True):
+                part = score_part(reward, reply, config.time_limit)
+                if os.getpid() != process:  # a copy of this process that the function has made and not ended
+                    os._exit(0)
+                connection.send((part, time.monotonic()))
+
+
+def score_part(reward: LoadedReward, reply: Reply, time_limit: float) -> Part:
+    """Return a reward's value for a reply; whatever it raises, or returns beside numbers, is a fault."""
+    began = time.monotonic()
+    try:
+        value = _number(reward.function(reply, **reward.options))
+    except BadInput as error:
+        return Part(None, " ".join(str(error).split()), is_refusal=True)
+    except BaseException as error:  # of a user's function, also SystemExit and KeyboardInterrupt
+        return Part(None, _describe(error))
+    if time.monotonic() - began > time_limit:
+        return Part(None, too_slow(time_limit))
+    return value
+
+
+def too_slow(time_limit: float) -> str:
+    """Return the fault of a reward that is not done within its time limit, in seconds."""
+    return f"took longer than {time_limit:g} s"
+
+
+def _number(value: Any) -> Part:
+    """Return what a function returned as a part: None, or a finite number; numpy's and such are numbers too."""
+    if value is None:
+        return Part(None)
+    is_number = hasattr(type(value), "__float__") and getattr(value, "shape", ()) == ()
+    number = float(value) if is_number else math.nan
+    if not math.isfinite(number):
+        return Part(None, f"returned {repr(value)[:40]} ({type(value).__name__}), no finite number")
+    return Part(number)
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        text = in_one_line(error)
+    except BaseException:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _load(rewards: Sequence[RewardConfig], place: str) -> list[LoadedReward] | str:
+    """Import all functions; where one cannot be, return what is wrong with each, a line each."""
+    loaded, wrong = [], []
+    for number, config in enumerate(rewards):
+        try:
+            loaded.append(load_reward(config, f"{place}[{number}]"))
+        except BadInput as error:
+            wrong.append(str(error))
+    return "\n".join(wrong) if wrong else loaded
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process with the parent, and first of all where memory runs out."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    if os.getppid() != parent:
+        os._exit(1)
