@@ -23,6 +23,7 @@ from trainer.rl.objective import SAMPLED, PolicyObjective
 from trainer.rl.placement import Placement
 from trainer.rl.rollout import Key, Rollout, Values
 
+
 class Reference(Protocol):
     """Weights that a policy is held to."""
 

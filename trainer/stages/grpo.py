@@ -186,7 +186,9 @@ class GrpoStage:
         old = self._updates.score(minibatches) if needs_old or not self._is_through_gate else None
         rollouts = [rollout for minibatch in minibatches for rollout in minibatch.rollouts]
         if not self._is_through_gate and old is not None and rollouts:
-            difference = check_agreement(rollouts, old, grpo.gate_tolerance or default_tolerance(precision), self._collector.spell)
+            difference = check_agreement(
+                rollouts, old, grpo.gate_tolerance or default_tolerance(precision), self._collector.spell
+            )
             log.info("log-probabilities of generation and of training are %.2g nats apart on average", difference)
             self._is_through_gate = True
         reference = self._updates.score(minibatches, self._reference) if self._reference is not None else None

@@ -158,4 +158,3 @@ class PromptReader:
         """Go on from a cursor. Raises BadInput where a source is no longer what it was."""
         self._blend.load_state_dict(state["blend"])
         self.num_too_long = state["num_too_long"]
-
