@@ -12,7 +12,7 @@ LONG := --data data/stdlib/validation --lengths 256,512,1024,2048 --digits 2 --k
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup pretrain demo-long-context demo-sft test test-fast bench lint format types clean
+.PHONY: help setup pretrain demo-long-context demo-sft demo-grpo test test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,10 @@ demo-sft: setup  ## fine-tune that model on small questions, and ask it others b
 	$(PYTHON) tools/make_small_tasks.py --out data/tasks
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/sft.py configs/demo/sft.yaml
 
+demo-grpo: setup  ## reward that model for right answers, from where fine-tuning left it
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml
+
 test: setup  ## run every test
 	$(PYTHON) -m pytest
 
@@ -51,6 +55,7 @@ bench: setup  ## measure tokens/s against bare megatron-core, Hugging Face Train
 	$(PYTHON) tools/bench/conversion.py
 	$(PYTHON) tools/bench/context_parallel.py
 	OMP_NUM_THREADS=1 $(PYTHON) tools/bench/generation.py
+	$(PYTHON) tools/bench/grpo.py
 
 lint: setup  ## check style and formatting
 	$(PYTHON) -m ruff check $(CODE)

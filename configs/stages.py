@@ -11,14 +11,18 @@ from typing import Any, Literal
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
+from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.precision import PrecisionConfig
+from configs.sections.rollout import RolloutSection
 from configs.sections.run import LogConfig, RunConfig, SampleConfig
 from configs.sections.sft import SftSection
 from configs.sections.train import TrainConfig
+
+Split = Literal["train", "validation"]
 
 
 class Config(Section):
@@ -38,9 +42,18 @@ class Config(Section):
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
 
-    def sources(self, split: Literal["train", "validation"]) -> Sequence[Any]:
+    def sources(self, split: Split) -> Sequence[Any]:
         """Return what the run trains on, or what it is validated on."""
         return self.data.train if split == "train" else self.data.validation
+
+    def source_field(self, split: Split) -> str:
+        """Return the field that `sources` are listed in."""
+        return f"data.{split}"
+
+    @property
+    def chat_template(self) -> tuple[str, str | None] | None:
+        """The field that names the chat template of a stage of conversations, and its value; None for other stages."""
+        return None
 
     @property
     def packing(self) -> str:
@@ -70,9 +83,18 @@ class SftConfig(Config):
 
     sft: SftSection = SftSection()
 
-    def sources(self, split: Literal["train", "validation"]) -> Sequence[Any]:
+    def sources(self, split: Split) -> Sequence[Any]:
         """Return the sources of conversations."""
         return self.sft.train if split == "train" else self.sft.validation
+
+    def source_field(self, split: Split) -> str:
+        """Return the field of the conversations."""
+        return f"sft.{split}"
+
+    @property
+    def chat_template(self) -> tuple[str, str | None]:
+        """The field of the chat template, and its value."""
+        return "sft.template", self.sft.template
 
     @property
     def packing(self) -> str:
@@ -89,9 +111,50 @@ class SftConfig(Config):
         return True
 
 
+class GrpoConfig(Config):
+    """Reinforcement learning from rewards: the shared sections, prompts in the place of `data`'s sources, rollouts."""
+
+    grpo: GrpoSection = GrpoSection()
+    rollout: RolloutSection = RolloutSection()
+
+    def sources(self, split: Split) -> Sequence[Any]:
+        """Return the sources of prompts."""
+        return self.grpo.prompts if split == "train" else self.grpo.validation
+
+    def source_field(self, split: Split) -> str:
+        """Return the field of the prompts."""
+        return "grpo.prompts" if split == "train" else "grpo.validation"
+
+    @property
+    def chat_template(self) -> tuple[str, str | None]:
+        """The field of the chat template, and its value."""
+        return "grpo.template", self.grpo.template
+
+    @property
+    def packing(self) -> str:
+        """How rows are made of rollouts."""
+        return "best_fit"
+
+    @property
+    def has_document_mask(self) -> bool:
+        """Attention stays within rollouts."""
+        return True
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts whose groups are the answers of one step."""
+        return self.train.global_batch_size * self.grpo.num_minibatches // self.grpo.group_size
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
+        return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
 STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
+    "grpo": GrpoConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""

@@ -45,15 +45,12 @@ def read_config_of(
 
 
 def read_template_of(place: Path) -> str | None:
-    """Return the `sft.template` that a run was fine-tuned with; None for its tokenizer's own, and for other places."""
+    """Return the chat template that a run was trained with; None for its tokenizer's own, and for other places."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.manifest import read_manifest
 
     checkpoint = resolve_checkpoint(place)
-    template: str | None = (
-        None if checkpoint is None else read_manifest(checkpoint).config.get("sft", {}).get("template")
-    )
-    return template
+    return None if checkpoint is None else read_manifest(checkpoint).template
 
 
 def _read_place(place: Path) -> dict[str, Any]:

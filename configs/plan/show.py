@@ -22,7 +22,7 @@ from configs.plan.derive import (
 )
 from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
 from configs.plan.flops import flops_per_step
-from configs.stages import STAGE_CONFIGS, Config, SftConfig
+from configs.stages import STAGE_CONFIGS, Config, Split
 
 _MIB, _GIB = 2**20, 2**30
 _DEVICE_GB = (24, 40, 48, 80, 141, 180)
@@ -129,9 +129,11 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
     """Say which data is on this machine; a plan for another one may name what is not here yet."""
     data = config.data
     places = [("data.tokenizer", data.tokenizer, data.tokenizer)] if data.tokenizer else []
-    section, ending = ("sft", "") if isinstance(config, SftConfig) else ("data", ".bin")
-    for name in ("train", "validation"):
-        places += [(f"{section}.{name}", each.path, f"{each.path}{ending}") for each in config.sources(name)]
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
+        field = config.source_field(split)
+        ending = ".bin" if field.startswith("data.") else ""
+        places += [(field, each.path, f"{each.path}{ending}") for each in config.sources(split)]
     if config.checkpoint.init_from_hf is not None:
         path = config.checkpoint.init_from_hf
         places.append(("checkpoint.init_from_hf", path, os.path.join(path, "config.json")))
@@ -144,7 +146,7 @@ def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
         places.append(("checkpoint.resume", config.checkpoint.resume, config.checkpoint.resume))
     for name, path, file in places:
         found = "found" if os.path.exists(file) else "not on this machine"
-        is_data = name.endswith((".train", ".validation")) and os.path.isfile(file)
+        is_data = name.endswith((".train", ".prompts", ".validation")) and os.path.isfile(file)
         size = f", {_size_text(os.path.getsize(file))}" if is_data else ""
         yield name, f"{path}: {found}{size}"
 

@@ -10,6 +10,7 @@ from typing import Literal
 from configs.fp8 import uses_te_layers
 from configs.rules.data import check_data
 from configs.rules.fp8 import check_fp8
+from configs.rules.grpo import check_grpo
 from configs.rules.layout import check_layout
 from configs.rules.lora import check_lora
 from configs.rules.model import check_model
@@ -28,6 +29,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *check_data(config),
         *check_training(config),
         *check_stage(config),
+        *check_grpo(config),
         *check_fp8(config),
         *check_lora(config, has_te=has_te),
         *check_layout(config, world_size, platform=platform, has_te=uses_te_layers(config, has_te=has_te)),

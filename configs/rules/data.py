@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from configs.rules.model import check_unused
 from configs.sections.data import SourceConfig
-from configs.stages import Config, SftConfig
+from configs.stages import Config, GrpoConfig, SftConfig, Split
 
 _LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the longest run a config can name
 
@@ -18,20 +18,22 @@ def check_data(config: Config) -> Iterator[str]:
     data, train = config.data, config.train
     if isinstance(config, SftConfig):
         yield from _check_conversations(config)
+    elif isinstance(config, GrpoConfig):
+        yield from _check_prompts(config)
     elif train.num_steps > 0 and not data.train:
         yield (
             f"data.train: {_length(config)} need at least one source; a value that would work: "
             "[{path: data/corpus_train}]"
         )
-    section = "sft" if isinstance(config, SftConfig) else "data"
-    for split in ("train", "validation"):
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
         paths = [os.path.normpath(source.path) for source in config.sources(split)]
         for path in sorted({path for path in paths if paths.count(path) > 1}):
-            yield f"{section}.{split}: {path} is listed more than once; list it once and raise its weight"
+            yield f"{config.source_field(split)}: {path} is listed more than once; list it once and raise its weight"
     yield from _check_packing(config)
     yield from _check_long_documents(config)
     yield from _check_weights("data.train", [weight for source in data.train for weight in _part_weights(source)])
-    field = f"{section}.validation"
+    field = config.source_field("validation")
     different = {os.path.normpath(source.path): source for source in config.sources("validation")}.values()
     names = [source.name for source in different]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -58,27 +60,35 @@ def _length(config: Config) -> str:
 
 def _check_conversations(config: SftConfig) -> Iterator[str]:
     """Yield what is wrong with the conversations of fine-tuning, which take the place of `data`'s sources."""
-    data, sft = config.data, config.sft
-    reason = "in supervised fine-tuning, whose sources are in sft"
+    sft = config.sft
+    yield from _check_chats(config, "in supervised fine-tuning, whose sources are in sft", "data/chats.jsonl")
+    if sft.train_on == "all":
+        reason = "with sft.train_on=all, which does not say where answers begin"
+        yield from check_unused(sft, "sft", ("num_answers", "max_answer_tokens"), reason)
+
+
+def _check_prompts(config: GrpoConfig) -> Iterator[str]:
+    """Yield what is wrong with the prompts of reinforcement learning, which take the place of `data`'s sources."""
+    yield from _check_chats(config, "in reinforcement learning, whose prompts are in grpo", "data/prompts.jsonl")
+
+
+def _check_chats(config: Config, reason: str, example: str) -> Iterator[str]:
+    """Yield what is wrong with sources of chats and with what `data` says beside."""
+    data, field = config.data, config.source_field("train")
     yield from check_unused(data, "data", ("train", "validation", "packing", "document_mask"), reason)
     if data.tokenizer is None:
         yield (
             "data.tokenizer: is needed to tokenise conversations; a value that would work: the directory of the "
             "model's Hugging Face tokenizer"
         )
-    if config.train.num_steps > 0 and not sft.train:
-        yield (
-            f"sft.train: {_length(config)} need at least one source; a value that would work: "
-            "[{path: data/chats.jsonl}]"
-        )
-    if sft.train_on == "all":
-        reason = "with sft.train_on=all, which does not say where answers begin"
-        yield from check_unused(sft, "sft", ("num_answers", "max_answer_tokens"), reason)
-    weights = [source.weight for source in sft.train]
-    yield from _check_weights("sft.train", [weight for weight in weights if weight is not None])
+    sources = config.sources("train")
+    if config.train.num_steps > 0 and not sources:
+        yield f"{field}: {_length(config)} need at least one source; a value that would work: [{{path: {example}}}]"
+    weights = [source.weight for source in sources]
+    yield from _check_weights(field, [weight for weight in weights if weight is not None])
     if None in weights and any(weight is not None for weight in weights):
         place = weights.index(None)
-        yield f"sft.train[{place}].weight: is missing, and other sources have one; a value that would work: 1.0"
+        yield f"{field}[{place}].weight: is missing, and other sources have one; a value that would work: 1.0"
 
 
 def _check_weights(field: str, weights: Sequence[float]) -> Iterator[str]:

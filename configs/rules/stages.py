@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.stages import Config, LongContextConfig, SftConfig
+from configs.stages import Config, GrpoConfig, LongContextConfig, SftConfig
 
-_NEEDS_WEIGHTS = {LongContextConfig: "long context continues", SftConfig: "supervised fine-tuning starts from"}
+_NEEDS_WEIGHTS = {
+    LongContextConfig: "long context continues",
+    SftConfig: "supervised fine-tuning starts from",
+    GrpoConfig: "reinforcement learning starts from",
+}
 
 
 def check_stage(config: Config) -> Iterator[str]:

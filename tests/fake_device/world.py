@@ -236,23 +236,17 @@ def replace_kernels() -> None:
     cast._cast_kernel = cast._scale_kernel = NoKernel()
 
 
-class PolicyObjective:
-    """The mean log-probability, and an entropy bonus, of a policy that samples at a temperature."""
+def reinforce(engine: Any, batches: list[Any]) -> None:
+    """Take a step of reinforcement learning with all that its objective has; the columns are made up."""
+    from configs.sections.grpo import GrpoSection
+    from trainer.rl.objective import ADVANTAGES, OLD, REFERENCE, SAMPLED, PolicyObjective
 
-    mean_names: tuple[str, ...] = ()
-
-    def forward(self, model: Any, batch: Any) -> Any:
-        from trainer.engine.forward import score_language_model
-
-        return score_language_model(model, batch, temperature=0.7, entropy=True)
-
-    def loss(self, output: Any, batch: Any) -> Any:
-        from trainer.losses.loss import Loss
-
-        return Loss(((-output.log_probs - 0.01 * output.entropy) * batch.loss_mask).sum())
-
-    def count(self, batch: Any) -> torch.Tensor:
-        return (batch.loss_mask > 0).sum(dtype=torch.int32)
+    method = GrpoSection(algorithm="grpo", entropy_bonus=0.01, importance_cap=2.0).method
+    columns = {name: torch.ones(batches[0].tokens.shape) for name in (ADVANTAGES, OLD, REFERENCE, SAMPLED, "share")}
+    columns["ends"] = torch.ones(batches[0].tokens.shape, dtype=torch.int32)
+    laid = [dataclasses.replace(one, columns=columns) for one in batches]
+    objective = PolicyObjective(method, temperature=0.7, max_new_tokens=8, cp_group=engine.mesh.cp_group)
+    engine.train_step(laid, objective, 1e-3)
 
 
 def fine_tune(engine: Any, batches: list[Any]) -> None:
@@ -320,7 +314,7 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
                 engine.train_step(batches, objective, 1e-3)
             found = {"reads": dict(READS), "peak_bytes": memory.peak}
             READS.clear()
-            engine.train_step(batches, PolicyObjective(), 1e-3)
+            reinforce(engine, batches)
             found["reads_of_policy"] = dict(READS)
             READS.clear()
             fine_tune(engine, batches)

@@ -52,6 +52,7 @@ def generate_as(place: Place, config: Any, start: str, is_hf: bool) -> tuple[Any
     """Return greedy answers, drawn ones, and the largest errors of their log-probabilities against a whole forward."""
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
+    from trainer.generate.cache_size import bytes_of_token
     from trainer.generate.generator import EngineGenerator
     from trainer.generate.sampling import Sampling
     from trainer.hf.source import HfModel
@@ -62,11 +63,14 @@ def generate_as(place: Place, config: Any, start: str, is_hf: bool) -> tuple[Any
             load_hf_weights(engine, HfModel(start, config.model))
         else:
             warm_start(engine, resolve_checkpoint(start))
-        generator = EngineGenerator(engine, max_rows=3)
+        cache_bytes = (3 * 64 + 1) * bytes_of_token(config)  # three rows of the longest prompt and its answer
+        generator = EngineGenerator(engine, cache_bytes=cache_bytes)
         greedy = generator.generate(PROMPTS, Sampling(NUM_TOKENS, temperature=0.0))
         # Some tokens end answers early, so that rows leave and others come in. (With seed 5 one draw lies within 1e-9
         # of the next token, which is closer than layouts agree.)
         drawn = generator.generate(PROMPTS, Sampling(NUM_TOKENS, num_samples=3, seed=6, stop_tokens=tuple(range(7))))
+        assert {one.num_slots for one in generator.last_report.replicas} == {3}
+        assert {one.cache_bytes for one in generator.last_report.replicas} == {cache_bytes}
         answers = [*greedy, *drawn[:: 1 if is_hf else 4]]
         errors = [
             float(np.abs(np.subtract(one.logprobs, score(engine, PROMPTS[one.prompt], one.token_ids))).max())

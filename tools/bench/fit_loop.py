@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.stages import Config, SftConfig
+from configs.stages import Config
 from parallel.environment import Environment
 from parallel.platform import PlatformName
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from trainer.engine.state import StepResult, TrainState
 
 
-def run_fit(config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
-    """Train as `launch/pretrain.py` or `launch/sft.py` does and return the last step's loss on rank 0.
+def run_fit(
+    config: Config, stage_name: str, environment: Environment, platform: PlatformName, clock: StepClock
+) -> float | None:
+    """Train as the stage's entry point in `launch/` does and return the last step's loss on rank 0.
 
     Collective: all ranks of the world must call this.
     """
@@ -24,7 +26,7 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
     from trainer.stages.base import Stage, StageContext, StageKind
     from trainer.stages.build import STAGES
 
-    kind = STAGES["sft" if isinstance(config, SftConfig) else "pretrain"]
+    kind = STAGES[stage_name]
 
     def build(context: StageContext) -> Stage:
         """Build the stage so that it ticks at the start of each step, which is the first thing the loop calls."""
@@ -33,10 +35,13 @@ def run_fit(config: Config, environment: Environment, platform: PlatformName, cl
 
         def clocked_step(state: TrainState) -> StepResult:
             clock.tick()
-            return step(state)
+            result = step(state)
+            if stage_name == "grpo":
+                clock.count(result.num_tokens)
+            return result
 
         stage.step = clocked_step  # type: ignore[method-assign]
-        if isinstance(config, SftConfig):
+        if stage_name == "sft":
             _count_tokens(stage, clock)
         return stage
 

@@ -1,8 +1,8 @@
 """One measured run of one loop in this process, started by `throughput.py`; rank 0 writes what it measured as JSON.
 
 Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json PIPES 2 10 STAGE CONFIG [K=V ...]
-The words are the loop (fit, bare, hf or trl), the result's file, the directory of the conductor's pipes, warm-up steps,
-measured steps, the stage (pretrain or sft) and the run's config.
+The words are the loop (fit, bare, hf, trl or trl_grpo), the result's file, the directory of the conductor's pipes, warm-up steps,
+measured steps, the stage (pretrain, sft or grpo) and the run's config.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     turns = Turns(Path(pipes), loop, environment.rank)
     clock = StepClock(int(num_warmup), int(num_steps), platform.synchronize, turns)
     config = load_config(config_path, [*overrides, f"train.num_steps={clock.total_steps}"], stage)
-    loss = _run(loop, config, environment, name, clock)
+    loss = _run(loop, config, stage, environment, name, clock)
     if environment.rank == 0:
         report = RunReport(
             loop=loop,
@@ -48,13 +48,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(loop: str, config: Config, environment: Environment, platform: PlatformName, clock: StepClock) -> float | None:
+def _run(
+    loop: str, config: Config, stage: str, environment: Environment, platform: PlatformName, clock: StepClock
+) -> float | None:
     if loop == "fit":
         from tools.bench.fit_loop import run_fit
         from trainer.report.log import start_console
 
         start_console(environment.rank)
-        return run_fit(config, environment, platform, clock)
+        return run_fit(config, stage, environment, platform, clock)
     if loop == "bare":
         from tools.bench.bare_loop import run_bare
 
@@ -63,6 +65,11 @@ def _run(loop: str, config: Config, environment: Environment, platform: Platform
         from tools.bench.trl_loop import run_trl
 
         run_trl(config, platform, clock)
+        return None
+    if loop == "trl_grpo":
+        from tools.bench.trl_grpo_loop import run_trl_grpo
+
+        run_trl_grpo(config, platform, clock)
         return None
     from tools.bench.hf_loop import run_hf
 

@@ -34,7 +34,7 @@ from tools.paths import path_argument
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
 NUM_WARMUP = 2
-ALONE = ("hf", "trl")
+ALONE = ("hf", "trl", "trl_grpo")
 """Loops that need no launcher."""
 _SETTINGS = (
     "train.eval_every=null",
@@ -51,7 +51,9 @@ SETTINGS = (
     "sample.prompts=[]",
     "train.global_batch_size=4",
 )
-FINE_TUNING = (*_SETTINGS, "sft.validation=[]", "sft.num_answers=0", "checkpoint.init_from=null", "train.log_every=10")
+_ON_CHATS = (*_SETTINGS, "checkpoint.init_from=null", "train.log_every=10")
+FINE_TUNING = (*_ON_CHATS, "sft.validation=[]", "sft.num_answers=0")
+REINFORCEMENT = (*_ON_CHATS, "grpo.validation=[]", "grpo.rewards=[{function: 'tools.bench.vowel_reward:share_of_vowels'}]")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,12 @@ class Case:
 
     def words(self, data: Path, run_dir: Path) -> list[str]:
         """Return stage, config and overrides of a run on a dataset, or on a file of conversations."""
-        settings, section = (FINE_TUNING, "sft") if self.stage == "sft" else (SETTINGS, "data")
-        paths = [f"{section}.train=[{{path: {data}}}]", f"run.dir={run_dir}"]
+        settings, field = {
+            "pretrain": (SETTINGS, "data.train"),
+            "sft": (FINE_TUNING, "sft.train"),
+            "grpo": (REINFORCEMENT, "grpo.prompts"),
+        }[self.stage]
+        paths = [f"{field}=[{{path: {data}}}]", f"run.dir={run_dir}"]
         if self.stage == "sft":
             paths.append(f"sft.cache={run_dir.parent / 'cache'}")
         config = CONFIG.with_name(f"{self.stage}.yaml")

@@ -51,6 +51,13 @@ class Manifest:
     """Of adapters, whose files hold no other weights: which they belong to (`trainer.checkpoint.base_weights`)."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def template(self) -> str | None:
+        """The chat template that the run named in its stage's section; None for its tokenizer's own, or no stage of
+        conversations."""
+        sections = (self.config.get(name) or {} for name in ("sft", "grpo"))
+        return next((section["template"] for section in sections if section.get("template") is not None), None)
+
     def write(self, directory: Path) -> None:
         """Write `checkpoint.json` into `directory` and force it to disk."""
         path = directory / MANIFEST

@@ -36,10 +36,11 @@ class Assignment:
 class Blend:
     """Sources drawn in proportion to their weights, each read in its own order."""
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
-        """Blend `sources` with relative `weights`. Raises BadInput when the same data is given twice."""
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], field: str = "data.train") -> None:
+        """Blend `sources` with relative `weights`. Raises BadInput, naming `field`, when the same data is given twice."""
         if not sources:
-            raise BadInput("data.train: no source is given; a value that would work: [{path: data/stdlib/train}]")
+            raise BadInput(f"{field}: no source is given; a value that would work: [{{path: data/stdlib/train}}]")
+        self._field = field
         self.sources = list(sources)
         self.weights = np.array(weights, dtype=np.float64) / np.sum(weights)
         self.consumed_samples = 0
@@ -51,7 +52,7 @@ class Blend:
             path = source.dataset.prefix
             if source.dataset.identity in seen:
                 other = seen[source.dataset.identity]
-                raise BadInput(f"data.train: {path} and {other} hold the same data; give one of them both weights")
+                raise BadInput(f"{field}: {path} and {other} hold the same data; give one of them both weights")
             seen[source.dataset.identity] = path
 
     def take(self, num_samples: int) -> Assignment:
@@ -145,7 +146,7 @@ class Blend:
         for number, source in enumerate(self.sources):
             path, identity = source.dataset.prefix, source.dataset.identity
             if identity not in before and path in known:
-                raise BadInput(f"data.train: {path} is not what the checkpoint read there; put new data elsewhere")
+                raise BadInput(f"{self._field}: {path} is not what the checkpoint read there; put new data elsewhere")
             self._consumed[number] = before.get(identity, {"consumed_samples": 0})["consumed_samples"]
         self.consumed_samples = state["consumed_samples"]
         present = {source.dataset.identity for source in self.sources}

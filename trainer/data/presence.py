@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from configs.errors import BadInput
 from configs.plan.derive import sequence_pieces
-from configs.stages import Config, SftConfig
+from configs.stages import Config, Split
 from trainer.data.dataset_files import check_sizes, read_meta
 
 
@@ -21,8 +21,8 @@ def find_data_problems(config: Config, *, is_plan: bool = False) -> list[str]:
     directory = config.data.tokenizer
     if directory is not None and not is_plan and not os.path.isdir(directory):
         problems.append(f"data.tokenizer {directory}: no such directory; train one with tools/train_tokenizer.py")
-    if isinstance(config, SftConfig):
-        problems += _conversation_problems(config, is_plan=is_plan)
+    if config.chat_template is not None:
+        problems += _conversation_problems(config, *config.chat_template, is_plan=is_plan)
     for name in ("train", "validation"):
         for source in getattr(config.data, name):
             if is_plan and not os.path.exists(f"{source.path}.idx"):
@@ -36,18 +36,19 @@ def find_data_problems(config: Config, *, is_plan: bool = False) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def _conversation_problems(config: SftConfig, *, is_plan: bool) -> Iterator[str]:
+def _conversation_problems(config: Config, field: str, template: str | None, *, is_plan: bool) -> Iterator[str]:
     """Yield what is missing of the conversations and the template; tokenising finds what is wrong inside."""
     from trainer.data.chat.template import load_template
 
-    for split in ("train", "validation"):
-        for number, source in enumerate(getattr(config.sft, split)):
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
+        for number, source in enumerate(config.sources(split)):
             if not is_plan and not os.path.exists(source.path):
-                yield f"sft.{split}[{number}].path: {source.path}: no such file or directory"
+                yield f"{config.source_field(split)}[{number}].path: {source.path}: no such file or directory"
     directory = config.data.tokenizer
     if directory is not None and os.path.isdir(directory):
         try:
-            load_template(config.sft.template, directory)
+            load_template(template, directory, field)
         except BadInput as error:
             yield str(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,6 +36,8 @@ class StepResult:
     """Further means."""
     phase_seconds: dict[str, float]
     """Seconds by phase, in order: data, forward_backward, optimizer, or what else a stage's step consists of."""
+    rollouts: Sequence[Mapping[str, Any]] = ()
+    """What was generated in the step, where anything was, as it is written down."""
 
     @property
     def is_empty(self) -> bool:

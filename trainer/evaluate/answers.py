@@ -27,6 +27,18 @@ class Question:
 
 
 @dataclass(frozen=True)
+class ScoredAnswer:
+    """What the model says, and what that is worth."""
+
+    source: str
+    prompt: str
+    answer: str
+    score: float | None
+    """None where a reward failed."""
+    rewards: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
 class Answer:
     """What the model says."""
 
@@ -35,6 +47,9 @@ class Answer:
     answer: str
     expected: str
     is_exact: bool
+
+
+Spoken = Answer | ScoredAnswer
 
 
 def read_questions(dataset: TokenDataset, num_questions: int, longest: int, seq_len: int) -> list[Question]:

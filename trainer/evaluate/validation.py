@@ -10,10 +10,11 @@ from trainer.data.batch import Batch, without_loss
 from trainer.data.reader import ValidationReader
 from trainer.engine.engine import Engine
 from trainer.engine.objective import Objective
-from trainer.evaluate.answers import Answer, AnswerEvaluator
+from trainer.evaluate.answers import AnswerEvaluator, Spoken
 
 VALIDATION_LOSS = "validation_loss/"
 VALIDATION_PERPLEXITY = "validation_perplexity/"
+VALIDATION_SCORE = "validation_score/"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Evaluation:
 
     values: dict[str, float]
     """By the name it is logged under."""
-    answers: Sequence[Answer] = ()
+    answers: Sequence[Spoken] = ()
     """To questions of the validation sources, where any are asked."""
 
 

@@ -6,6 +6,7 @@ in its cache at once; where a row has ended, the next one that waits comes in.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -22,72 +23,122 @@ from parallel.collectives import (
 )
 from trainer.data.batch import copy_to
 from trainer.engine.sharded_model import ShardedModel
+from trainer.generate.cache_size import rows_that_fit, slot_length
 from trainer.generate.passes import num_microbatches, prompt_pass, token_pass
+from trainer.generate.report import GenerationReport, ReplicaReport
 from trainer.generate.rows import Completion, Row, Slots, deal
-from trainer.generate.sampling import Sampling, draw_tokens, row_random
+from trainer.generate.sampling import Sampling, check_keys, draw_tokens, row_random
 from trainer.generate.stops import Decode, find_stop_string
-from trainer.model.attention.cache import KeyValueCache
+from trainer.model.attention.cache import CachedTokens, KeyValueCache
 from trainer.model.build import attending_with_cache
 
 MAX_ROWS = 64
 _PROMPT_TOKENS = 8192  # of the prompts that are computed in one pass: its activations
-_LENGTH_MULTIPLE = 64  # so that caches of about one length have tables of angles of one length
 OnToken = Callable[[int, int, int], None]
 
 
 class Generator(Protocol):
-    """Whatever answers prompts."""
+    """Whatever answers prompts: the engine, or a server of its weights."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+    last_report: GenerationReport | None
+    """Of the last call."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        keys: Sequence[Sequence[int]] | None = None,
+        expected_lengths: Sequence[float] | None = None,
+    ) -> list[Completion]:
         """Return `sampling.num_samples` answers to each prompt, in the order of prompts, then of samples."""
 
 
 class EngineGenerator:
     """Answers with a model of the engine. Its weights are read as they are at each call."""
 
-    def __init__(self, model: ShardedModel, decode: Decode | None = None, *, max_rows: int = MAX_ROWS) -> None:
-        """`max_rows` bounds the cache of each replica; `decode`, ids -> text with special tokens, finds stop strings.
+    def __init__(
+        self,
+        model: ShardedModel,
+        decode: Decode | None = None,
+        *,
+        max_rows: int = MAX_ROWS,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """Bound what a replica has in its cache at once: rows, and, where `cache_bytes` is given, bytes on each rank.
 
-        A cache of r rows of at most n tokens takes r * n * layers/pp * groups/tp * (dim of keys + of values) numbers.
+        A cache of r rows of at most n tokens takes r * n * layers/pp * groups/tp * (dim of keys + of values) numbers
+        while a call lasts. `decode`, ids -> text with special tokens, finds stop strings.
         """
         if max_rows < 1:
             raise BadInput(f"max_rows: {max_rows} rows can generate nothing; a value that would work: {MAX_ROWS}")
-        self._model, self._decode, self._max_rows = model, decode, max_rows
+        self._model, self._decode, self._max_rows, self._cache_bytes = model, decode, max_rows, cache_bytes
+        self.last_report: GenerationReport | None = None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: OnToken | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_token: OnToken | None = None,
+        keys: Sequence[Sequence[int]] | None = None,
+        expected_lengths: Sequence[float] | None = None,
     ) -> list[Completion]:
-        """Return `sampling.num_samples` answers to each prompt, in order, on every rank.
+        """Return `sampling.num_samples` answers to each prompt, in order, on every rank; `last_report` says what it
+        took.
 
-        An answer does not depend on the others, nor, but for rounding, on the layout. `on_token(prompt, sample, id)` is
-        told every token at once, on all ranks of the replica that draws it: rank 0's, of a prompt alone. Raises
-        BadInput. Collective: all ranks of the world must call this.
+        An answer does not depend on the others, nor, but for rounding, on the layout: a prompt's random numbers come
+        from its key, its number where `keys` is not given. `expected_lengths`, tokens of an answer to each prompt, the
+        limit where not given, are what replicas share the work by. `on_token(prompt, sample, id)` is told every token
+        at once, on all ranks of the replica that draws it: rank 0's, of a prompt alone. Raises BadInput. Collective:
+        all ranks of the world must call this.
         """
-        self._check(prompts, sampling)
-        model, mesh = self._model, self._model.mesh
-        model.finish_parameter_gather()
-        lengths = [len(prompt) for prompt in prompts]
+        limits = self._check(prompts, sampling)
+        keys = [(number,) for number in range(len(prompts))] if keys is None else keys
+        check_keys(keys, len(prompts))
+        answers = _expected(limits, expected_lengths)
+        lengths, mesh = [len(prompt) for prompt in prompts], self._model.mesh
         replica, num_replicas = dist.get_rank(mesh.dp_cp_group), dist.get_world_size(mesh.dp_cp_group)
-        context = model.config.model.max_position_embeddings
         rows = [
-            Row(
-                prompt,
-                sample,
-                prompts[prompt],
-                min(sampling.max_new_tokens, context - lengths[prompt]),
-                row_random(sampling, prompt, sample),
-            )
-            for prompt, sample in deal(lengths, sampling.num_samples, num_replicas, replica)
+            Row(prompt, sample, prompts[prompt], limits[prompt], row_random(sampling, keys[prompt], sample))
+            for prompt, sample in deal(lengths, answers, sampling.num_samples, num_replicas, replica)
         ]
-        with attending_with_cache(model.chunks, model.config, mesh):
-            _Generation(model, rows, self._max_rows, sampling, self._decode, on_token).run()
+        report = self._answer(rows, sampling, on_token, replica)
         is_first = mesh.tp_rank == 0 and mesh.is_first_pp_stage
-        everywhere = gather_objects([row.completion() for row in rows] if is_first else [])
-        completions = [one for part in everywhere for one in part]
+        everywhere = gather_objects(([row.completion() for row in rows], report) if is_first else None)
+        found = [one for one in everywhere if one is not None]
+        self.last_report = GenerationReport(tuple(sorted((one[1] for one in found), key=lambda one: one.replica)))
+        completions = [completion for one in found for completion in one[0]]
         return sorted(completions, key=lambda one: (one.prompt, one.sample))
 
-    def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Refuse what the model cannot take; all ranks have the same prompts and see the same."""
+    def _answer(
+        self, rows: Sequence[Row], sampling: Sampling, on_token: OnToken | None, replica: int
+    ) -> ReplicaReport:
+        """Generate this replica's rows to their ends; nothing of the cache outlives this."""
+        model = self._model
+        model.finish_parameter_gather()
+        longest = max((len(row.prompt_ids) + row.limit for row in rows), default=1)
+        num_slots = min(self._max_rows, len(rows))
+        if self._cache_bytes is not None:
+            num_slots = min(num_slots, rows_that_fit(model.config, self._cache_bytes, longest))
+        cache = KeyValueCache(num_slots, slot_length(longest))
+        with attending_with_cache(model.chunks, model.config, model.mesh):
+            generation = _Generation(model, rows, cache, sampling, self._decode, on_token)
+            generation.run()
+        return ReplicaReport(
+            replica,
+            generation.num_prompt_tokens,
+            sum(len(row.token_ids) for row in rows),
+            generation.num_passes,
+            num_slots,
+            cache.num_bytes,
+            generation.seconds,
+        )
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
+        """Refuse what the model cannot take; return the most new tokens of each prompt.
+
+        All ranks have the same prompts and see the same.
+        """
         model = self._model.config.model
         context, vocab_size = model.max_position_embeddings, model.vocab_size
         if sampling.stop_strings and self._decode is None:
@@ -101,6 +152,25 @@ class EngineGenerator:
             wrong = next((one for one in prompt if not 0 <= one < vocab_size), None)
             if wrong is not None:
                 raise BadInput(f"prompt {number}: token {wrong} is not one of the model's, 0 to {vocab_size - 1}")
+        limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        if self._cache_bytes is not None and prompts:
+            longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+            rows_that_fit(self._model.config, self._cache_bytes, longest)
+        return limits
+
+
+def _expected(limits: Sequence[int], expected_lengths: Sequence[float] | None) -> list[float]:
+    """Return the tokens expected of an answer to each prompt, which are no more than its limit."""
+    if expected_lengths is None:
+        return list(limits)
+    if len(expected_lengths) != len(limits):
+        raise BadInput(f"expected_lengths: {len(expected_lengths)} for {len(limits)} prompts; give one for each")
+    wrong = next((number for number, one in enumerate(expected_lengths) if not one >= 0), None)
+    if wrong is not None:
+        raise BadInput(
+            f"expected_lengths: {expected_lengths[wrong]} for prompt {wrong} is no number of tokens; 0 or more would work"
+        )
+    return [min(limit, expected) for limit, expected in zip(limits, expected_lengths, strict=True)]
 
 
 class _Generation:
@@ -110,28 +180,31 @@ class _Generation:
         self,
         model: ShardedModel,
         rows: Sequence[Row],
-        max_rows: int,
+        cache: KeyValueCache,
         sampling: Sampling,
         decode: Decode | None,
         on_token: OnToken | None,
     ) -> None:
         self._model, self._mesh, self._sampling = model, model.mesh, sampling
-        self._decode, self._on_token = decode, on_token
-        num_slots = min(max_rows, len(rows))
-        longest = max((len(row.prompt_ids) + row.limit for row in rows), default=1)
-        self._cache = KeyValueCache(num_slots, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
-        self._slots = Slots(rows, num_slots)
+        self._decode, self._on_token, self._cache = decode, on_token, cache
+        self._slots = Slots(rows, cache.num_slots)
         self._stops = frozenset(sampling.stop_tokens)
         self._first_logits: dict[int, torch.Tensor] = {}
         """On the last pipeline stage, `[vocab/tp]` after a prompt of which further rows wait."""
         # Where tp ranks share the tokens each takes as many, and Transformer Engine's FP8 wants multiples of 16.
         multiple = model.mesh.tp_size if model.config.parallel.sp else 1
         self._multiple = multiple * (16 if model.config.precision.fp8 is not None else 1)
+        self.num_prompt_tokens, self.num_passes, self.seconds = 0, 0, 0.0
 
     def run(self) -> None:
-        """Generate until all rows of all replicas that share experts have ended."""
-        while self._step():
-            pass
+        """Generate until all rows of all replicas that share experts have ended; `seconds` are those of the own."""
+        started = time.perf_counter()
+        is_busy = True
+        while is_busy:
+            has_own = bool(self._slots.active or self._slots.waiting)
+            is_busy = self._step()
+            if has_own:
+                self.seconds = time.perf_counter() - started
 
     def _step(self) -> bool:
         """Let waiting rows in, draw one token for every row, and return whether there was anything to do."""
@@ -144,14 +217,13 @@ class _Generation:
             parts = num_microbatches(num_running, self._mesh)
             old = self._slots.active[:num_old]
             logits.append(
-                self._model.compute_next_logits(
-                    token_pass(old, self._cache, self._mesh, num_parts=parts, multiple=self._multiple)
-                )
+                self._compute(token_pass(old, self._cache, self._mesh, num_parts=parts, multiple=self._multiple))
             )
         if num_new:
             parts = num_microbatches(num_new, self._mesh)
             passes = prompt_pass(new, self._cache, self._mesh, num_parts=parts, multiple=self._multiple)
-            self._keep(new, self._model.compute_next_logits(passes))
+            self._keep(new, self._compute(passes))
+            self.num_prompt_tokens += sum(len(row.prompt_ids) for _, row in new)
         if joining:
             logits.append(self._join(joining, num_old, sources))
         if self._slots.active:
@@ -160,6 +232,10 @@ class _Generation:
             if last != place:
                 self._cache.copy(last, place, self._slots.active[place].num_cached)
         return bool(num_new or num_running)
+
+    def _compute(self, passes: Sequence[CachedTokens]) -> torch.Tensor | None:
+        self.num_passes += 1
+        return self._model.compute_next_logits(passes)
 
     def _plan_prompts(self, num_old: int) -> tuple[dict[int, int], list[tuple[int, Row]]]:
         """Return the slots that have, or will have, the prompts of joining rows, and what must be computed for that."""
@@ -197,16 +273,18 @@ class _Generation:
         """Draw a token for each active row on one rank of the replica's last stage, and add it on all."""
         rows, mesh = self._slots.active, self._mesh
         numbers = [row.random.random() for row in rows] if self._sampling.temperature > 0 else []
-        drawn = torch.empty(2, len(rows), dtype=torch.float64, device=mesh.device)
+        drawn = torch.empty(3 if self._sampling.leaves_out else 2, len(rows), dtype=torch.float64, device=mesh.device)
         if mesh.is_last_pp_stage:
             joined = logits[0] if len(logits) == 1 else torch.cat(list(logits))
             whole = gather_over_tp(joined, mesh)[:, : self._model.config.model.vocab_size]
             if mesh.tp_rank == 0:
                 uniforms = copy_to(torch.tensor(numbers, dtype=torch.float64), mesh.device)
-                tokens, log_probs = draw_tokens(whole.float(), self._sampling, uniforms)
-                drawn = torch.stack([tokens.double(), log_probs.double()])
+                found = draw_tokens(whole.float(), self._sampling, uniforms)
+                drawn = torch.stack([one.double() for one in found[: len(drawn)]])
             from_first_tp_rank(drawn, mesh)
-        tokens, log_probs = from_last_pp_stage(drawn, mesh).tolist()
+        tokens, log_probs, *full = from_last_pp_stage(drawn, mesh).tolist()
+        for row, log_prob in zip(rows, *full, strict=True) if full else ():
+            row.full_logprobs.append(log_prob)
         for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
             self._add(row, int(token), log_prob)
 

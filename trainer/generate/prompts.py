@@ -11,6 +11,14 @@ from trainer.data.chat.template import load_template
 from trainer.data.tokenizer import Tokenizer, template_prefix
 
 
+def end_tokens(encoder: ChatEncoder) -> tuple[int, ...]:
+    """Return the ids that end a turn of the assistant: the template's, and what ends texts."""
+    behaviour, tokenizer = encoder.behaviour, encoder.tokenizer
+    ends = (behaviour.end_token, behaviour.eos_token)
+    known = (tokenizer.backend.token_to_id(token) for token in ends if token is not None)
+    return tuple({tokenizer.eod_id, *(one for one in known if one is not None)})
+
+
 class RawPrompts:
     """Text that is continued, begun as the tokenizer begins texts."""
 
@@ -30,10 +38,7 @@ class ChatPrompts:
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, field: str = "template") -> None:
         """`template` is a name, a .jinja file, or None for the tokenizer's own. Raises BadInput that names `field`."""
         self._encoder = ChatEncoder(load_template(template, tokenizer.directory, field), tokenizer, field=field)
-        behaviour = self._encoder.behaviour
-        ends = (behaviour.end_token, behaviour.eos_token)
-        known = (tokenizer.backend.token_to_id(token) for token in ends if token is not None)
-        self.stop_tokens: tuple[int, ...] = tuple({tokenizer.eod_id, *(one for one in known if one is not None)})
+        self.stop_tokens: tuple[int, ...] = end_tokens(self._encoder)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation and of what begins an answer; no message can forge a chat token.

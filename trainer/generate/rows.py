@@ -23,6 +23,11 @@ class Completion:
     """What was drawn, a token or the tokens that stopped it included."""
     logprobs: list[float]
     """Of each token, in nats, under the distribution that it was drawn from (`draw_tokens`)."""
+    full_logprobs: list[float]
+    """The same under softmax(logits / temperature) over all ids, which is what a forward pass of training gives.
+
+    Where neither top-k nor top-p left tokens out, and at temperature 0, this is the list `logprobs` itself.
+    """
     finish: Finish
     """What ended it; "length" is the limit of new tokens or the model's context."""
 
@@ -39,6 +44,7 @@ class Row:
     random: np.random.Generator
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    full_logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
 
     @property
@@ -49,21 +55,26 @@ class Row:
     def completion(self) -> Completion:
         """Return the answer, which is finished."""
         assert self.finish is not None
-        return Completion(self.prompt, self.sample, self.token_ids, self.logprobs, self.finish)
+        full = self.full_logprobs or self.logprobs
+        return Completion(self.prompt, self.sample, self.token_ids, self.logprobs, full, self.finish)
 
 
-def deal(lengths: Sequence[int], num_samples: int, num_ranks: int, rank: int) -> Iterator[tuple[int, int]]:
-    """Yield the (prompt, sample) that a rank answers, of prompts of `lengths` tokens: like work for all ranks.
+def deal(
+    lengths: Sequence[int], answers: Sequence[float], num_samples: int, num_ranks: int, rank: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the (prompt, sample) that a rank answers: like work for all ranks, counted in tokens.
 
-    All answers to a prompt go to one rank, which then computes the prompt once, unless there are fewer prompts than
-    ranks. Longest first, each to the rank with the least work so far.
+    Prompts have `lengths` tokens, and an answer to each is expected to have `answers`. All answers to a prompt go to
+    one rank, which then computes the prompt once, unless there are fewer prompts than ranks. Most work first, each to
+    the rank with the least so far.
     """
     each = num_samples if len(lengths) >= num_ranks else 1
+    costs = [length + each * answer for length, answer in zip(lengths, answers, strict=True)]
     pieces = [(prompt, first) for prompt in range(len(lengths)) for first in range(0, num_samples, each)]
-    work = [0] * num_ranks
-    for prompt, first in sorted(pieces, key=lambda piece: -lengths[piece[0]]):
+    work = [0.0] * num_ranks
+    for prompt, first in sorted(pieces, key=lambda piece: -costs[piece[0]]):
         owner = work.index(min(work))
-        work[owner] += lengths[prompt] + 1
+        work[owner] += costs[prompt]
         if owner == rank:
             yield from ((prompt, sample) for sample in range(first, first + each))
 

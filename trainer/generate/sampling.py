@@ -1,12 +1,14 @@
 """How the next token is drawn: the settings, and logits -> token and log-probability as a pure function.
 
-A row's random numbers come from (seed, prompt, sample) alone, so that what is drawn for it depends neither on the rows
-beside it nor on the layout.
+A row's random numbers come from (seed, key of its prompt, sample) alone, so that what is drawn for it depends neither
+on the rows beside it nor on the layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ import torch
 from configs.errors import BadInput
 
 _LARGEST_UNIFORM = 1 - 1e-12  # so that rounding draws nothing beyond the last token
+_END_OF_WORDS = 2**32  # numpy's seeds are made of such
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,54 @@ class Sampling:
         if "" in self.stop_strings:
             raise BadInput("stop_strings: an empty text would stop every answer at once; leave it out")
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether top-k or top-p may leave tokens out of the distribution that is drawn from."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
 
-def row_random(sampling: Sampling, prompt: int, sample: int) -> np.random.Generator:
-    """Return the random numbers of one answer to the prompt of this number."""
-    return np.random.default_rng([sampling.seed, prompt, sample])
+
+def row_random(sampling: Sampling, key: Sequence[int], sample: int) -> np.random.Generator:
+    """Return the random numbers of one answer to the prompt of this key: those of seed [sampling.seed, *key, sample]."""
+    return np.random.default_rng([sampling.seed, *key, sample])
 
 
-def draw_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a token for each row of fp32 `logits [rows, vocab]` with a number of [0, 1) each -> ids, log-probabilities.
+def check_keys(keys: Sequence[Sequence[int]], num_prompts: int) -> None:
+    """Raise BadInput unless each prompt has a key, of as many numbers as the others, each below 2^32.
 
-    The token is the first, by id, at which the distribution function exceeds the row's number. Log-probabilities
-    `[rows]` in nats are those of the distribution drawn from: after temperature, top-k and top-p. At temperature 0,
-    where the likeliest token has all of it, they are those of softmax(logits).
+    Else two keys could be one seed: numpy fills seeds up with zeros, and splits larger numbers.
+    """
+    if len(keys) != num_prompts:
+        raise BadInput(f"keys: {len(keys)} for {num_prompts} prompts; give one for each")
+    for number, key in enumerate(keys):
+        if len(key) != len(keys[0]) or not all(0 <= one < _END_OF_WORDS for one in key):
+            raise BadInput(
+                f"keys: that of prompt {number} is {list(key)}; give {len(keys[0])} numbers, as for prompt 0, each "
+                f"from 0 to {_END_OF_WORDS - 1}"
+            )
+
+
+class Drawn(NamedTuple):
+    """A token for each row, and its log-probabilities in nats; all `[rows]`."""
+
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+    """Of the distribution drawn from: after temperature, top-k and top-p."""
+    full_log_probs: torch.Tensor
+    """Of softmax(logits / temperature); the same tensor where nothing is left out."""
+
+
+def draw_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> Drawn:
+    """Draw a token for each row of fp32 `logits [rows, vocab]` with a number of [0, 1) each.
+
+    The token is the first, by id, at which the distribution function exceeds the row's number. At temperature 0, where
+    the likeliest token has all of it, log-probabilities are those of softmax(logits).
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
-        return tokens, _log_probs(logits, tokens)
-    scaled, ids = logits / sampling.temperature, None
+        log_probs = _log_probs(logits, tokens)
+        return Drawn(tokens, log_probs, log_probs)
+    whole = logits / sampling.temperature
+    scaled, ids = whole, None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         ids = scaled.topk(sampling.top_k, dim=-1).indices.sort(dim=-1).values
         scaled = scaled.gather(-1, ids)
@@ -75,7 +109,8 @@ def draw_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor
     wanted = uniforms.clamp(max=_LARGEST_UNIFORM).unsqueeze(-1) * distribution[:, -1:]
     chosen = torch.searchsorted(distribution, wanted, right=True).squeeze(-1)
     tokens = chosen if ids is None else ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    return tokens, _log_probs(scaled, chosen)
+    log_probs = _log_probs(scaled, chosen)
+    return Drawn(tokens, log_probs, log_probs if scaled is whole else _log_probs(whole, tokens))
 
 
 def _nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:

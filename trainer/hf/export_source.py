@@ -32,7 +32,7 @@ class ExportSource:
     tokenizer: str | None = None
     """Directory of the tokenizer that the run used."""
     template: str | None = None
-    """Chat template that the run trained with in the place of the tokenizer's own (`sft.template`)."""
+    """Chat template that the run trained with in the place of the tokenizer's own."""
     lora: LoraConfig | None = None
     """Of a checkpoint that holds adapters alone."""
     base: BaseWeights | None = None
@@ -77,7 +77,7 @@ def describe_source(checkpoint: Path) -> ExportSource:
         ModelConfig.model_validate(config["model"]),
         carried_folder(checkpoint.parent.parent),
         config["data"]["tokenizer"],
-        config.get("sft", {}).get("template"),
+        manifest.template,
         lora=None if lora is None else LoraConfig.model_validate(lora),
         base=recorded_base(manifest.base, checkpoint),
     )

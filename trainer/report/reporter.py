@@ -13,7 +13,7 @@ from trainer.report.live import LiveLine
 from trainer.report.sinks import MetricsWriter
 
 if TYPE_CHECKING:
-    from trainer.evaluate.answers import Answer
+    from trainer.evaluate.answers import Spoken
 
 
 class Reporter:
@@ -63,9 +63,11 @@ class Reporter:
         if self._config.precision.compute == "fp16":
             row["loss_scale"] = result.loss_scale
         self._writer.write(row)
+        if result.rollouts:
+            self._writer.write_rollouts(state.step, result.rollouts)
         self._live.update(row)
 
-    def write_answers(self, step: int, answers: Sequence[Answer]) -> None:
+    def write_answers(self, step: int, answers: Sequence[Spoken]) -> None:
         """Write down what the model says after a step."""
         if self._writer is not None and answers:
             self._writer.write_answers(step, answers)

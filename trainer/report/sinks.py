@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from trainer.evaluate.answers import Answer
+    from trainer.evaluate.answers import Spoken
 
 
 _SHOWN_ANSWERS = 16
@@ -58,7 +58,7 @@ class MetricsWriter:
             if not isinstance(sink, JsonLines):
                 sink.write({"step": step, **values})
 
-    def write_answers(self, step: int, answers: Sequence[Answer]) -> None:
+    def write_answers(self, step: int, answers: Sequence[Spoken]) -> None:
         """Write the answers given after a step: all to `answers/step_*.jsonl`, a few to TensorBoard."""
         path = self._run_dir / "answers" / f"step_{step:08d}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -67,6 +67,15 @@ class MetricsWriter:
         for sink in self._sinks:
             if isinstance(sink, TensorBoard):
                 sink.write_text(step, "answers", _as_markdown(answers[:_SHOWN_ANSWERS]))
+
+    def write_rollouts(self, step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:
+        """Write what was generated in a step to `rollouts/step_*.jsonl`, in the place of what an earlier start wrote."""
+        path = self._run_dir / "rollouts" / f"step_{step:08d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".jsonl.tmp")
+        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in rollouts)
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
 
     def close(self) -> None:
         """Close every sink."""
@@ -133,7 +142,7 @@ class TensorBoard:
         self._writer.close()
 
 
-def _as_markdown(answers: Sequence[Answer]) -> str:
+def _as_markdown(answers: Sequence[Spoken]) -> str:
     """Return answers as blocks of code, which show what is in them as it is."""
     return "\n\n".join(f"{one.source}\n```\n{one.prompt}\n>>> {one.answer}\n```" for one in answers)
 

@@ -15,7 +15,7 @@ from parallel.collectives import max_over_ranks
 from parallel.mesh import Mesh
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine.state import StepResult, TrainState
-from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY
+from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY, VALIDATION_SCORE
 from trainer.report.reporter import Reporter
 from trainer.run.directory import RunLock
 from trainer.run.signals import StopSignals
@@ -120,7 +120,7 @@ class Hooks:
         self._checkpoints.finish()
         self._reporter.close()
         for name, first in self._first_validation.items():
-            if name.startswith(VALIDATION_LOSS) and self._last_validation_step == state.step:
+            if name.startswith((VALIDATION_LOSS, VALIDATION_SCORE)) and self._last_validation_step == state.step:
                 log.info("%s: %.4f before training, %.4f after", name, first, self._last_validation[name])
 
     def _vote(self) -> tuple[bool, float]:
@@ -139,6 +139,8 @@ class Hooks:
         for name, value in values.items():
             if name.startswith(VALIDATION_LOSS):
                 log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))
+            elif name.startswith(VALIDATION_SCORE):
+                log.info("step %d: %s %.4f", state.step, name, value)
             elif not name.startswith(VALIDATION_PERPLEXITY):
                 log.info("step %d: %s %.1f %%", state.step, name, 100 * value)
         return values

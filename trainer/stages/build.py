@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from trainer.stages.base import StageKind
+from trainer.stages.grpo import build_grpo_stage
 from trainer.stages.next_token import build_next_token_stage
 from trainer.stages.sft import build_sft_stage
 
@@ -12,4 +13,5 @@ STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(partial(build_next_token_stage, "pretrain")),
     "long_context": StageKind(partial(build_next_token_stage, "long_context")),
     "sft": StageKind(build_sft_stage),
+    "grpo": StageKind(build_grpo_stage),
 }

@@ -34,6 +34,11 @@ def generate_much(place: Place, config: Any) -> dict[str, Any]:
         found["one at a time"] = EngineGenerator(engine, max_rows=1).generate(PROMPTS, sampling)
         told: list[tuple[int, int, int]] = []
         found["first alone"] = generator.generate(PROMPTS[:1], sampling, lambda *one: told.append(one))
+        found["third alone"] = generator.generate(PROMPTS[2:3], sampling, keys=[[2]])
+        found["other keys"] = generator.generate(PROMPTS[:1], sampling, keys=[[0, 7]])
+        found["report"] = generator.last_report
+        found["outlives"] = memory_that_outlives(generator, sampling)
+        found["full errors"] = errors_of_full_logprobs(engine, generator)
         found["told"] = told
         spelled = decode(found["together"][0].token_ids)
         found["stop"] = spelled[5:8]  # from the middle of one token to the middle of another, or inside two
@@ -46,11 +51,52 @@ def generate_much(place: Place, config: Any) -> dict[str, Any]:
             ([[1], [1] * 128], {}, generator),
             ([[VOCAB_SIZE]], {}, generator),
             ([[1]], {"stop_strings": ("x",)}, EngineGenerator(engine)),
+            ([[1] * 60], {}, EngineGenerator(engine, cache_bytes=1000)),
         ):
             with pytest.raises(BadInput) as refusal:
                 one.generate(prompts, Sampling(2, **options))
             found["refused"].append(str(refusal.value))
     return found
+
+
+def memory_that_outlives(generator: Any, sampling: Any) -> list[int]:
+    """Return how many tensors of the cache there were in a call, and how many are left when it has returned."""
+    import gc
+    import weakref
+
+    from trainer.model.attention.cache import KeyValueCache
+
+    kept: list[Any] = []
+
+    class Watched(KeyValueCache):
+        def copy(self, *places: int) -> None:
+            kept.extend(weakref.ref(store) for stores in self._layers.values() for store in stores)
+            super().copy(*places)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("trainer.generate.generator.KeyValueCache", Watched)
+        gc.disable()  # what is let go of at once needs no collector
+        generator.generate(PROMPTS, sampling)
+        left = sum(one() is not None for one in kept)
+        gc.enable()
+    return [len(kept), left]
+
+
+def errors_of_full_logprobs(engine: Any, generator: Any) -> list[float]:
+    """Return how far those of answers to a prompt, drawn with top-k, are from a pass over the whole text."""
+    import torch
+
+    from trainer.generate.sampling import Sampling
+
+    drawn = generator.generate(PROMPTS[:1], Sampling(20, temperature=0.7, top_k=5, num_samples=2))
+    errors = []
+    for one in drawn:
+        text = torch.tensor([PROMPTS[0] + one.token_ids])
+        whole = (engine.compute_logits(text)[0] / 0.7).log_softmax(dim=-1)[len(PROMPTS[0]) - 1 : -1]
+        expected = whole.gather(-1, torch.tensor(one.token_ids)[:, None]).squeeze(-1)
+        errors.append(float((expected - torch.tensor(one.full_logprobs)).abs().max()))
+        assert all(full < log_prob for full, log_prob in zip(one.full_logprobs, one.logprobs, strict=True))
+    return errors
 
 
 def generate_with_foreign_attention(engine: Any, generator: Any, sampling: Any) -> Any:
@@ -92,6 +138,8 @@ def test_an_answer_depends_on_no_other(found):
     assert ids(found["together"]) == ids(found["one at a time"])
     assert ids(found["first alone"]) == ids(found["together"])[:4]
     assert len({tuple(one) for one in ids(found["together"])}) == 16
+    assert ids(found["third alone"]) == ids(found["together"])[8:12]
+    assert len({tuple(one) for one in ids(found["other keys"] + found["first alone"])}) == 8
     by_row = {sample: [token for _, other, token in found["told"] if other == sample] for sample in range(4)}
     assert list(by_row.values()) == ids(found["first alone"])
 
@@ -118,4 +166,48 @@ def test_what_a_model_cannot_take_is_refused(found):
         "prompt 1: 128 tokens; with model.max_position_embeddings=128 a prompt has 1 to 127",
         f"prompt 0: token {VOCAB_SIZE} is not one of the model's, 0 to {VOCAB_SIZE - 1}",
         "stop_strings: need a tokenizer to be found with; give stop_tokens, or a tokenizer",
+        "cache_bytes: 1000 hold no row of 62 tokens, prompt and answer, which takes 6.2e-05 GiB on a rank; a value that "
+        "would work: 66560",
     ]
+
+
+def test_log_probabilities_of_all_ids_are_those_of_a_whole_pass(found):
+    assert max(found["full errors"]) < 1e-5
+    assert all(one.full_logprobs == one.logprobs for one in found["together"])
+
+
+def test_the_cache_is_freed_when_the_call_returns(found):
+    there, left = found["outlives"]
+    assert there > 0 and left == 0
+
+
+def test_a_report_counts_what_the_call_took(found):
+    (one,) = found["report"].replicas
+    assert (one.replica, one.num_slots) == (0, 3)
+    assert (one.num_prompt_tokens, one.num_tokens) == (2 * len(PROMPTS[0]), 4 * 20)  # the fourth answer came later
+    assert one.seconds > 0 and found["report"].idle_shares == (0.0,)
+
+
+def generate_unevenly(place: Place, config: Any) -> Any:
+    """Return what two replicas report where one prompt's answers are expected to be as long as all others' together."""
+    from trainer.generate.generator import EngineGenerator
+    from trainer.generate.sampling import Sampling
+
+    with open_engine(place, config) as engine:
+        generator = EngineGenerator(engine)
+        answers = generator.generate(PROMPTS, Sampling(48, temperature=0.0), expected_lengths=[100, 0, 0, 0])
+        with pytest.raises(BadInput, match="expected_lengths: 1 for 4 prompts; give one for each"):
+            generator.generate(PROMPTS, Sampling(20), expected_lengths=[1])
+        return generator.last_report, [one.prompt for one in answers]
+
+
+def test_replicas_share_work_by_expected_lengths_and_report_it(ranks):
+    found = ranks.run(generate_unevenly, small_config(2), world=2)
+    assert found[0] == found[1]
+    report, order = found[0]
+    assert order == [0, 1, 2, 3]
+    assert [one.replica for one in report.replicas] == [0, 1]
+    others = sum(len(prompt) for prompt in PROMPTS[1:])
+    assert [one.num_prompt_tokens for one in report.replicas] == [len(PROMPTS[0]), others]
+    assert [one.num_tokens for one in report.replicas] == [48, 3 * 48] and report.num_tokens == 4 * 48
+    assert min(report.idle_shares) == 0.0 and report.seconds == max(one.seconds for one in report.replicas)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from configs.errors import BadInput
+from tests.small_runs import small_config
+from trainer.generate.cache_size import rows_that_fit, slot_length
 from trainer.generate.rows import deal
-from trainer.generate.sampling import Sampling, draw_tokens, row_random
+from trainer.generate.sampling import Sampling, check_keys, draw_tokens, row_random
 from trainer.generate.stops import cut_at_stop, find_stop_string
 
 PROBABILITIES = np.array([0.05, 0.4, 0.2, 0.1, 0.25])
@@ -38,30 +40,34 @@ def test_draws_follow_the_distribution(settings, expected):
     """Chi-square of what is drawn, below the 99.99 % quantile; log-probabilities are the expected ones exactly."""
     sampling = Sampling(1, **settings)
     logits = torch.from_numpy(np.log(PROBABILITIES)).float().add(3.0).expand(NUM_DRAWS, -1)
-    uniforms = torch.tensor([row_random(sampling, prompt, 0).random() for prompt in range(NUM_DRAWS)])
-    tokens, log_probs = draw_tokens(logits, sampling, uniforms.double())
+    uniforms = torch.tensor([row_random(sampling, (prompt,), 0).random() for prompt in range(NUM_DRAWS)])
+    tokens, log_probs, full_log_probs = draw_tokens(logits, sampling, uniforms.double())
     counts = np.bincount(tokens.numpy(), minlength=5)
     assert (counts[expected == 0] == 0).all()
     wanted = expected[expected > 0] * NUM_DRAWS
     chi_square = float(((counts[expected > 0] - wanted) ** 2 / wanted).sum())
     assert chi_square < {1: 1e-9, 2: 15.1, 3: 18.4, 5: 23.5}[len(wanted)]
     np.testing.assert_allclose(log_probs.numpy(), np.log(expected[tokens.numpy()]), atol=1e-6)
+    whole = renormalised(PROBABILITIES ** (1 / sampling.temperature))
+    np.testing.assert_allclose(full_log_probs.numpy(), np.log(whole[tokens.numpy()]), atol=1e-6)
+    assert (full_log_probs is log_probs) == (not sampling.leaves_out)
 
 
 def test_greedy_takes_the_first_of_the_likeliest():
     logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
-    tokens, log_probs = draw_tokens(logits, Sampling(1, temperature=0.0), torch.empty(0))
+    tokens, log_probs, full_log_probs = draw_tokens(logits, Sampling(1, temperature=0.0, top_k=1), torch.empty(0))
     assert tokens.tolist() == [1, 0]
     assert log_probs[0].item() == pytest.approx(-math.log(2 + math.exp(-2)), abs=1e-6)
+    assert full_log_probs is log_probs
 
 
-def test_numbers_belong_to_seed_prompt_and_sample():
+def test_numbers_belong_to_seed_key_and_sample():
     sampling = Sampling(1, seed=3)
-    assert row_random(sampling, 5, 2).random() == row_random(Sampling(9, top_k=4, seed=3), 5, 2).random()
+    assert row_random(sampling, (5,), 2).random() == row_random(Sampling(9, top_k=4, seed=3), (5,), 2).random()
     drawn = {
-        row_random(Sampling(1, seed=seed), prompt, sample).random()
+        row_random(Sampling(1, seed=seed), key, sample).random()
         for seed in (0, 3)
-        for prompt in (0, 5)
+        for key in ((0, 5), (5, 0))
         for sample in (0, 2)
     }
     assert len(drawn) == 8
@@ -89,12 +95,40 @@ def test_stop_strings_are_found_across_tokens_and_at_their_last_token_alone():
     assert cut_at_stop("say END. or STOP", ("STOP", "END")) == "say "
 
 
+@pytest.mark.parametrize(
+    "keys, problem",
+    [
+        ([[1]], "keys: 1 for 2 prompts; give one for each"),
+        ([[1, 2], [1]], r"keys: that of prompt 1 is \[1\]; give 2 numbers"),
+        ([[1], [2**32]], r"keys: that of prompt 1 is \[4294967296\]; give 1 numbers, .* from 0 to 4294967295"),
+        ([[-1], [0]], r"keys: that of prompt 0 is \[-1\]"),
+    ],
+)
+def test_keys_that_could_share_numbers_are_refused(keys, problem):
+    with pytest.raises(BadInput, match=problem):
+        check_keys(keys, 2)
+    check_keys([[1, 0], [0, 1]], 2)
+
+
 def test_work_is_dealt_once_and_evenly():
-    lengths = [10, 1, 1, 30, 5, 5]
-    by_rank = [list(deal(lengths, 4, 2, rank)) for rank in range(2)]
+    lengths, answers = [10, 1, 1, 30, 5, 5], [1] * 6
+    by_rank = [list(deal(lengths, answers, 4, 2, rank)) for rank in range(2)]
     assert sorted(sum(by_rank, [])) == [(prompt, sample) for prompt in range(6) for sample in range(4)]
     assert len({prompt for prompt, _ in by_rank[0]} & {prompt for prompt, _ in by_rank[1]}) == 0
     loads = [sum(lengths[prompt] for prompt in {one for one, _ in mine}) for mine in by_rank]
     assert abs(loads[0] - loads[1]) <= 10
+    # answers count too, once for each sample: 4 * 25 + 1 are as much work as all the others
+    assert {prompt for prompt, _ in deal(lengths, [0, 25, 0, 3, 2, 4], 4, 2, 0)} == {1}
     # one prompt, several ranks: its answers are shared out
-    assert [len(list(deal([7], 6, 4, rank))) for rank in range(4)] == [2, 2, 1, 1]
+    assert [len(list(deal([7], [1], 6, 4, rank))) for rank in range(4)] == [2, 2, 1, 1]
+
+
+def test_a_cache_has_the_rows_that_its_bytes_hold():
+    config = small_config()  # 4 layers of 2 groups of keys and values of 16 numbers of 4 bytes
+    each = 4 * 2 * 2 * 16 * 4
+    assert [slot_length(longest) for longest in (1, 64, 65)] == [64, 64, 128]
+    assert rows_that_fit(config, (3 * 64 + 1) * each, 64) == 3
+    assert rows_that_fit(config, (3 * 64 + 1) * each - 1, 64) == 2
+    with pytest.raises(BadInput, match=f"no row of 65 tokens.* takes 0.000123 GiB .* would work: {129 * each}"):
+        rows_that_fit(config, 129 * each - 1, 65)
+    assert rows_that_fit(config, 129 * each, 65) == 1

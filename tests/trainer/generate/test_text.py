@@ -37,10 +37,10 @@ class Writer:
         (prompt,) = prompts
         self.seen.append((list(prompt), sampling.seed))
         if not self.ends:
-            return [Completion(0, 0, [A] * sampling.max_new_tokens, [0.0] * sampling.max_new_tokens, "length")]
+            return [Completion(0, 0, [A] * sampling.max_new_tokens, [], [], "length")]
         ids = [A] * max(5 - len(prompt), 0) + [EOD]
         assert sampling.stop_tokens == (EOD,) and sampling.max_new_tokens == 10 and sampling.temperature == 0
-        return [Completion(0, 0, ids, [0.0] * len(ids), "stop_token")]
+        return [Completion(0, 0, ids, [], [], "stop_token")]
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.data.chat.behaviour import observe
-from trainer.data.chat.conversation import BadRow, Conversation
+from trainer.data.chat.conversation import BadRow, Conversation, Message
 from trainer.data.chat.spelled import unmark
 from trainer.data.chat.template import ChatTemplate
 from trainer.data.chat.token_spans import SpanTokenizer, Tokens
-from trainer.data.chat.turns import SampleText, TrainOn, render_prompt, render_samples
+from trainer.data.chat.turns import SampleText, TrainOn, render_between, render_prompt, render_samples
 from trainer.data.tokenizer import Tokenizer
 
 SPLIT_REMARK = "a token would span prompt and answer: tokenised apart, as at inference"
@@ -94,6 +94,15 @@ class ChatEncoder:
         """Return the tokens behind which the model generates the next turn. Raises BadRow."""
         prompt = unmark(render_prompt(conversation, self.template, self.behaviour))
         [tokens] = self._spans.encode_batch([prompt.text], [prompt.cuts])
+        return tokens.ids
+
+    def encode_between(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens from behind a reply's end of turn to where the next begins, `messages` in between.
+
+        Raises BadRow where the template cannot write them there.
+        """
+        between = unmark(render_between(messages, self.template, self.behaviour))
+        [tokens] = self._spans.encode_batch([between.text], [between.cuts])
         return tokens.ids
 
     def _sample(self, prepared: _Prepared, tokens: Tokens, conversation: Conversation) -> Sample:

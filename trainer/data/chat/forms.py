@@ -6,7 +6,7 @@ OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,45 @@ def parse_conversation(
         messages.insert(0, Message("system", check_text(system, "the system prompt")))
     tools = row.get(columns.get("tools", "tools"))
     return Conversation(tuple(messages), parse_tools(tools) if tools else (), path, number)
+
+
+def parse_prompt(row: Mapping[str, Any], source: ConversationSource, path: str = "", number: int = 0) -> Conversation:
+    """Read of a row what is to be answered: a conversation without the turns of the assistant that end it.
+
+    The forms are those of `parse_conversation`, of which the answer may be missing, so that a column `prompt`, text or
+    turns, is enough. Raises BadRow.
+    """
+    columns = _name_columns(source.columns)
+    messages = list(_parse_question(row, columns, source.roles))
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    if not any(message.role == "user" for message in messages):
+        raise BadRow("no turn of the user that could be answered; give a prompt, or turns that end with the user's")
+    system, tools = (row.get(columns.get(name, name)) for name in ("system", "tools"))
+    if system and messages[0].role != "system":
+        messages.insert(0, Message("system", check_text(system, "the system prompt")))
+    return Conversation(tuple(messages), parse_tools(tools) if tools else (), path, number)
+
+
+def _parse_question(
+    row: Mapping[str, Any], columns: Mapping[str, str], roles: Mapping[str, ChatRole]
+) -> Sequence[Message]:
+    for name in ("prompt", "messages", "conversations", "instruction"):
+        column = columns.get(name, name)
+        if row.get(column) is None:
+            if name in columns:
+                raise BadRow(f"no column {column!r}, which columns.{name} names; there are {_columns_of(row)}")
+        elif name == "instruction":
+            return _parse_asked(row, columns)
+        elif name == "prompt" and isinstance(row[column], str):
+            return [Message("user", check_text(row[column], column))]
+        else:
+            return _parse_turns(row[column], column, columns, roles)
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    raise BadRow(
+        f"no prompt in its columns {_columns_of(row)}; expected are prompt, messages, conversations or instruction; "
+        f"name yours, e.g. columns: {{prompt: {texts[0] if texts else 'question'}}}"
+    )
 
 
 def _name_columns(columns: Mapping[Any, str]) -> Mapping[str, str]:
@@ -125,17 +164,23 @@ def _parse_turns(turns: Any, where: str, columns: Mapping[str, str], roles: Mapp
 
 def _parse_instruction(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[Message]:
     """Yield the turns of a row of Alpaca's form: history, instruction and input on lines of their own, output."""
+    yield from _parse_asked(row, columns)
+    output = columns.get("output", "output")
+    yield _answer(row[output], output)
+
+
+def _parse_asked(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """Return the turns of a row of Alpaca's form but its output."""
+    messages: list[Message] = []
     history = row.get(columns.get("history", "history")) or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"history holds {describe(pair)} where a pair [question, answer] is expected")
-        yield Message("user", check_text(pair[0], "a question in history"))
-        yield _answer(pair[1], "an answer in history")
+        messages.append(Message("user", check_text(pair[0], "a question in history")))
+        messages.append(_answer(pair[1], "an answer in history"))
     names = [columns.get(name, name) for name in ("instruction", "input")]
     asked = [check_text(row[name], name) for name in names if row.get(name) is not None]
-    yield Message("user", "\n".join(text for text in asked if text))
-    output = columns.get("output", "output")
-    yield _answer(row[output], output)
+    return [*messages, Message("user", "\n".join(text for text in asked if text))]
 
 
 def _answer(text: Any, what: str) -> Message:

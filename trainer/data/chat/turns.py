@@ -6,12 +6,12 @@ Every turn is rendered as the model will see it at inference; turns that one ren
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.data.chat.behaviour import Behaviour
-from trainer.data.chat.conversation import BadRow, Conversation
+from trainer.data.chat.conversation import BadRow, Conversation, Message
 from trainer.data.chat.messages import to_openai
 from trainer.data.chat.spelled import mark, spells
 from trainer.data.chat.template import ChatTemplate, Rendered
@@ -77,6 +77,20 @@ def render_prompt(conversation: Conversation, template: ChatTemplate, behaviour:
     """Render a conversation with the generation prompt of the turn that is to follow. Raises BadRow."""
     script = _Script(conversation, template, behaviour)
     return script.render(len(script.messages), add_generation_prompt=True).text
+
+
+def render_between(messages: Sequence[Message], template: ChatTemplate, behaviour: Behaviour) -> str:
+    """Render what stands between a reply and the next one: `messages` that answer it, and the generation prompt.
+
+    Raises BadRow where the template writes them otherwise than behind the reply.
+    """
+    reply = Message("assistant", "Kalmar")  # whatever it is: what follows it must not depend on it
+    script = _Script(Conversation((Message("user", "Where?"), reply, *messages)), template, behaviour)
+    turn = script.turn(1)
+    text = script.render(len(script.messages), add_generation_prompt=True).text
+    if not text.startswith(turn.text[: turn.end]):
+        raise script.refusal(1, "is changed by what answers it, so that a conversation cannot go on behind it")
+    return text[turn.end :]
 
 
 def _trained_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:

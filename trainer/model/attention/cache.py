@@ -33,6 +33,11 @@ class KeyValueCache:
         """The place of tokens that are nobody's."""
         return self.num_slots * self.length
 
+    @property
+    def num_bytes(self) -> int:
+        """What keys and values of all layers take."""
+        return sum(store.nbytes for stores in self._layers.values() for store in stores)
+
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
         """Keep keys `[tokens, groups/tp, dim]` and values of a layer at int64 `places [tokens]`."""
         if layer not in self._layers:

@@ -1,0 +1,224 @@
+"""Prompts -> rollouts: replies from the engine, what an environment makes of them, scores; the same on every rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from configs.stages import GrpoConfig
+from parallel.collectives import gather_objects, on_all_ranks
+from trainer.data.chat.encode import ChatEncoder
+from trainer.data.chat.prompts import Prompt
+from trainer.engine.sharded_model import ShardedModel
+from trainer.environments.environment import Environment
+from trainer.environments.rewards.reply import Reply
+from trainer.environments.scoring import RewardPool, Score
+from trainer.generate.generator import EngineGenerator
+from trainer.generate.prompts import end_tokens
+from trainer.generate.report import GenerationReport
+from trainer.generate.rows import Completion
+from trainer.generate.sampling import Sampling
+from trainer.rl.rollout import Rollout
+from trainer.rl.talk import Talk, ask, spoken
+
+
+@dataclass
+class Seconds:
+    """What collecting took, in seconds of this rank's clock."""
+
+    generate: float = 0.0
+    reward: float = 0.0
+    """Of the environment and of the rewards."""
+    reports: list[GenerationReport] = field(default_factory=list)
+    """Of each call of the generator."""
+
+
+class Collector:
+    """Answers prompts with the policy and has the answers scored."""
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        model: ShardedModel,
+        encoder: ChatEncoder,
+        pool: RewardPool | None,
+        environment: Environment | None = None,
+    ) -> None:
+        """`pool` scores on the ranks of which `scores_here` is true; the others have none."""
+        self._config, self._model, self._encoder = config, model, encoder
+        self._pool, self._environment = pool, environment
+        cache = config.rollout.cache_gib
+        self._generator = EngineGenerator(
+            model,
+            self.spell,
+            max_rows=config.rollout.max_rows,
+            cache_bytes=None if cache is None else int(cache * 2**30),
+        )
+        tokenizer, behaviour = encoder.tokenizer, encoder.behaviour
+        end_id = tokenizer.backend.token_to_id(behaviour.end_token or behaviour.eos_token)
+        self._end_id = tokenizer.eod_id if end_id is None else end_id
+        self._stop_tokens = end_tokens(encoder)
+
+    def collect(self, prompts: Sequence[Prompt], step: int, first_group: int, seconds: Seconds) -> list[Rollout]:
+        """Return the group of each prompt, `grpo.group_size` rollouts each, numbered from `first_group` on.
+
+        Collective: all ranks of the world must call this.
+        """
+        rollout, config = self._config.rollout, self._config
+        sampling = Sampling(
+            rollout.max_new_tokens,
+            rollout.temperature,
+            rollout.top_k,
+            rollout.top_p,
+            stop_tokens=self._stop_tokens,
+            stop_strings=rollout.stop_strings,
+            num_samples=config.grpo.group_size,
+            seed=config.run.seed,
+        )
+        return self._collect(prompts, sampling, step, first_group, seconds)
+
+    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Return the likeliest answer to each prompt. Collective: all ranks of the world must call this."""
+        rollout = self._config.rollout
+        sampling = Sampling(
+            rollout.max_new_tokens, 0.0, stop_tokens=self._stop_tokens, stop_strings=rollout.stop_strings
+        )
+        return self._collect(prompts, sampling, 0, 0, Seconds())
+
+    def close(self) -> None:
+        """End the processes that score."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, special ones spelled out."""
+        return self._encoder.tokenizer.backend.decode(list(ids), skip_special_tokens=False)
+
+    def _collect(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, first_group: int, seconds: Seconds
+    ) -> list[Rollout]:
+        talks = [
+            Talk.begin(prompt, first_group + number, sample)
+            for number, prompt in enumerate(prompts)
+            for sample in range(sampling.num_samples)
+        ]
+        with self._model.merged_adapter():
+            keys = [(step, first_group + number) for number in range(len(prompts))]
+            self._reply(talks, [prompt.token_ids for prompt in prompts], sampling, keys, seconds)
+            for turn in range(1, self._config.grpo.max_turns):
+                going_on = [talk for talk in talks if not talk.is_over]
+                if not going_on:
+                    break
+                once = replace(sampling, num_samples=1)
+                keys = [(step, talk.group, talk.sample, turn) for talk in going_on]
+                self._reply(going_on, [talk.token_ids for talk in going_on], once, keys, seconds)
+        started = time.perf_counter()
+        scores = self._score(talks, sampling)
+        seconds.reward += time.perf_counter() - started
+        return [_rollout(talk, score) for talk, score in zip(talks, scores, strict=True)]
+
+    def _reply(
+        self,
+        talks: Sequence[Talk],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        keys: Sequence[Sequence[int]],
+        seconds: Seconds,
+    ) -> None:
+        """Add a reply of the policy to each conversation, and what the environment answers."""
+        started = time.perf_counter()
+        completions = self._generator.generate(prompts, sampling, keys=keys)
+        for talk, completion in zip(talks, completions, strict=True):
+            talk.add_reply(completion, self._text_of(completion))
+        answered = time.perf_counter()
+        seconds.generate += answered - started
+        if self._generator.last_report is not None:
+            seconds.reports.append(self._generator.last_report)
+        turns = self._shared([lambda talk=talk: ask(self._environment, talk) for talk in talks])
+        room = self._config.longest_prompt
+        for talk, turn in zip(talks, turns, strict=True):
+            talk.add_turn(turn, self._encoder, self._end_id, room)
+        seconds.reward += time.perf_counter() - answered
+
+    def _text_of(self, completion: Completion) -> str:
+        return spoken(completion, self.spell, self._config.rollout.stop_strings)
+
+    def _shared(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return what each task returns, done by the first rank of one replica. Collective: all ranks of the world."""
+        if self._environment is None:
+            return [task() for task in tasks]
+        mine = self._share(len(tasks))
+        done = [(number, tasks[number]()) for number in mine] if scores_here(self._model) else []
+        found = dict(pair for part in gather_objects(done) for pair in part)
+        return [found[number] for number in range(len(tasks))]
+
+    def _share(self, num_tasks: int) -> range:
+        group = self._model.mesh.dp_cp_group
+        return range(dist.get_rank(group), num_tasks, dist.get_world_size(group))
+
+    def _score(self, talks: Sequence[Talk], sampling: Sampling) -> list[Score]:
+        """Score conversations, each on the first rank of one replica. Collective: all ranks of the world must call."""
+        if not self._config.grpo.rewards:
+            return [Score(0.0, {}) for _ in talks]
+        mine = self._share(len(talks))
+
+        def score() -> list[tuple[int, Score]]:
+            if self._pool is None:
+                return []
+            replies = [_reply(talks[number], sampling) for number in mine]
+            return list(zip(mine, self._pool.score(replies), strict=True))
+
+        found = dict(pair for part in gather_objects(on_all_ranks(score)) for pair in part)
+        return [found[number] for number in range(len(talks))]
+
+
+def scores_here(model: ShardedModel) -> bool:
+    """Return whether this rank is the one of its replica that scores."""
+    return model.mesh.tp_rank == 0 and model.mesh.is_first_pp_stage
+
+
+def count_cores() -> int:
+    """Return this rank's share of the cores of its host, for the processes that score: at least one."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def _reply(talk: Talk, sampling: Sampling) -> Reply:
+    return Reply(
+        text=talk.texts[-1],
+        row=talk.prompt.columns,
+        messages=talk.messages[:-1],
+        num_tokens=len(talk.log_probs),
+        max_new_tokens=sampling.max_new_tokens,
+        is_cut=talk.finish == "length",
+    )
+
+
+def _rollout(talk: Talk, score: Score) -> Rollout:
+    """Return a conversation with its score: what its rewards and its environment gave together."""
+    parts, faults = dict(score.parts), dict(score.faults)
+    total = score.total
+    if talk.rewards:
+        parts["environment"] = sum(talk.rewards)
+        total = None if total is None else total + parts["environment"]
+    if talk.fault is not None:
+        total, faults["environment"] = None, talk.fault
+    return Rollout(
+        source=talk.prompt.source,
+        row=talk.prompt.row,
+        group=talk.group,
+        sample=talk.sample,
+        token_ids=talk.token_ids,
+        is_sampled=talk.is_sampled,
+        log_probs=talk.log_probs,
+        finish=talk.finish,
+        texts=tuple(talk.texts),
+        score=total,
+        rewards=parts,
+        faults=faults,
+    )

@@ -1,0 +1,108 @@
+"""The frozen weights that a policy is held to: a copy on the host, or the model without its adapter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from trainer.engine.engine import Engine
+from trainer.engine.parts import SavedState
+from trainer.engine.sharded_state import build_model_state, load_model_state
+
+_PREFIX = "reference."
+
+
+class ReferenceWeights:
+    """A copy of a policy's weights in the memory of the host, which takes their place for a forward pass.
+
+    As a part of checkpoints it makes a run whole by itself: where the policy once started from need not be there.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Keep nothing yet; `remember` does."""
+        self._engine = engine
+        self._kept: dict[torch.Tensor, torch.Tensor] = {}
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a reference."""
+        return bool(self._kept)
+
+    def remember(self) -> None:
+        """Make the present weights the reference. Collective: all ranks of the world must call this."""
+        self._engine.finish_parameter_gather()
+        is_pinned = self._engine.mesh.device.type != "cpu"
+        self._kept = {tensor: _copy(tensor, is_pinned) for tensor in self._tensors()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Compute with the reference within the context; the policy's weights come back unchanged.
+
+        Collective: all ranks of the world must call this.
+        """
+        engine = self._engine
+        engine.finish_parameter_gather()
+        policy = {tensor: tensor.clone() for tensor in self._kept}
+        self._put(self._kept)
+        try:
+            yield
+        finally:
+            self._put(policy)
+
+    def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
+        """Return the reference as shards under keys of their own, copies that nothing changes while they are written."""
+        with self.in_place():
+            state = build_model_state(self._engine.chunks, self._engine.mesh)
+            return {
+                f"{_PREFIX}{chunk}": {
+                    name: replace(shard, key=_PREFIX + shard.key, data=shard.data.detach().clone())
+                    for name, shard in shards.items()
+                    if isinstance(shard, ShardedTensor | ShardedTensorFactory)
+                }
+                for chunk, shards in state.items()
+            }
+
+    def load(self, loaded: dict[str, Any]) -> None:
+        """Make what was saved the reference. Collective: all ranks of the world must call this."""
+        engine = self._engine
+        policy = {tensor: tensor.clone() for tensor in self._tensors()}
+        weights = {name.removeprefix(_PREFIX): shards for name, shards in loaded.items()}
+        load_model_state(engine.chunks, weights)
+        self.remember()
+        self._put(policy)
+
+    def _put(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        for tensor, value in values.items():
+            tensor.copy_(value, non_blocking=True)
+        if self._engine.fp8 is not None:
+            self._engine.fp8.weights_changed()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return everything of the model that a forward pass without gradients reads: weights and buffers."""
+        chunks = self._engine.chunks
+        weights = [parameter.data for chunk in chunks for parameter in chunk.parameters()]
+        return weights + [buffer for chunk in chunks for buffer in chunk.buffers() if buffer.is_floating_point()]
+
+
+class AdapterlessReference:
+    """The frozen model under an adapter: what it computes with the adapter switched off."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Compute without the adapter within the context."""
+        assert self._engine.adapter is not None
+        return self._engine.adapter.disabled()
+
+
+def _copy(tensor: torch.Tensor, is_pinned: bool) -> torch.Tensor:
+    """Return a copy in the memory of the host."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
+    return copy.copy_(tensor)

@@ -1,0 +1,124 @@
+"""A step's rollouts -> the microbatches of its updates, what other passes say of them, and their advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs.sections.grpo import PolicyMethod
+from configs.stages import GrpoConfig
+from parallel.collectives import gather_objects
+from trainer.data.batch import Batch
+from trainer.engine.engine import Engine
+from trainer.engine.forward import score_language_model
+from trainer.losses.policy import compute_kl
+from trainer.rl.advantages import compute_advantages, spread_over_tokens, whiten_tokens
+from trainer.rl.objective import SAMPLED, PolicyObjective
+from trainer.rl.placement import Placement
+from trainer.rl.rollout import Key, Rollout, Values
+
+class Reference(Protocol):
+    """Weights that a policy is held to."""
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Compute with them within the context."""
+        ...
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The rollouts of one update and where they lie."""
+
+    rollouts: Sequence[Rollout]
+    placement: Placement
+    batches: list[Batch]
+    """This rank's microbatches, with the columns that weigh tokens."""
+
+
+class PolicyUpdates:
+    """Makes minibatches and their columns. Every public method is collective but `cut`."""
+
+    def __init__(self, config: GrpoConfig, engine: Engine, objective: PolicyObjective) -> None:
+        self._config, self._engine, self._objective = config, engine, objective
+        self.method: PolicyMethod = config.grpo.method
+
+    def cut(self, rollouts: Sequence[Rollout]) -> list[Minibatch]:
+        """Deal rollouts, in order, into `grpo.num_minibatches` of about as many."""
+        train, mesh = self._config.train, self._engine.mesh
+        minibatches = []
+        for part in np.array_split(np.arange(len(rollouts)), self._config.grpo.num_minibatches):
+            mine = [rollouts[number] for number in part]
+            lengths = [len(rollout.token_ids) - 1 for rollout in mine]
+            placement = Placement(lengths, train.seq_len, train.micro_batch_size, mesh)
+            batches = [self._objective.finish(batch) for batch in placement.build(mine)]
+            minibatches.append(Minibatch(mine, placement, batches))
+        return minibatches
+
+    def score(self, minibatches: Sequence[Minibatch], reference: Reference | None = None) -> Values:
+        """Return the log-probabilities of every prediction of the rollouts, by the policy or by its reference.
+
+        Collective: all ranks of the world must call this.
+        """
+        temperature = self._config.rollout.temperature
+
+        def forward(model: Any, batch: Batch) -> Any:
+            return score_language_model(model, batch, temperature=temperature)
+
+        with nullcontext() if reference is None else reference.in_place():
+            scored = [self._engine.score(minibatch.batches, forward) for minibatch in minibatches]
+        mesh = self._engine.mesh
+        is_speaking = mesh.is_last_pp_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0
+        own = [[one.log_probs.float().cpu().numpy() for one in outputs] for outputs in scored] if is_speaking else None
+        found = {rank: columns for rank, columns in gather_objects((mesh.dp_rank, own)) if columns is not None}
+        values: dict[Key, NDArray[np.floating]] = {}
+        for number, minibatch in enumerate(minibatches):
+            read = minibatch.placement.take_back([found[rank][number] for rank in range(mesh.dp_size)])
+            values |= {rollout.key: own for rollout, own in zip(minibatch.rollouts, read, strict=True)}
+        return values
+
+    def advantages(self, rollouts: Sequence[Rollout], old: Values | None, reference: Values | None) -> Values:
+        """Return the advantages of the predictions of rollouts that all have a score; 0 where nothing was drawn.
+
+        `old` and `reference` are needed where the divergence is a part of the reward.
+        """
+        if not rollouts:
+            return {}
+        method = self.method
+        rewards = np.array([rollout.score for rollout in rollouts], dtype=np.float64)
+        groups = np.array([rollout.group for rollout in rollouts], dtype=np.int64)
+        lengths = np.array([rollout.num_sampled for rollout in rollouts], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        penalties = None
+        if method.kl_coefficient and method.kl_place == "reward":
+            assert old is not None and reference is not None
+            divergences = [self._divergence(old[one.key], reference[one.key])[one.trained()] for one in rollouts]
+            penalties = method.kl_coefficient * np.concatenate(divergences)
+            if method.advantage != "batch":
+                rewards, penalties = rewards - np.add.reduceat(penalties, starts), None
+        spread = spread_over_tokens(compute_advantages(rewards, groups, method.advantage), lengths, penalties)
+        if method.advantage in ("batch", "group_mean_batch"):
+            spread = whiten_tokens(spread)
+        parts = np.split(spread, starts[1:])
+        return {rollout.key: rollout.lay(own) for rollout, own in zip(rollouts, parts, strict=True)}
+
+    def with_columns(self, minibatch: Minibatch, columns: Mapping[str, Values]) -> list[Batch]:
+        """Return a minibatch's microbatches with values of its predictions, and what generation said of them."""
+        sampled = {rollout.key: rollout.lay(rollout.log_probs) for rollout in minibatch.rollouts}
+        laid = {
+            name: minibatch.placement.column([values[rollout.key] for rollout in minibatch.rollouts])
+            for name, values in {SAMPLED: sampled, **columns}.items()
+        }
+        return [
+            replace(batch, columns={**batch.columns, **{name: column[number] for name, column in laid.items()}})
+            for number, batch in enumerate(minibatch.batches)
+        ]
+
+    def _divergence(self, old: NDArray[np.floating], reference: NDArray[np.floating]) -> NDArray[np.floating]:
+        pair = (torch.from_numpy(np.ascontiguousarray(one, dtype=np.float64)) for one in (old, reference))
+        return compute_kl(*pair, self.method.kl_estimator).numpy()

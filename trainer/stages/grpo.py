@@ -1,0 +1,241 @@
+"""Reinforcement learning from rewards that can be computed: answers, scores, advantages, updates, on one engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from configs.stages import GrpoConfig, Split
+from trainer.data.chat.encode import ChatEncoder
+from trainer.data.chat.prompts import Prompt, PromptFile, PromptReader
+from trainer.data.chat.template import load_template
+from trainer.engine.build import POLICY
+from trainer.engine.engine import Engine
+from trainer.engine.parts import Checkpointed
+from trainer.engine.sharded_state import RandomGenerators
+from trainer.engine.state import StepResult, TrainState
+from trainer.environments.environment import Environment, load_environment
+from trainer.environments.scoring import RewardPool
+from trainer.evaluate.answers import ScoredAnswer
+from trainer.evaluate.validation import VALIDATION_SCORE, Evaluation
+from trainer.optim.learning_rate import compute_learning_rate
+from trainer.rl.collect import Collector, Seconds, count_cores, scores_here
+from trainer.rl.gate import check_agreement, default_tolerance
+from trainer.rl.metrics import combine, describe_rollouts, describe_work, find_useful_groups
+from trainer.rl.objective import ADVANTAGES, OLD, REFERENCE, PolicyObjective
+from trainer.rl.reference import AdapterlessReference, ReferenceWeights
+from trainer.rl.rollout import Rollout, Values
+from trainer.rl.talk import begin_conversation
+from trainer.rl.update import Minibatch, PolicyUpdates
+from trainer.stages.base import StageContext
+
+log = logging.getLogger(__name__)
+
+
+class GrpoStage:
+    """One step: groups of answers to the next prompts, their rewards, and the updates that they are worth."""
+
+    name = "grpo"
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        engine: Engine,
+        reader: PromptReader,
+        validation: Sequence[PromptFile],
+        collector: Collector,
+    ) -> None:
+        self._config, self._engine = config, engine
+        self._reader, self._validation, self._collector = reader, validation, collector
+        method, mesh = config.grpo.method, engine.mesh
+        self._objective = PolicyObjective(
+            method,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            cp_group=mesh.cp_group,
+        )
+        self._updates = PolicyUpdates(config, engine, self._objective)
+        self.parts: dict[str, Checkpointed] = {POLICY: engine, "rng": RandomGenerators(mesh)}
+        self._reference: ReferenceWeights | AdapterlessReference | None = None
+        if method.kl_coefficient:
+            self._reference = AdapterlessReference(engine) if engine.adapter is not None else ReferenceWeights(engine)
+            if isinstance(self._reference, ReferenceWeights):
+                self.parts["reference"] = self._reference
+        self._is_through_gate = False
+
+    def start(self, state: TrainState) -> None:
+        """Remember the weights that the policy is held to, unless a checkpoint has brought them. Collective."""
+        if isinstance(self._reference, ReferenceWeights) and not self._reference.is_known:
+            self._reference.remember()
+
+    def step(self, state: TrainState) -> StepResult:
+        """Answer, score and update. Collective: all ranks of the world must call this."""
+        started, seconds = time.perf_counter(), Seconds()
+        config, step = self._config, state.step + 1
+        prompts, rollouts = self._collect(step, seconds)
+        scored = [rollout for rollout in rollouts if rollout.score is not None]
+        is_all_trained = config.grpo.cut_answers == "train"
+        trained = [rollout for rollout in scored if is_all_trained or rollout.finish != "length"]
+        minibatches = self._updates.cut(trained)
+        scoring = time.perf_counter()
+        old, reference = self._score(minibatches)
+        seconds_score = time.perf_counter() - scoring
+        advantages = self._updates.advantages(scored, old, reference)
+        columns: dict[str, Values] = {ADVANTAGES: advantages}
+        if old is not None and self._is_off_policy:
+            columns[OLD] = old
+        if reference is not None and config.grpo.method.kl_place == "loss":
+            columns[REFERENCE] = reference
+        rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
+        result = self._update(minibatches, columns, rate)
+        phases = {
+            "generate": seconds.generate, "reward": seconds.reward, "score": seconds_score, **result.phase_seconds,
+        }  # fmt: skip
+        rest = time.perf_counter() - started - sum(phases.values())
+        return dataclasses.replace(
+            result,
+            num_samples=len(rollouts),
+            metrics={
+                **result.metrics,
+                **describe_rollouts(rollouts, advantages),
+                **describe_work(rollouts, phases, seconds.reports),
+                "rollout/num_prompts_too_long": float(self._reader.num_too_long),
+            },
+            phase_seconds={"data": rest, **phases},
+            rollouts=[self._record(step, one, prompts, advantages) for one in rollouts],
+        )
+
+    def evaluate(self) -> Evaluation:
+        """Return the mean score of likeliest answers to each source's first prompts. Collective: all ranks."""
+        values: dict[str, float] = {}
+        answers: list[ScoredAnswer] = []
+        spell = self._collector.spell
+        for file in self._validation:
+            name = file.name
+            prompts = file.first(self._config.grpo.num_validation_prompts)
+            rollouts = self._collector.answer_greedily(prompts)
+            scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+            values[VALIDATION_SCORE + name] = sum(scores) / len(scores) if scores else math.nan
+            for reward in sorted({reward for rollout in rollouts for reward in rollout.rewards}):
+                found = [value for one in rollouts if (value := one.rewards.get(reward)) is not None]
+                values[f"validation_{reward}/{name}"] = sum(found) / len(found) if found else math.nan
+            answers += [
+                ScoredAnswer(name, spell(prompt.token_ids), rollout.texts[-1], rollout.score, rollout.rewards)
+                for prompt, rollout in zip(prompts, rollouts, strict=True)
+            ]
+        return Evaluation(values, answers)
+
+    def describe_fault(self) -> str:
+        """Return what made the last step non-finite. Collective: all ranks of the world must call this."""
+        return self._engine.describe_fault()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the cursor of the prompts; everything else of a step follows from its number."""
+        return {"prompts": self._reader.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the cursor of the prompts."""
+        self._reader.load_state_dict(state["prompts"])
+
+    def close(self) -> None:
+        """End the processes that score."""
+        self._collector.close()
+
+    @property
+    def _is_off_policy(self) -> bool:
+        """Whether some update of a step meets a policy that is not the one that gave the answers."""
+        return self._config.grpo.num_epochs * self._config.grpo.num_minibatches > 1
+
+    def _collect(self, step: int, seconds: Seconds) -> tuple[dict[int, Prompt], list[Rollout]]:
+        """Return a step's prompts by group and all their rollouts.
+
+        Groups of equal scores are replaced as often as `num_refills` says; those of the last round stay.
+        """
+        wanted, refills = self._config.prompts_per_step, self._config.grpo.method.num_refills
+        prompts: dict[int, Prompt] = {}
+        kept: list[Rollout] = []
+        num_groups = 0
+        for refill in range(refills + 1):
+            drawn = self._reader.draw(wanted - len(prompts))
+            new = {num_groups + number: prompt for number, prompt in enumerate(drawn)}
+            rollouts = self._collector.collect(drawn, step, num_groups, seconds)
+            num_groups += len(drawn)
+            if refill < refills:
+                useful = find_useful_groups(rollouts)
+                new = {group: prompt for group, prompt in new.items() if group in useful}
+                rollouts = [rollout for rollout in rollouts if rollout.group in useful]
+            prompts |= new
+            kept += rollouts
+            if len(prompts) == wanted:
+                break
+        return prompts, kept
+
+    def _score(self, minibatches: Sequence[Minibatch]) -> tuple[Values | None, Values | None]:
+        """Return log-probabilities by the policy and by its reference, as far as they are needed.
+
+        Raises BadInput where generation and training disagree before the first update of this start.
+        """
+        grpo, precision = self._config.grpo, self._config.precision
+        method = grpo.method
+        needs_old = self._is_off_policy or (method.kl_coefficient > 0 and method.kl_place == "reward")
+        old = self._updates.score(minibatches) if needs_old or not self._is_through_gate else None
+        rollouts = [rollout for minibatch in minibatches for rollout in minibatch.rollouts]
+        if not self._is_through_gate and old is not None and rollouts:
+            difference = check_agreement(rollouts, old, grpo.gate_tolerance or default_tolerance(precision), self._collector.spell)
+            log.info("log-probabilities of generation and of training are %.2g nats apart on average", difference)
+            self._is_through_gate = True
+        reference = self._updates.score(minibatches, self._reference) if self._reference is not None else None
+        return old if needs_old else None, reference
+
+    def _update(self, minibatches: Sequence[Minibatch], columns: Mapping[str, Values], rate: float) -> StepResult:
+        """Make the updates of a step; a number that is not finite ends them."""
+        laid = [self._updates.with_columns(minibatch, columns) for minibatch in minibatches]
+        results: list[StepResult] = []
+        for batches in laid * self._config.grpo.num_epochs:
+            results.append(self._engine.train_step(batches, self._objective, rate))
+            if results[-1].is_fault:
+                break
+        return combine(results)
+
+    def _record(
+        self, step: int, rollout: Rollout, prompts: Mapping[int, Prompt], advantages: Values
+    ) -> Mapping[str, Any]:
+        drawn = advantages[rollout.key][rollout.trained()] if rollout.key in advantages else None
+        prompt = self._collector.spell(prompts[rollout.group].token_ids)
+        return rollout.record(step, prompt, None if drawn is None else float(drawn.mean()))
+
+
+def build_grpo_stage(context: StageContext) -> GrpoStage:
+    """Return the stage with its prompts open and its rewards running. Raises BadInput for what cannot be."""
+    config, engine, tokenizer = context.config, context.models[POLICY], context.corpus.tokenizer
+    assert isinstance(engine, Engine) and isinstance(config, GrpoConfig) and tokenizer is not None
+    grpo = config.grpo
+    template = load_template(grpo.template, tokenizer.directory, "grpo.template")
+    encoder = ChatEncoder(template, tokenizer, field="grpo.template")
+    environment = None if grpo.environment is None else load_environment(grpo.environment)
+    files = open_prompts(config, "train", encoder, environment)
+    validation = open_prompts(config, "validation", encoder, environment)
+    reader = PromptReader(files, [source.weight for source in grpo.prompts], config.run.seed)
+    pool = None
+    if grpo.rewards and scores_here(engine):
+        pool = RewardPool(grpo.rewards, grpo.num_reward_workers or count_cores())
+        rows = [row for file in (*files, *validation) for _, row in file.rows]
+        pool.check(rows, config.rollout.max_new_tokens)
+    collector = Collector(config, engine, encoder, pool, environment)
+    return GrpoStage(config, engine, reader, validation, collector)
+
+
+def open_prompts(
+    config: GrpoConfig, split: Split, encoder: ChatEncoder, environment: Environment | None
+) -> list[PromptFile]:
+    """Open the prompts of a split, as the environment begins them where there is one. Raises BadInput."""
+    parse = None if environment is None else partial(begin_conversation, environment, seed=config.run.seed)
+    return [
+        PromptFile(source, f"{config.source_field(split)}[{number}]", encoder, config.longest_prompt, parse)
+        for number, source in enumerate(config.sources(split))
+    ]
