@@ -195,7 +195,7 @@ def update_in_rows(place: Place, config: Config, run_dir: str, masks: str) -> Up
     from trainer.rl.reference import ReferenceWeights
     from trainer.rl.update import PolicyUpdates
 
-    with open_engine(place, config) as engine:
+    with open_engine(place, grpo_config(config, {})) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))
         rollouts, results, scores = make_rollouts(), [], []
         reference = ReferenceWeights(engine)
@@ -293,7 +293,7 @@ def save_with_reference(place: Place, config: Config, run_dir: str, folder: str)
     from trainer.checkpoint.load import warm_start
     from trainer.engine.state import TrainState
 
-    with open_engine(place, config) as engine:
+    with open_engine(place, grpo_config(config, {})) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))
         stage, reference, policy = open_with_reference(engine, config)
         reference.remember()
@@ -308,7 +308,7 @@ def load_with_reference(place: Place, config: Config, folder: str) -> tuple[Any,
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import resume
 
-    with open_engine(place, config) as engine:
+    with open_engine(place, grpo_config(config, {})) as engine:
         stage, reference, policy = open_with_reference(engine, config)
         assert not reference.is_known
         resume(engine.config, engine.mesh, stage, resolve_checkpoint(folder))

@@ -85,10 +85,10 @@ def sequence_objective(log_probs: Sequence[float], old: Sequence[float], advanta
     return -total / len(ANSWERS)
 
 
-@pytest.mark.parametrize("advantages", [[1.0, -2.0, 0.5, -1.5], [-1.0, 2.0, -0.5, 1.5]])
+@pytest.mark.parametrize("advantages", [[1.0, -2.0, -0.5, 1.5], [-1.0, 2.0, 0.5, -1.5]])
 def test_ratios_of_answers_give_the_gradient_of_the_sequence_objective(advantages):
     old = OLD[:10]
-    shifts = [0.1, -0.3, 0.05, 0.6, -0.9, -0.2, 0.1, -0.4, 0.02, 0.1]
+    shifts = [0.1, -0.3, 0.05, 0.6, -0.9, -0.2, 0.1, -0.4, 0.02, 0.7]
     new = [a + b for a, b in zip(old, shifts, strict=True)]
     lengths = [end - start for start, end in ANSWERS]
     means = [sum(shifts[start:end]) / (end - start) for start, end in ANSWERS]

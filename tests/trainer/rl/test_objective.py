@@ -78,11 +78,12 @@ def compute_ours(section: GrpoSection, group: Any, values: dict[str, list[np.nda
     batch.columns.update(laid)  # type: ignore[attr-defined]
     output = torch.stack([laid["new"], laid["entropy"]]).requires_grad_()
     loss, count = objective.loss(output, batch), objective.count(batch)
-    (loss.total / count).backward()
+    mean = loss.total / count
+    mean.backward()
     assert output.grad is not None
     gradients = [placement.take_back([[column.numpy()]]) for column in output.grad]
     figures = {name: float(mean.total / mean.count) for name, mean in loss.means.items()}
-    return float(loss.total / count), figures, gradients
+    return mean.item(), figures, gradients
 
 
 def pad(columns: list[np.ndarray]) -> torch.Tensor:

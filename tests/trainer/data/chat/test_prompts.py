@@ -129,7 +129,8 @@ def test_each_epoch_has_every_prompt_once_in_an_order_of_its_own(open_file):
 
 
 def test_a_cursor_goes_on_where_it_was(open_file):
-    files = [open_file("a", longest=25), open_file("b", num_rows=4)]
+    longest = len(open_file("a").first(5)[4].token_ids)
+    files = [open_file("a", longest=longest), open_file("b", num_rows=4)]
     whole = places(read(files, weights=[3.0, 1.0]).draw(40))
     reader = read(files, weights=[3.0, 1.0])
     first = places(reader.draw(3)) + places(reader.draw(10))
