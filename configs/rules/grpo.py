@@ -40,7 +40,7 @@ def _check_groups(config: GrpoConfig) -> Iterator[str]:
             f"grpo.group_size: a group of one is compared with itself, and grpo.advantage={grpo.method.advantage} is "
             "then 0; a value that would work: 8"
         )
-    if grpo.group_size == 1 and grpo.num_refills:
+    elif grpo.group_size == 1 and grpo.method.num_refills:
         yield "grpo.num_refills: a group of one has equal rewards always; a value that would work: 0"
 
 

@@ -53,7 +53,7 @@ def test_arithmetic(expression, value):
         ("[1] * 9", "only numbers"),
         ("'a' * 9", "only numbers"),
         ("True + 1", "only numbers"),
-        ("1 << 9", "only + - "),
+        ("1 << 9", "only [+] - "),
         ("x + 1", "only numbers"),
         ("1 +", "no arithmetic"),
         ("", "no arithmetic"),

@@ -128,30 +128,18 @@ def test_workers_never_import_torch(make_pool):
 
 
 @pytest.mark.parametrize(
-    ("reward", "rows", "message"),
+    ("reward", "row", "message"),
     [
-        ({"function": "exactly"}, [ROW], r"grpo.rewards\[0\].function=exactly: must be one of exact_match, "),
-        (
-            {"function": "numeric", "options": {"column": "reply"}},
-            [ROW],
-            r"\[0\].options.column=reply: no row .* answer",
-        ),
-        (
-            {"function": "length", "options": {"buffer": 200}},
-            [ROW],
-            r"grpo.rewards\[0\].options.buffer=200: must be from 1",
-        ),
-        ({"function": f"{ODD}:choosy", "options": {"level": "4"}}, [ROW], r"rewards\[0\].options.level=4: .* try 3"),
-        (
-            {"function": "code", "time_limit": 5},
-            [{"tests": "x"}],
-            r"grpo.rewards\[0\].time_limit=5: must be above the 5 s",
-        ),
+        ({"function": "exactly"}, ROW, r"rewards\[0\].function=exactly: must be one of exact_match, "),
+        ({"function": "numeric", "options": {"column": "b"}}, ROW, r"rewards\[0\].options.column=b: no row .* answer"),
+        ({"function": "length", "options": {"buffer": 200}}, ROW, r"rewards\[0\].options.buffer=200: must be from 1"),
+        ({"function": f"{ODD}:choosy", "options": {"level": "4"}}, ROW, r"rewards\[0\].options.level=4: .* try 3"),
+        ({"function": "code", "time_limit": 5}, {"tests": "x"}, r"rewards\[0\].time_limit=5: must be above the 5 s"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_scored(make_pool, reward, rows, message):
+def test_what_cannot_work_is_refused_before_anything_is_scored(make_pool, reward, row, message):
     with pytest.raises(BadInput, match=message):
-        make_pool(reward).check(rows, 100)
+        make_pool(reward).check([row], 100)
 
 
 def test_all_wrong_functions_are_told_at_once(make_pool):

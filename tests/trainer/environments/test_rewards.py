@@ -108,7 +108,8 @@ def test_regex_and_tags():
         regex(reply("x"), pattern="(")
     assert tags(reply("<think>a\n</think>\n<answer>4</answer>\n")) == 1.0
     for text in (
-        "<think>a</think><answer>4</answer> bye", "<answer>4</answer><think>a</think>", "<think>a<answer>4</answer></think>",
+        "<think>a</think><answer>4</answer> bye", "<answer>4</answer><think>a</think>",
+        "<think>a<answer>4</answer></think>",
         "<think>a</think><answer>4", "<think>a</think><answer>4</answer><answer>5</answer>", "",
     ):  # fmt: skip
         assert tags(reply(text)) == 0.0, text
@@ -187,14 +188,9 @@ def test_what_cannot_be_called_is_refused(function, options, message):
 
 
 def test_every_name_leads_to_a_function():
+    options = {"length": {"buffer": 1}, "regex": {"pattern": "x"}}
     for name in BUILT_IN:
         try:
-            load_reward(
-                RewardConfig(
-                    function=name,
-                    options={"buffer": 1} if name == "length" else {"pattern": "x"} if name == "regex" else {},
-                ),
-                "r",
-            )
+            load_reward(RewardConfig(function=name, options=options.get(name, {})), "r")
         except BadInput as error:
             assert name in ("math", "reasoning_gym") and "pip install" in str(error)

@@ -66,9 +66,7 @@ def load_reward(config: RewardConfig, place: str) -> LoadedReward:
 def _import(name: str, field: str) -> Callable[..., Any]:
     module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not colon or not module_name or not attribute:
-        raise BadInput(
-            f"{field}: must be one of {', '.join(BUILT_IN)}, or module:function, such as my_rewards:is_polite"
-        )
+        raise BadInput(f"{field}: must be one of {', '.join(BUILT_IN)}, or module:function, such as mine:is_polite")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -100,9 +98,7 @@ def _convert_options(function: Callable[..., Any], options: Mapping[str, Any], p
             raise BadInput(f"{place}.options.{name}: the function has no such parameter; {known}")
     missing = [name for name in taken if name not in options and parameters[name].default is inspect.Parameter.empty]
     if missing:
-        raise BadInput(
-            f"{place}.options: lacks {missing[0]}, which the function needs; try options: {{{missing[0]}: ...}}"
-        )
+        raise BadInput(f"{place}.options: lacks {missing[0]}, which it needs; try options: {{{missing[0]}: ...}}")
     try:
         hints = typing.get_type_hints(function, include_extras=True)
     except Exception:  # a user's annotations may name what does not exist when the program runs
