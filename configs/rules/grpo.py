@@ -20,7 +20,7 @@ def check_grpo(config: Config) -> Iterator[str]:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
     top_k = config.rollout.top_k
     if top_k is not None and top_k > config.model.vocab_size:
-        yield f"rollout.top_k: {top_k} exceeds model.vocab_size={config.model.vocab_size}; a value that would work: null"
+        yield f"rollout.top_k: {top_k} exceeds model.vocab_size={config.model.vocab_size}; a value that would work: 50"
     if config.grpo.environment is None:
         yield from check_unused(config.grpo, "grpo", ("max_turns",), "without grpo.environment")
 

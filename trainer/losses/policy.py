@@ -68,9 +68,7 @@ def compute_kl(
     return torch.expm1(inverse) + distance
 
 
-def importance_weights(
-    training_log_probs: torch.Tensor, sampling_log_probs: torch.Tensor, cap: float
-) -> torch.Tensor:
+def importance_weights(training_log_probs: torch.Tensor, sampling_log_probs: torch.Tensor, cap: float) -> torch.Tensor:
     """Return min(pi_training / pi_sampling, cap), without gradient: the same weights by two programs.
 
     Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL

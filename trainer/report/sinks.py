@@ -69,7 +69,7 @@ class MetricsWriter:
                 sink.write_text(step, "answers", _as_markdown(answers[:_SHOWN_ANSWERS]))
 
     def write_rollouts(self, step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:
-        """Write what was generated in a step to `rollouts/step_*.jsonl`, in the place of what an earlier start wrote."""
+        """Write what was generated in a step to `rollouts/step_*.jsonl`, in the place of what is there."""
         path = self._run_dir / "rollouts" / f"step_{step:08d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".jsonl.tmp")
