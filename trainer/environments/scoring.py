@@ -14,7 +14,7 @@ from configs.errors import BadInput
 from configs.sections.reward import RewardConfig
 from trainer.environments.dispatch import Workers
 from trainer.environments.rewards.reply import Reply
-from trainer.environments.worker import Part
+from trainer.environments.worker import Order, Part
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class RewardPool:
         self.rewards = tuple(rewards)
         self.names = part_names(rewards)
         self._place = place
-        self._workers = Workers(self.rewards, num_workers, place)
+        orders = [Order(one.function, dict(one.options), one.time_limit) for one in rewards]
+        self._workers = Workers(orders, num_workers, place)
 
     def check(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int) -> None:
         """Import every function, and score an empty reply to a row that it applies to.

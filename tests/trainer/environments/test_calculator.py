@@ -98,7 +98,7 @@ def test_a_conversation_with_a_call_and_its_answer():
             f"<tool_call>{call('2 + 2')}</tool_call><tool_call>{call('1/0')}</tool_call>",
             ["4", "error: division by zero"],
         ),
-        ("<tool_call>2 + 2</tool_call>", ["error: the only tool is calculate; write a call like"]),
+        ("<tool_call>42</tool_call>", ["error: the only tool is calculate; write a call like"]),
         ("<tool_call>{2 + 2}</tool_call>", ["error: the call is no JSON; write it like"]),
         (f"<tool_call>{call('2 + 2')}", ["4"]),
         (f"<tool_call>{call('2', name='search')}</tool_call>", ["error: the only tool is calculate"]),

@@ -89,7 +89,7 @@ def test_whatever_a_reward_does_is_a_fault_of_that_reply_alone(make_pool):
     texts = [text for one in texts for text in (one, "4")]
     began = time.monotonic()
     scores = pool.score([reply(text) for text in texts])
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 20
     for text, score in zip(texts, scores, strict=True):
         if text in FAULTS:
             assert score == Score(None, {"odd": None, "exact_match": score.parts["exact_match"]}, {"odd": FAULTS[text]})
@@ -102,11 +102,10 @@ def test_whatever_a_reward_does_is_a_fault_of_that_reply_alone(make_pool):
 
 def test_the_time_limit_is_of_each_reply_and_not_of_a_chunk(make_pool):
     pool = make_pool({"function": f"{ODD}:odd", "time_limit": 0.5}, num_workers=1)
-    pool.score([reply("warm")])
     began = time.monotonic()
-    scores = pool.score([reply(text) for text in ["hang", *"abcd" * 10, "hang", "e"]])
-    assert [index for index, score in enumerate(scores) if score.faults] == [0, 41]
-    assert time.monotonic() - began < 6
+    scores = pool.score([reply(text) for text in ["warm", *"abcd" * 10, "hang", "e"]])
+    assert [index for index, score in enumerate(scores) if score.faults] == [41]
+    assert time.monotonic() - began < 5
 
 
 def test_children_of_a_worker_end_with_it(make_pool):
@@ -186,7 +185,7 @@ def test_nothing_outlives_a_parent_that_is_killed(root_directory):
         while time.monotonic() < deadline and len(busy) < 2:  # one in the sandbox, one in the reward itself
             time.sleep(0.1)
             children = psutil.Process(parent.pid).children(recursive=True)
-            busy = [one for one in children if one.cpu_times().user > 1.0]
+            busy = [one for one in children if one.cpu_times().user > 0.5]
         assert len(busy) == 2, children
         os.kill(parent.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(children, timeout=5)

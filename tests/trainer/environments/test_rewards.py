@@ -3,7 +3,6 @@
 import pytest
 
 from configs.errors import BadInput
-from configs.sections.reward import RewardConfig
 from trainer.environments.rewards.exact import exact_match
 from trainer.environments.rewards.json_form import valid_json
 from trainer.environments.rewards.numeric import numeric
@@ -160,13 +159,13 @@ def test_small_tasks():
 
 def test_options_are_text_until_the_function_says_what_they_are():
     """YAML is read as text, so that a pattern of digits stays one and a tolerance becomes a number."""
-    numbers = load_reward(RewardConfig(function="numeric", options={"tolerance": "1e-6", "column": "pi"}), "r[0]")
+    numbers = load_reward("numeric", {"tolerance": "1e-6", "column": "pi"}, "r[0]")
     assert (numbers.options, numbers.column) == ({"tolerance": 1e-6, "column": "pi"}, "pi")
-    assert load_reward(RewardConfig(function="regex", options={"pattern": "042", "full": "true"}), "r").options == {
+    assert load_reward("regex", {"pattern": "042", "full": "true"}, "r").options == {
         "pattern": "042", "full": True,
     }  # fmt: skip
     schema = {"type": "object", "properties": {"a": {"enum": ["1", "null"]}}}
-    loaded = load_reward(RewardConfig(function="json", options={"schema": schema}), "r")
+    loaded = load_reward("json", {"schema": schema}, "r")
     assert loaded.options["schema"]["properties"]["a"]["enum"] == [1, None]
 
 
@@ -184,13 +183,13 @@ def test_options_are_text_until_the_function_says_what_they_are():
 )
 def test_what_cannot_be_called_is_refused(function, options, message):
     with pytest.raises(BadInput, match=message):
-        load_reward(RewardConfig(function=function, options=options), "r[1]")
+        load_reward(function, options, "r[1]")
 
 
 def test_every_name_leads_to_a_function():
     options = {"length": {"buffer": 1}, "regex": {"pattern": "x"}}
     for name in BUILT_IN:
         try:
-            load_reward(RewardConfig(function=name, options=options.get(name, {})), "r")
+            load_reward(name, options.get(name, {}), "r")
         except BadInput as error:
             assert name in ("math", "reasoning_gym") and "pip install" in str(error)
