@@ -11,6 +11,7 @@ from configs.errors import ExitCode
 from tests.end_to_end.conftest import write_text
 from tools import make_small_tasks, preview_sft
 from tools.train_tokenizer import train_tokenizer
+from trainer.environments.calculator import Calculator
 from trainer.environments.small_tasks import draw_task, is_right
 
 
@@ -95,3 +96,14 @@ def test_small_tasks_are_right_and_none_held_out_is_trained(tmp_path, capsys):
         if task.kind == "sum":  # an answer of its own, from the question's numbers
             numbers = [int(word) for word in "".join(c if c.isdigit() else " " for c in task.question).split()]
             assert task.answer == str(sum(numbers))
+
+
+def test_calculator_tasks_are_rows_whose_worked_answers_the_environment_takes(tmp_path, capsys):
+    options = ["--out", str(tmp_path), "--tasks", "calculator", "--rows", "50", "--held-out", "5"]
+    assert make_small_tasks.main(options) == ExitCode.DONE
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 50
+    for row in rows:
+        asked, *_, last = row["messages"]
+        assert Calculator().begin(row, 0) == [asked] and row["tools"] == list(Calculator.tools)
+        assert Calculator().answer(row, [asked], last["content"]).reward == 1.0
