@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainer.report.rollouts import write_rollouts
+
 if TYPE_CHECKING:
     from trainer.evaluate.answers import Spoken
 
@@ -69,13 +71,8 @@ class MetricsWriter:
                 sink.write_text(step, "answers", _as_markdown(answers[:_SHOWN_ANSWERS]))
 
     def write_rollouts(self, step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:
-        """Write what was generated in a step to `rollouts/step_*.jsonl`, in the place of what an earlier start wrote."""
-        path = self._run_dir / "rollouts" / f"step_{step:08d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".jsonl.tmp")
-        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in rollouts)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+        """Write what was generated in a step to `rollouts/step_*.jsonl`."""
+        write_rollouts(self._run_dir, step, rollouts)
 
     def close(self) -> None:
         """Close every sink."""
