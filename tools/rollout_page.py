@@ -48,7 +48,13 @@ def write_rollout_page(
         "<label>with the words <input id=words></label><span id=shown></span>"
     )
     articles = [_draw_sample(one) for one in samples]
-    parts = [draw_chart(figures), f"<details><summary>all steps</summary>{table}</details>", filters, *articles, _SCRIPT]
+    parts = [
+        draw_chart(figures),
+        f"<details><summary>all steps</summary>{table}</details>",
+        filters,
+        *articles,
+        _SCRIPT,
+    ]
     write_page(path, title, _STYLE, parts)
 
 

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(prog="view_rollouts.py", description="What a policy answered, and for what.")
     parser.add_argument("place", type=path_argument, metavar="RUN_OR_FILE", help="run directory, or a file of rollouts")
-    parser.add_argument("--step", type=int, metavar="N", help="samples of this step (default: the last; with --row all)")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="samples of this step (default: the last; with --row all)"
+    )
     parser.add_argument("--sort", choices=ORDERS, default="reward", help="from the most to the least (default: reward)")
     parser.add_argument("--group", type=int, metavar="G", help="samples of this group of the step alone")
     parser.add_argument("--row", type=_row, metavar="SOURCE:ROW", help="answers to one row of the data, step by step")

@@ -119,7 +119,10 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
         windowed = sum(window is not None for window in layer_windows(model))
         yield "sliding window", f"{model.window_size:,} keys in {windowed} of {model.num_layers} layers"
     if not isinstance(config, RftConfig):
-        yield "model TFLOPs per step", f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}"
+        yield (
+            "model TFLOPs per step",
+            f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}",
+        )
 
 
 def _fitting_device(num_bytes: int) -> str:

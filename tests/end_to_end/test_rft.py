@@ -50,7 +50,7 @@ def start(ranks, prompts, tmp_path):
     seed = tmp_path / "seed.yaml"
     seed.write_text(
         f"{MODEL}data: {{tokenizer: {prompts / 'tokenizer'}}}\nrun: {{dir: {tmp_path / 'seed'}}}\n"
-        "train: {num_steps: 0, seq_len: 64, global_batch_size: 2, micro_batch_size: 1}\n"
+        "train: {num_steps: 0, seq_len: 128, global_batch_size: 2, micro_batch_size: 1}\n"
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

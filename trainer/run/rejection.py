@@ -1,7 +1,7 @@
 """Rejection sampling: a model's answers to every prompt, in rounds that are written whole, and the chats they make.
 
-A run directory keeps all answers under `rollouts/`, a file a round, so that a kill loses the round under way alone;
-`accepted.jsonl` is made of them anew whenever the command ends. An answer's random numbers come from its prompt's place.
+A run directory keeps all answers under `rollouts/`, a file a round, so that a kill loses the round under way alone.
+`accepted.jsonl` is made of them anew whenever the command ends. An answer depends on its prompt's place alone.
 """
 
 from __future__ import annotations
