@@ -65,7 +65,7 @@ grpo:
   num_reward_workers: 1
 rollout: {{max_new_tokens: 12, stop_strings: ["e", "o", " "]}}
 rft: {{max_per_prompt: 2}}
-train: {{seq_len: 64, global_batch_size: 16}}
+train: {{seq_len: 128, global_batch_size: 16}}
 checkpoint: {{init_from: {tmp_path / "seed"}}}
 """
     )

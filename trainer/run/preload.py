@@ -12,11 +12,15 @@ import pkgutil
 import trainer
 from parallel.platform import load_platform
 
+_OF_WORKERS = "trainer.environments.rewards."  # which import what need not be installed, in processes of their own
+
 
 def preload() -> None:
-    """Import torch, Megatron-Core and every module of `trainer`, and keep them out of later garbage collections."""
+    """Import torch, Megatron-Core and every module of `trainer` that ranks need, and keep them out of later collections
+    of garbage."""
     load_platform("cpu").activate(0)
     for module in pkgutil.walk_packages(trainer.__path__, "trainer."):
-        importlib.import_module(module.name)
+        if not module.name.startswith(_OF_WORKERS):
+            importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
