@@ -10,6 +10,7 @@ import pytest
 from configs.errors import ExitCode
 from tools.view_rollouts import main
 from trainer.report.rollouts import write_rollouts
+from trainer.report.sinks import MetricsWriter
 
 NASTY = "<script>alert('1')</script> & \x1b[31mred"
 
@@ -150,3 +151,8 @@ def test_options_that_mean_nothing_are_refused(run, capsys, words, named):
     with pytest.raises(SystemExit) as refusal:
         main([str(run), *words])
     assert refusal.value.code == ExitCode.BAD_INPUT and named in capsys.readouterr().err
+
+
+def test_a_run_that_went_back_shows_one_course(run, capsys):
+    MetricsWriter(run, tensorboard=False, resume_step=2).close()
+    assert [line.split()[0] for line in see(capsys, run)[-3:]] == ["step", "1", "2"]

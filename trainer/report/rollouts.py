@@ -54,3 +54,10 @@ def read_rollouts(path: Path) -> Iterator[dict[str, Any]]:
                 state = "is not what a rollout has" if wrong in row else "is missing"
                 raise BadInput(f"{path}:{number}: {wrong} {state}; give a file of a run's {FOLDER}/ folder")
             yield row
+
+
+def drop_rollouts_after(run_dir: Path, step: int) -> None:
+    """Remove the files of steps beyond `step`: of a course of training that is given up."""
+    for path in list_rollouts(run_dir):
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trainer.report.rollouts import write_rollouts
+from trainer.report.rollouts import drop_rollouts_after, write_rollouts
 
 if TYPE_CHECKING:
     from trainer.evaluate.answers import Spoken
@@ -41,8 +41,13 @@ class MetricsWriter:
     """Writes each step's row to every sink of the run directory."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int) -> None:
-        """Open the sinks to go on after `resume_step` (0 for a fresh run): rows of later steps are dropped."""
+        """Open the sinks to go on after `resume_step` (0 for a fresh run): rows of later steps are dropped.
+
+        So are the rollouts of a run that goes back; where none has begun, those in the directory are not its own.
+        """
         self._run_dir = run_dir
+        if resume_step > 0:
+            drop_rollouts_after(run_dir, resume_step)
         self._sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", resume_step)]
         if tensorboard:
             self._sinks.append(TensorBoard(run_dir / "tensorboard", resume_step))

@@ -14,10 +14,9 @@ from trainer.data.chat.conversation import Conversation
 from trainer.data.chat.messages import CallForm, to_openai
 
 ACCEPTED = "accepted"
-FAILED, LOW, CUT, EMPTY, DOUBLE, BEYOND = "failed", "below", "cut", "empty", "double", "beyond"
-"""Why an answer is not accepted, in the order in which it is asked: its rewards failed, its score is too low, the limit
-of tokens cut it (learning it would be learning to stop there), it says nothing, another has the same words, or there
-are enough."""
+FAILED, LOW, CUT, EMPTY = "without a score", "below rft.min_score", "cut by the limit of tokens", "empty"
+DOUBLE, BEYOND = "like another", "beyond rft.max_per_prompt"
+"""Why an answer is not accepted, in the order in which it is asked; one that was cut would teach to stop there."""
 
 
 def choose(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from configs.sections.sft import ConversationSource
 from trainer.data.chat.conversation import Conversation, Message, ToolCall
 from trainer.data.chat.forms import parse_conversation
-from trainer.rl.acceptance import as_chat, choose
+from trainer.rl.acceptance import ACCEPTED, BEYOND, CUT, DOUBLE, EMPTY, FAILED, LOW, as_chat, choose
 
 
 def answer(sample: int, score: float | None, text: str, finish: str = "stop_token") -> dict:
@@ -27,9 +27,9 @@ def test_right_whole_and_different_answers_are_accepted_the_best_first():
     ]
     chosen, ends = choose(answers, 1.0, None)
     assert [one["sample"] for one in chosen] == [1, 2, 8, 9]
-    assert ends == {"accepted": 4, "below": 1, "cut": 1, "failed": 1, "double": 2, "empty": 1}
+    assert ends == {ACCEPTED: 4, LOW: 1, CUT: 1, FAILED: 1, DOUBLE: 2, EMPTY: 1}
     chosen, ends = choose(answers, 1.0, 2)
-    assert [one["sample"] for one in chosen] == [2, 8] and ends["beyond"] == 3
+    assert [one["sample"] for one in chosen] == [2, 8] and ends[BEYOND] == 3
     assert choose([], 1.0, 4) == ([], {})
 
 
