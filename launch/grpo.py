@@ -1,4 +1,4 @@
-"""Reinforcement learning from computed rewards. Run: torchrun --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml"""
+"""Reinforcement learning from rewards. Run: torchrun --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml"""
 
 import sys
 from pathlib import Path

@@ -22,7 +22,7 @@ def check_grpo(config: Config) -> Iterator[str]:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
     top_k = config.rollout.top_k
     if top_k is not None and top_k > config.model.vocab_size:
-        yield f"rollout.top_k: {top_k} exceeds model.vocab_size={config.model.vocab_size}; a value that would work: null"
+        yield f"rollout.top_k: {top_k} exceeds model.vocab_size={config.model.vocab_size}; a value that would work: 50"
     if config.grpo.environment is None:
         yield from check_unused(config.grpo, "grpo", ("max_turns",), "without grpo.environment")
 
@@ -46,7 +46,7 @@ def _check_comparison(config: GrpoConfig) -> Iterator[str]:
             f"grpo.group_size: a group of one is compared with itself, and grpo.advantage={grpo.method.advantage} is "
             "then 0; a value that would work: 8"
         )
-    if grpo.group_size == 1 and grpo.num_refills:
+    elif grpo.group_size == 1 and grpo.method.num_refills:
         yield "grpo.num_refills: a group of one has equal rewards always; a value that would work: 0"
 
 

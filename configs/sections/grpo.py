@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from configs.sections.base import Count, NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, Section
+from configs.sections.base import Count, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 from configs.sections.reward import RewardConfig
 from configs.sections.sft import ConversationSource
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import signal
 import time
@@ -193,6 +194,29 @@ def sigterm_in_round(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def killed_in_step(step: int, owner: str, method: str, *, call: int = 1) -> Iterator[None]:
+    """Kill every rank (SIGKILL) in a step of reinforcement learning, at the `call`-th call of a method in it."""
+    from trainer.rl.collect import Collector
+
+    module, _, name = owner.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    collect, original, now = Collector.collect, getattr(kind, method), {"step": 0, "calls": 0}
+
+    def collect_in_step(self, prompts, step, *args):
+        now.update(step=step, calls=0)
+        return collect(self, prompts, step, *args)
+
+    def call_or_die(self, *args, **kwargs):
+        now["calls"] += 1
+        if (now["step"], now["calls"]) == (step, call):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    with patch.object(Collector, "collect", collect_in_step), patch.object(kind, method, call_or_die):
+        yield
+
+
 FAULTS = {
     "moved_directory": moved_directory,
     "moved_while_saving": moved_while_saving,
@@ -209,4 +233,9 @@ FAULTS = {
     "killed_in_second_round": killed_in_second_round,
     "sigterm_in_round": sigterm_in_round,
     "no_model": lambda rank: patch("trainer.engine.build.build_models", side_effect=AssertionError("a model")),
+    "killed_while_generating": lambda rank: killed_in_step(
+        2, "trainer.engine.sharded_model.ShardedModel", "compute_next_logits", call=3
+    ),
+    "killed_while_scoring": lambda rank: killed_in_step(3, "trainer.environments.scoring.RewardPool", "score"),
+    "killed_in_the_update": lambda rank: killed_in_step(4, "trainer.engine.engine.Engine", "train_step", call=2),
 }

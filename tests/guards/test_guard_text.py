@@ -57,7 +57,8 @@ def test_constraints_are_exact_versions_and_cover_every_dependency(root):
     assert not [line for line in pins if not PIN.match(line)]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in pins}
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    direct = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    direct = project["dependencies"] + extras["dev"] + extras["rewards"]
     assert len(direct) > 10
     names = {re.match(r"[\w.-]+", requirement).group().lower() for requirement in direct}
     assert names <= pinned, f"not pinned: {names - pinned}"

@@ -53,7 +53,11 @@ SETTINGS = (
 )
 _ON_CHATS = (*_SETTINGS, "checkpoint.init_from=null", "train.log_every=10")
 FINE_TUNING = (*_ON_CHATS, "sft.validation=[]", "sft.num_answers=0")
-REINFORCEMENT = (*_ON_CHATS, "grpo.validation=[]", "grpo.rewards=[{function: 'tools.bench.vowel_reward:share_of_vowels'}]")
+REINFORCEMENT = (
+    *_ON_CHATS,
+    "grpo.validation=[]",
+    "grpo.rewards=[{function: 'tools.bench.vowel_reward:share_of_vowels'}]",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""TRL's `GRPOTrainer` under the clock: the same Llama, prompts, group, lengths, reward and optimizer settings on one rank.
+"""TRL's `GRPOTrainer` under the clock: the same Llama, prompts, groups, lengths and reward on one rank.
 
 It generates with `transformers.generate`, its way without a server. One update a step, no reference, Dr. GRPO's loss;
 its other defaults stay, but for recomputing activations and bf16, which are off as ours are.

@@ -94,9 +94,9 @@ def _lay_out(engine: Any, objective: Any, rollouts: Sequence[Any], reference: An
     from trainer.rl.objective import ADVANTAGES, REFERENCE
     from trainer.rl.update import PolicyUpdates
 
-    fields = engine.config.model_dump()
     sections = {"grpo": GrpoSection(algorithm="grpo"), "rollout": RolloutSection(max_new_tokens=NEW_TOKENS)}
-    updates = PolicyUpdates(GrpoConfig(**fields, **sections), engine, objective)
+    config = GrpoConfig.model_validate(engine.config.model_dump() | sections)
+    updates = PolicyUpdates(config, engine, objective)
     [minibatch] = updates.cut(rollouts)
     scored = updates.score([minibatch])
     distances = [np.abs(scored[one.key][one.trained()] - np.array(one.log_probs)) for one in rollouts]

@@ -37,7 +37,7 @@ class Blend:
     """Sources drawn in proportion to their weights, each read in its own order."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], field: str = "data.train") -> None:
-        """Blend `sources` with relative `weights`. Raises BadInput, naming `field`, when the same data is given twice."""
+        """Blend `sources` with relative `weights`. Raises BadInput, naming `field`, where data is given twice."""
         if not sources:
             raise BadInput(f"{field}: no source is given; a value that would work: [{{path: data/stdlib/train}}]")
         self._field = field

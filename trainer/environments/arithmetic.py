@@ -21,9 +21,9 @@ class BadExpression(Exception):
 
 
 def work_out(expression: str) -> str:
-    """Return the value of an expression of numbers, + - * / // % ** and parentheses: exact where a decimal can be.
+    """Return the value of an expression of numbers, + - * / // % ** and parentheses, exact where a decimal can be.
 
-    Decimals are exact too (0.1 + 0.2 is 0.3); what has no end, such as 1/3, is given to 12 digits. Raises BadExpression.
+    Decimals are exact too (0.1 + 0.2 is 0.3); what has no end, such as 1/3, has 12 digits. Raises BadExpression.
     """
     if len(expression) > _MOST_CHARACTERS:
         raise BadExpression(f"the expression is longer than {_MOST_CHARACTERS} characters; split it")

@@ -9,10 +9,9 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from configs.errors import BadInput
-from configs.sections.reward import RewardConfig
 from trainer.environments.process import WorkerProcess
 from trainer.environments.rewards.reply import Reply
-from trainer.environments.worker import Loaded, Part, too_slow
+from trainer.environments.worker import Loaded, Order, Part, too_slow
 
 _MOST_MESSAGES = 64  # of a chunk: so many fit into a connection, and no worker waits for the trainer to read
 _MOST_STARTS = 3  # that fail one after the other, in one place
@@ -23,8 +22,8 @@ Keep = Callable[[int, Sequence[Part]], None]
 class Workers:
     """Places for worker processes, each empty or taken."""
 
-    def __init__(self, rewards: Sequence[RewardConfig], num_workers: int, place: str) -> None:
-        self._rewards, self._place = rewards, place
+    def __init__(self, orders: Sequence[Order], num_workers: int, place: str) -> None:
+        self._orders, self._place = orders, place
         self._workers: list[WorkerProcess | None] = [None] * num_workers
         self._failed_starts = [0] * num_workers
         self._why = ""
@@ -32,7 +31,7 @@ class Workers:
     def load(self) -> Loaded:
         """Start all workers anew, and return what they say of their functions. Raises BadInput where one cannot."""
         self.close()
-        workers = [WorkerProcess(self._rewards, self._place) for _ in self._workers]
+        workers = [WorkerProcess(self._orders, self._place) for _ in self._workers]
         self._workers = list(workers)
         said: Any = None
         for worker in workers:
@@ -49,7 +48,7 @@ class Workers:
 
     def work(self, replies: Sequence[Reply], keep: Keep) -> None:
         """Score all replies; `keep(index, parts)` is called for each as it is known."""
-        job = _Job(replies, len(self._rewards), keep)
+        job = _Job(replies, len(self._orders), keep)
         try:
             while job.num_left:
                 self._start_missing()
@@ -77,14 +76,14 @@ class Workers:
     def _start_missing(self) -> None:
         for place, worker in enumerate(self._workers):
             if worker is None and self._failed_starts[place] < _MOST_STARTS:
-                self._workers[place] = WorkerProcess(self._rewards, self._place)
+                self._workers[place] = WorkerProcess(self._orders, self._place)
 
     def _give_out(self, job: _Job) -> None:
         """Give idle workers chunks that grow smaller towards the end, so that all finish together."""
         for worker in self._workers:
             if worker is not None and worker.is_idle and job.waiting:
                 size = len(job.waiting) // (2 * len(self._workers))
-                size = max(1, min(size, _MOST_MESSAGES // len(self._rewards)))
+                size = max(1, min(size, _MOST_MESSAGES // len(self._orders)))
                 worker.give([job.waiting.popleft() for _ in range(size)], job.replies)
 
     def _look_at(self, place: int, worker: WorkerProcess, job: _Job) -> None:
@@ -107,7 +106,7 @@ class Workers:
         if not worker.is_idle and time.monotonic() > worker.deadline:
             chunk = worker.chunk
             has_begun = chunk is not None and chunk.since is not None
-            limit = self._rewards[chunk.part].time_limit if chunk is not None else 0.0
+            limit = self._orders[chunk.part].time_limit if chunk is not None else 0.0
             self._replace(place, worker, job, too_slow(limit) if has_begun else "it does not start")
 
     def _replace(self, place: int, worker: WorkerProcess, job: _Job, why: str) -> None:

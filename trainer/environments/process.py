@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from configs.sections.reward import RewardConfig
 from trainer.environments.rewards.reply import Reply
+from trainer.environments.worker import Order
 
 # -P: the directory that the command runs in comes last on the path, so that no file in it hides a standard module.
 _PROGRAM = "import sys; from trainer.environments.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
@@ -39,7 +39,7 @@ class Chunk:
 class WorkerProcess:
     """A process that is being started, idle, or at a chunk of replies."""
 
-    def __init__(self, rewards: Sequence[RewardConfig], place: str) -> None:
+    def __init__(self, orders: Sequence[Order], place: str) -> None:
         """Start it, in a session of its own, which Ctrl-C does not reach and which can be killed as one."""
         self.connection, other = multiprocessing.Pipe()
         self._folder = tempfile.mkdtemp(prefix="shardwright_rewards_")
@@ -60,8 +60,8 @@ class WorkerProcess:
         self.chunk: Chunk | None = None
         self.is_ready = False
         self._deadline = time.monotonic() + _START_SECONDS
-        self._time_limits = [config.time_limit for config in rewards]
-        self._send((list(rewards), place))
+        self._time_limits = [order.time_limit for order in orders]
+        self._send((list(orders), place))
 
     @property
     def is_idle(self) -> bool:

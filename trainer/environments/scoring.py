@@ -14,7 +14,7 @@ from configs.errors import BadInput
 from configs.sections.reward import RewardConfig
 from trainer.environments.dispatch import Workers
 from trainer.environments.rewards.reply import Reply
-from trainer.environments.worker import Part
+from trainer.environments.worker import Order, Part
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class RewardPool:
         self.rewards = tuple(rewards)
         self.names = part_names(rewards)
         self._place = place
-        self._workers = Workers(self.rewards, num_workers, place)
+        orders = [Order(one.function, dict(one.options), one.time_limit) for one in rewards]
+        self._workers = Workers(orders, num_workers, place)
 
     def check(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int) -> None:
         """Import every function, and score an empty reply to a row that it applies to.
@@ -56,9 +57,9 @@ class RewardPool:
         for number, (column, seconds) in enumerate(zip(loaded.columns, loaded.seconds, strict=True)):
             place, config = f"{self._place}[{number}]", self.rewards[number]
             if seconds is not None and seconds >= config.time_limit:
-                advice = f"try {place}.time_limit={2 * seconds:g}"
-                wrong.append(f"{place}.time_limit={config.time_limit:g}: must be above the {seconds:g} s of its seconds; {advice}")
-            first = next((index for index, row in enumerate(rows) if column is None or row.get(column) is not None), None)
+                limit, own = f"{place}.time_limit={config.time_limit:g}", f"{seconds:g} s of its seconds"
+                wrong.append(f"{limit}: must be above the {own}; try {place}.time_limit={2 * seconds:g}")
+            first = _first_with(rows, column)
             if first is not None:
                 firsts.add(first)
             elif rows:
@@ -107,6 +108,11 @@ class RewardPool:
         if total is not None and not math.isfinite(total):
             total, faults = None, {"total": "the weighted sum is not finite"}
         return Score(total, values, faults)
+
+
+def _first_with(rows: Sequence[Mapping[str, Any]], column: str | None) -> int | None:
+    """Return the number of the first row that has something in a column."""
+    return next((index for index, row in enumerate(rows) if column is None or row.get(column) is not None), None)
 
 
 def part_names(rewards: Sequence[RewardConfig]) -> tuple[str, ...]:

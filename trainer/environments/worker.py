@@ -11,17 +11,25 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from configs.errors import BadInput, in_one_line
-from configs.sections.reward import RewardConfig
 from trainer.environments.rewards.registry import LoadedReward, load_reward
 from trainer.environments.rewards.reply import Reply
 
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """A reward as the config has it, without pydantic, whose import would take most of a worker's start."""
+
+    function: str
+    options: Mapping[str, Any]
+    time_limit: float
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,8 @@ def main(descriptor: int, parent: int) -> None:
     _die_with(parent)
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
-    rewards, place = connection.recv()
-    loaded = _load(rewards, place)
+    orders, place = connection.recv()
+    loaded = _load(orders, place)
     if isinstance(loaded, str):
         connection.send(loaded)
         return
@@ -62,8 +70,8 @@ def main(descriptor: int, parent: int) -> None:
             return
         connection.send(time.monotonic())
         for reply in replies:
-            for reward, config in zip(loaded, rewards, strict=True):
-                part = score_part(reward, reply, config.time_limit)
+            for reward, order in zip(loaded, orders, strict=True):
+                part = score_part(reward, reply, order.time_limit)
                 if os.getpid() != process:  # a copy of this process that the function has made and not ended
                     os._exit(0)
                 connection.send((part, time.monotonic()))
@@ -107,12 +115,12 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _load(rewards: Sequence[RewardConfig], place: str) -> list[LoadedReward] | str:
+def _load(orders: Sequence[Order], place: str) -> list[LoadedReward] | str:
     """Import all functions; where one cannot be, return what is wrong with each, a line each."""
     loaded, wrong = [], []
-    for number, config in enumerate(rewards):
+    for number, order in enumerate(orders):
         try:
-            loaded.append(load_reward(config, f"{place}[{number}]"))
+            loaded.append(load_reward(order.function, order.options, f"{place}[{number}]"))
         except BadInput as error:
             wrong.append(str(error))
     return "\n".join(wrong) if wrong else loaded

@@ -110,9 +110,7 @@ class EngineGenerator:
         completions = [completion for one in found for completion in one[0]]
         return sorted(completions, key=lambda one: (one.prompt, one.sample))
 
-    def _answer(
-        self, rows: Sequence[Row], sampling: Sampling, on_token: OnToken | None, replica: int
-    ) -> ReplicaReport:
+    def _answer(self, rows: Sequence[Row], sampling: Sampling, on_token: OnToken | None, replica: int) -> ReplicaReport:
         """Generate this replica's rows to their ends; nothing of the cache outlives this."""
         model = self._model
         model.finish_parameter_gather()

@@ -48,9 +48,7 @@ def find_equal_groups(rewards: Floats, groups: NDArray[np.int64]) -> NDArray[np.
     return (lowest == highest)[member]
 
 
-def spread_over_tokens(
-    advantages: Floats, lengths: NDArray[np.int64], penalties: Floats | None = None
-) -> Floats:
+def spread_over_tokens(advantages: Floats, lengths: NDArray[np.int64], penalties: Floats | None = None) -> Floats:
     """Return the advantage of each trained token, `[tokens]`, answers laid end to end.
 
     With `penalties [tokens]`, such as KL times its coefficient, a token's is its answer's less the penalties from the

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -108,7 +109,7 @@ class Collector:
             for sample in range(sampling.num_samples)
         ]
         with self._model.merged_adapter():
-            keys = [(step, first_group + number) for number in range(len(prompts))]
+            keys: list[tuple[int, ...]] = [(step, first_group + number) for number in range(len(prompts))]
             self._reply(talks, [prompt.token_ids for prompt in prompts], sampling, keys, seconds)
             for turn in range(1, self._config.grpo.max_turns):
                 going_on = [talk for talk in talks if not talk.is_over]
@@ -139,7 +140,7 @@ class Collector:
         seconds.generate += answered - started
         if self._generator.last_report is not None:
             seconds.reports.append(self._generator.last_report)
-        turns = self._shared([lambda talk=talk: ask(self._environment, talk) for talk in talks])
+        turns = self._shared([partial(ask, self._environment, talk) for talk in talks])
         room = self._config.longest_prompt
         for talk, turn in zip(talks, turns, strict=True):
             talk.add_turn(turn, self._encoder, self._end_id, room)
@@ -202,10 +203,10 @@ def _reply(talk: Talk, sampling: Sampling) -> Reply:
 def _rollout(talk: Talk, score: Score) -> Rollout:
     """Return a conversation with its score: what its rewards and its environment gave together."""
     parts, faults = dict(score.parts), dict(score.faults)
-    total = score.total
+    total, given = score.total, sum(talk.rewards)
     if talk.rewards:
-        parts["environment"] = sum(talk.rewards)
-        total = None if total is None else total + parts["environment"]
+        parts["environment"] = given
+        total = None if total is None else total + given
     if talk.fault is not None:
         total, faults["environment"] = None, talk.fault
     return Rollout(

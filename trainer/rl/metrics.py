@@ -22,7 +22,7 @@ def describe_rollouts(rollouts: Sequence[Rollout], advantages: Values) -> dict[s
     figures = _spread("response_length", [rollout.num_sampled for rollout in rollouts])
     figures["response_length/clip_ratio"] = _mean([rollout.finish == "length" for rollout in rollouts])
     figures["prompt_length/mean"] = _mean([rollout.is_sampled.index(True) for rollout in rollouts])
-    figures |= _spread("critic/score", [rollout.score for rollout in scored])
+    figures |= _spread("critic/score", [rollout.score for rollout in scored if rollout.score is not None])
     trained = [advantages[rollout.key][rollout.trained()] for rollout in scored]
     figures |= _spread("critic/advantages", np.concatenate(trained) if trained else [])
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
@@ -36,7 +36,9 @@ def describe_rollouts(rollouts: Sequence[Rollout], advantages: Values) -> dict[s
     return figures
 
 
-def describe_work(rollouts: Sequence[Rollout], seconds: Mapping[str, float], reports: Sequence[GenerationReport]) -> dict[str, float]:
+def describe_work(
+    rollouts: Sequence[Rollout], seconds: Mapping[str, float], reports: Sequence[GenerationReport]
+) -> dict[str, float]:
     """Return what a step's phases took and yielded.
 
     The idle share is that of the replicas' time in generation, in which a replica waits for the slowest.
@@ -90,18 +92,21 @@ def combine(results: Sequence[StepResult]) -> StepResult:
         is_overflow_expected=any(one.is_overflow_expected for one in informed),
         loss_scale=results[0].loss_scale,
         metrics={
-            name: sum(one.metrics[name] * one.num_tokens for one in results) / tokens if tokens else 0.0 for name in names
+            name: sum(one.metrics[name] * one.num_tokens for one in results) / tokens if tokens else 0.0
+            for name in names
         },
-        phase_seconds={
-            name: sum(one.phase_seconds[name] for one in results) for name in last.phase_seconds
-        },
+        phase_seconds={name: sum(one.phase_seconds[name] for one in results) for name in last.phase_seconds},
     )
 
 
 def _spread(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
     if not len(values):
         return {f"{name}/{kind}": 0.0 for kind in ("mean", "max", "min")}
-    return {f"{name}/mean": float(np.mean(values)), f"{name}/max": float(np.max(values)), f"{name}/min": float(np.min(values))}
+    return {
+        f"{name}/mean": float(np.mean(values)),
+        f"{name}/max": float(np.max(values)),
+        f"{name}/min": float(np.min(values)),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -32,7 +32,9 @@ LOGPROB_DIFFERENCE = "rollout/logprob_difference"
 class PolicyObjective:
     """One minibatch's policy-gradient loss; `count` is of tokens or of answers, as `normalisation` says."""
 
-    def __init__(self, method: PolicyMethod, *, temperature: float, max_new_tokens: int, cp_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, method: PolicyMethod, *, temperature: float, max_new_tokens: int, cp_group: dist.ProcessGroup
+    ) -> None:
         self._method, self._temperature, self._cp_group = method, temperature, cp_group
         self._max_new_tokens = max_new_tokens
         names = ["actor/pg_loss", "actor/entropy", "actor/ppo_kl", "actor/clip_frac", LOGPROB_DIFFERENCE]
@@ -94,9 +96,7 @@ class PolicyObjective:
             divergence = compute_kl(log_probs, columns[REFERENCE], method.kl_estimator)
             losses, figures["actor/kl"] = losses + method.kl_coefficient * divergence, divergence.detach()
         count = count_tokens(batch.loss_mask)
-        means = {
-            name: Mean(torch.where(is_trained, figures[name], 0.0).sum(), count) for name in self.mean_names
-        }
+        means = {name: Mean(torch.where(is_trained, figures[name], 0.0).sum(), count) for name in self.mean_names}
         return Loss(torch.where(is_trained, losses * self._weights(batch), 0.0).sum(), means)
 
     def count(self, batch: Batch) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Placement:
         """Return this rank's microbatches: tokens, labels and masks, each rollout a document."""
         rows = np.zeros((self.num_rows, 3, self._seq_len), dtype=np.int64)
         rows[:, 1] = -1
-        rows[:, 2] = np.arange(self._seq_len)
+        rows[:, 2] = np.arange(self._seq_len)  # a row without rollouts is one document
         for row, places in enumerate(self._places()):
             end = 0
             for number, start, end in places:
@@ -54,7 +54,10 @@ class Placement:
                 rows[row, 2, start:end] = np.arange(end - start)
             rows[row, 2, end:] = np.arange(self._seq_len - end)  # padding is a document of its own
         ids = np.arange(self.num_rows)
-        return [build_packed_batch(own, tuple(mine.tolist())) for own, mine in zip(self._mine(rows), self._mine(ids), strict=True)]
+        return [
+            build_packed_batch(own, tuple(mine.tolist()))
+            for own, mine in zip(self._mine(rows), self._mine(ids), strict=True)
+        ]
 
     def column(self, values: Sequence[NDArray[np.floating]]) -> list[torch.Tensor]:
         """Lay values of each rollout's predictions where these lie: fp32 `[micro_batch, seq]` a microbatch, else 0."""

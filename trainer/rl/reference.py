@@ -56,7 +56,7 @@ class ReferenceWeights:
             self._put(policy)
 
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
-        """Return the reference as shards under keys of their own, copies that nothing changes while they are written."""
+        """Return the reference as shards under keys of their own: copies, which nothing changes meanwhile."""
         with self.in_place():
             state = build_model_state(self._engine.chunks, self._engine.mesh)
             return {

@@ -23,6 +23,7 @@ from trainer.rl.objective import SAMPLED, PolicyObjective
 from trainer.rl.placement import Placement
 from trainer.rl.rollout import Key, Rollout, Values
 
+
 class Reference(Protocol):
     """Weights that a policy is held to."""
 
@@ -48,12 +49,34 @@ class PolicyUpdates:
         self._config, self._engine, self._objective = config, engine, objective
         self.method: PolicyMethod = config.grpo.method
 
+    @property
+    def is_divergence_rewarded(self) -> bool:
+        """Whether the divergence from the reference is a part of the reward."""
+        return self.method.kl_coefficient > 0 and self.method.kl_place == "reward"
+
+    def leave_out_idle(self, rollouts: Sequence[Rollout], advantages: Values) -> tuple[list[Rollout], Values]:
+        """Return the rollouts that an update can learn from, and their advantages, so scaled that nothing changes.
+
+        Where all advantages of a rollout are 0, as in a group of one score, its gradient is 0 too, unless there is a
+        divergence or an entropy in the loss, or routers are balanced by its tokens. It costs no forward pass then, and
+        what the loss is divided by, which counts it no longer, is made good in the advantages of the others.
+        """
+        method, model = self.method, self._config.model
+        if method.kl_coefficient or method.entropy_bonus or model.moe is not None:
+            return list(rollouts), advantages
+        useful = [rollout for rollout in rollouts if advantages[rollout.key].any()]
+        is_by_token = method.normalisation == "token_mean"
+        kept, whole = (
+            sum(rollout.num_sampled if is_by_token else 1 for rollout in some) for some in (useful, rollouts)
+        )
+        return useful, {rollout.key: advantages[rollout.key] * (kept / whole) for rollout in useful}
+
     def cut(self, rollouts: Sequence[Rollout]) -> list[Minibatch]:
         """Deal rollouts, in order, into `grpo.num_minibatches` of about as many."""
         train, mesh = self._config.train, self._engine.mesh
         minibatches = []
         for part in np.array_split(np.arange(len(rollouts)), self._config.grpo.num_minibatches):
-            mine = [rollouts[number] for number in part]
+            mine = [rollouts[int(number)] for number in part]
             lengths = [len(rollout.token_ids) - 1 for rollout in mine]
             placement = Placement(lengths, train.seq_len, train.micro_batch_size, mesh)
             batches = [self._objective.finish(batch) for batch in placement.build(mine)]
@@ -61,7 +84,9 @@ class PolicyUpdates:
         return minibatches
 
     def score(self, minibatches: Sequence[Minibatch], reference: Reference | None = None) -> Values:
-        """Return the log-probabilities of every prediction of the rollouts, by the policy or by its reference.
+        """Return the log-probabilities of what was drawn in the rollouts, by the policy or by its reference.
+
+        Those of other predictions are of no token of theirs.
 
         Collective: all ranks of the world must call this.
         """
@@ -95,7 +120,7 @@ class PolicyUpdates:
         lengths = np.array([rollout.num_sampled for rollout in rollouts], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
         penalties = None
-        if method.kl_coefficient and method.kl_place == "reward":
+        if self.is_divergence_rewarded:
             assert old is not None and reference is not None
             divergences = [self._divergence(old[one.key], reference[one.key])[one.trained()] for one in rollouts]
             penalties = method.kl_coefficient * np.concatenate(divergences)
@@ -120,5 +145,6 @@ class PolicyUpdates:
         ]
 
     def _divergence(self, old: NDArray[np.floating], reference: NDArray[np.floating]) -> NDArray[np.floating]:
-        pair = (torch.from_numpy(np.ascontiguousarray(one, dtype=np.float64)) for one in (old, reference))
-        return compute_kl(*pair, self.method.kl_estimator).numpy()
+        policy, frozen = (torch.from_numpy(np.ascontiguousarray(one, dtype=np.float64)) for one in (old, reference))
+        divergence: NDArray[np.floating] = compute_kl(policy, frozen, self.method.kl_estimator).numpy()
+        return divergence

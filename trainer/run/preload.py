@@ -12,15 +12,15 @@ import pkgutil
 import trainer
 from parallel.platform import load_platform
 
-_OF_WORKERS = "trainer.environments.rewards."  # which import what need not be installed, in processes of their own
+_REWARDS = "trainer.environments.rewards."
+"""Imported by the processes that score alone; some need packages that are not always there."""
 
 
 def preload() -> None:
-    """Import torch, Megatron-Core and every module of `trainer` that ranks need, and keep them out of later collections
-    of garbage."""
+    """Import torch, Megatron-Core and every module of `trainer`, and keep them out of later garbage collections."""
     load_platform("cpu").activate(0)
     for module in pkgutil.walk_packages(trainer.__path__, "trainer."):
-        if not module.name.startswith(_OF_WORKERS):
+        if not module.name.startswith(_REWARDS):
             importlib.import_module(module.name)
     gc.collect()
     gc.freeze()

@@ -62,12 +62,13 @@ class GrpoStage:
             cp_group=mesh.cp_group,
         )
         self._updates = PolicyUpdates(config, engine, self._objective)
-        self.parts: dict[str, Checkpointed] = {POLICY: engine, "rng": RandomGenerators(mesh)}
+        parts: dict[str, Checkpointed] = {POLICY: engine, "rng": RandomGenerators(mesh)}
         self._reference: ReferenceWeights | AdapterlessReference | None = None
         if method.kl_coefficient:
             self._reference = AdapterlessReference(engine) if engine.adapter is not None else ReferenceWeights(engine)
             if isinstance(self._reference, ReferenceWeights):
-                self.parts["reference"] = self._reference
+                parts["reference"] = self._reference
+        self.parts: Mapping[str, Checkpointed] = parts
         self._is_through_gate = False
 
     def start(self, state: TrainState) -> None:
@@ -80,19 +81,9 @@ class GrpoStage:
         started, seconds = time.perf_counter(), Seconds()
         config, step = self._config, state.step + 1
         prompts, rollouts = self._collect(step, seconds)
-        scored = [rollout for rollout in rollouts if rollout.score is not None]
-        is_all_trained = config.grpo.cut_answers == "train"
-        trained = [rollout for rollout in scored if is_all_trained or rollout.finish != "length"]
-        minibatches = self._updates.cut(trained)
         scoring = time.perf_counter()
-        old, reference = self._score(minibatches)
+        minibatches, columns, advantages = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
-        advantages = self._updates.advantages(scored, old, reference)
-        columns: dict[str, Values] = {ADVANTAGES: advantages}
-        if old is not None and self._is_off_policy:
-            columns[OLD] = old
-        if reference is not None and config.grpo.method.kl_place == "loss":
-            columns[REFERENCE] = reference
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
         result = self._update(minibatches, columns, rate)
         phases = {
@@ -177,18 +168,40 @@ class GrpoStage:
                 break
         return prompts, kept
 
+    def _prepare(self, rollouts: Sequence[Rollout]) -> tuple[Sequence[Minibatch], Mapping[str, Values], Values]:
+        """Return the minibatches of a step, their columns, and the advantages of all rollouts that have a score."""
+        grpo, updates = self._config.grpo, self._updates
+        scored = [rollout for rollout in rollouts if rollout.score is not None]
+        trained = [one for one in scored if grpo.cut_answers == "train" or one.finish != "length"]
+        if updates.is_divergence_rewarded:
+            minibatches = updates.cut(trained)
+            old, reference = self._score(minibatches)
+            advantages = laid = updates.advantages(scored, old, reference)
+        else:
+            advantages = updates.advantages(scored, None, None)
+            trained, laid = updates.leave_out_idle(trained, advantages)
+            minibatches = updates.cut(trained)
+            old, reference = self._score(minibatches)
+        columns: dict[str, Values] = {ADVANTAGES: laid}
+        if old is not None and self._is_off_policy:
+            columns[OLD] = old
+        if reference is not None and not updates.is_divergence_rewarded:
+            columns[REFERENCE] = reference
+        return minibatches, columns, advantages
+
     def _score(self, minibatches: Sequence[Minibatch]) -> tuple[Values | None, Values | None]:
         """Return log-probabilities by the policy and by its reference, as far as they are needed.
 
         Raises BadInput where generation and training disagree before the first update of this start.
         """
         grpo, precision = self._config.grpo, self._config.precision
-        method = grpo.method
-        needs_old = self._is_off_policy or (method.kl_coefficient > 0 and method.kl_place == "reward")
+        needs_old = self._is_off_policy or self._updates.is_divergence_rewarded
         old = self._updates.score(minibatches) if needs_old or not self._is_through_gate else None
         rollouts = [rollout for minibatch in minibatches for rollout in minibatch.rollouts]
         if not self._is_through_gate and old is not None and rollouts:
-            difference = check_agreement(rollouts, old, grpo.gate_tolerance or default_tolerance(precision), self._collector.spell)
+            difference = check_agreement(
+                rollouts, old, grpo.gate_tolerance or default_tolerance(precision), self._collector.spell
+            )
             log.info("log-probabilities of generation and of training are %.2g nats apart on average", difference)
             self._is_through_gate = True
         reference = self._updates.score(minibatches, self._reference) if self._reference is not None else None

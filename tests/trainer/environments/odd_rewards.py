@@ -27,7 +27,7 @@ def odd(reply, scale: float = 1.0):
         while True:
             pass
     if text == "print":
-        for _ in range(2000):
+        for _ in range(100):
             print("x" * (1 << 20))
             os.write(2, b"y" * (1 << 20))
     if text == "exit":
@@ -39,7 +39,7 @@ def odd(reply, scale: float = 1.0):
     if text == "fork":
         os.fork()
     odd_values = {"nan": float("nan"), "text": "1.0", "list": [1.0], "none": None, "true": True, "numpy": np.float32(2)}
-    return odd_values.get(text, scale * len(text)) if text in odd_values else scale * len(text)
+    return odd_values[text] if text in odd_values else scale * len(text)
 
 
 def has_torch(reply):

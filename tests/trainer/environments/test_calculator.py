@@ -53,7 +53,7 @@ def test_arithmetic(expression, value):
         ("[1] * 9", "only numbers"),
         ("'a' * 9", "only numbers"),
         ("True + 1", "only numbers"),
-        ("1 << 9", "only + - "),
+        ("1 << 9", "only [+] - "),
         ("x + 1", "only numbers"),
         ("1 +", "no arithmetic"),
         ("", "no arithmetic"),
@@ -94,8 +94,11 @@ def test_a_conversation_with_a_call_and_its_answer():
     ("reply", "results"),
     [
         (call("2 + 2", key="parameters"), ["4"]),
-        (f"<tool_call>{call('2 + 2')}</tool_call><tool_call>{call('1/0')}</tool_call>", ["4", "error: division by zero"]),
-        ("<tool_call>2 + 2</tool_call>", ["error: the only tool is calculate; write a call like"]),
+        (
+            f"<tool_call>{call('2 + 2')}</tool_call><tool_call>{call('1/0')}</tool_call>",
+            ["4", "error: division by zero"],
+        ),
+        ("<tool_call>42</tool_call>", ["error: the only tool is calculate; write a call like"]),
         ("<tool_call>{2 + 2}</tool_call>", ["error: the call is no JSON; write it like"]),
         (f"<tool_call>{call('2 + 2')}", ["4"]),
         (f"<tool_call>{call('2', name='search')}</tool_call>", ["error: the only tool is calculate"]),
@@ -129,7 +132,9 @@ def test_tasks_are_right_and_their_worked_conversations_too():
         assert [message["role"] for message in messages] == ["user"]
         assert environment.answer(row, messages, row["messages"][-1]["content"]).reward == 1.0
         asked = json.dumps(row["messages"][1]["tool_calls"][0]["function"])
-        assert environment.answer(row, messages, f"<tool_call>{asked}</tool_call>").messages[1]["content"] == task.answer
+        assert (
+            environment.answer(row, messages, f"<tool_call>{asked}</tool_call>").messages[1]["content"] == task.answer
+        )
     assert kinds == {"product", "sum", "difference", "mixed"}
 
 

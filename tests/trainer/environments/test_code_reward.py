@@ -2,10 +2,11 @@
 
 import os
 import socket
-import sys
 import tempfile
 import time
+from dataclasses import replace
 
+import psutil
 import pytest
 
 from configs.errors import BadInput
@@ -29,6 +30,13 @@ def has_namespaces():
 
 needs_namespaces = pytest.mark.skipif(not has_namespaces(), reason="this machine does not allow namespaces")
 ISOLATION = "namespaces" if has_namespaces() else "limits"
+
+
+def is_running(process):
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def score(code, tests=TESTS, **options):
@@ -64,7 +72,8 @@ def test_right_and_wrong_code():
 )
 def test_tests_by_input_and_output(tests):
     assert score("a, b = map(int, input().split())\nprint(a + b, ' ')", tests) == 1.0
-    assert score("print(3)", [*tests, {"input": "", "output": "4"}] if isinstance(tests, list) else tests, partial=True) in (1.0, 1 / 3)
+    if isinstance(tests, list):
+        assert score("print(3)", tests, partial=True) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -73,10 +82,24 @@ def test_tests_by_input_and_output(tests):
         "import os\nos._exit(0)",
         "raise SystemExit(0)",
         RIGHT + "\nprint('[true, true]')\nimport os\nos.write(1, b'[true, true]')\nos._exit(0)",
-        "import os\nfor d in range(3, 20):\n    try:\n        os.write(d, b'[true, true]')\n    except OSError:\n        pass\n" + RIGHT,
+        """import os
+for descriptor in range(3, 20):
+    try:
+        os.write(descriptor, b"[true, true]")
+    except OSError:
+        pass
+"""
+        + RIGHT,
         "x = bytearray(1 << 30)\n" + RIGHT,
         "while True:\n    print('x' * 1000000)",
-        "import signal, os\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError):\n        pass\nwhile True:\n    pass",
+        """import signal
+for number in range(1, 65):
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError):
+        pass
+while True:
+    pass""",
         "import ctypes\nctypes.string_at(0)",
     ],
     ids=["exit", "SystemExit", "forged", "scribbles", "allocates", "prints", "loops", "crashes"],
@@ -114,7 +137,6 @@ print([
     fails(lambda: os.mkdir("/new")),
     fails(lambda: os.kill({os.getpid()}, 0)),
     fails(lambda: os.setuid(0)),
-    fails(lambda: os.unshare(os.CLONE_NEWUSER)) or True,
     pid < 10,
     sorted(os.environ),
     os.listdir("."),
@@ -125,7 +147,7 @@ open("/dev/null", "w").write("x")
         outcome = run_program(program, "", LIMITS, 10_000)
     assert (outcome.ended, outcome.code) == ("exit", 0), outcome
     *contained, environment, files = eval(outcome.output)
-    assert contained == [True] * 9, contained
+    assert contained == [True] * 8, contained
     assert files == ["program.py"] and set(environment) <= {"OMP_NUM_THREADS", "LC_CTYPE"}
     assert not (tmp_path / "written").exists()
 
@@ -156,7 +178,8 @@ print(children, written >> 20, flush=True)
     children, megabytes = map(int, outcome.output.split())
     assert 0 < children < 16 and megabytes <= 4
     assert time.monotonic() - before < 3, "it ended with its first process"
-    fork_bomb = run_program("import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass", "", Limits(1.0, 512, 16, 4, "namespaces"), 100)
+    program = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    fork_bomb = run_program(program, "", replace(LIMITS, seconds=1.0), 100)
     assert fork_bomb.ended == "time"
 
 
@@ -164,10 +187,12 @@ def test_limits_alone_end_a_program_and_its_children_too():
     program = "import os\nprint(os.getpid(), os.fork(), flush=True)\nwhile True:\n    pass"
     outcome = run_program(program, "", Limits(1.0, 512, 16, 4, "limits"), 10_000)
     assert outcome.ended == "time"
-    time.sleep(0.2)
-    for process in {int(one) for one in outcome.output.split()} - {0}:
-        with pytest.raises(ProcessLookupError):
-            os.kill(process, 0)
+    children = {int(one) for one in outcome.output.split()} - {0}
+    assert len(children) == 2
+    deadline = time.monotonic() + 5
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.01)
 
 
 def test_a_machine_that_cannot_contain_is_refused(monkeypatch):
@@ -180,5 +205,5 @@ def test_a_machine_that_cannot_contain_is_refused(monkeypatch):
 
 
 def test_python_has_its_packages():
-    assert run_program("import numpy; print(numpy.ones(3).sum())", "", Limits(10.0, 2048, 16, 4, ISOLATION), 100).output == b"3.0\n"
-    assert sys.executable
+    limits = Limits(10.0, 2048, 16, 4, ISOLATION)
+    assert run_program("import numpy; print(numpy.ones(3).sum())", "", limits, 100).output == b"3.0\n"

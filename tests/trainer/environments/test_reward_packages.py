@@ -6,13 +6,12 @@ import sys
 import pytest
 
 from configs.errors import BadInput
-from configs.sections.reward import RewardConfig
 from trainer.environments.rewards.registry import load_reward
 from trainer.environments.rewards.reply import Reply
 
 
 def score(name, text, options=None, **row):
-    loaded = load_reward(RewardConfig(function=name, options=options or {}), "r")
+    loaded = load_reward(name, options or {}, "r")
     return loaded.function(Reply(text, row, [], 1, 10, False), **loaded.options)
 
 
@@ -67,4 +66,4 @@ def test_a_missing_package_is_named(monkeypatch, name, module, package):
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(sys, "meta_path", [Refuse(), *sys.meta_path])
     with pytest.raises(BadInput, match=f"r.function={name}: needs a package that is not installed; .*{package}"):
-        load_reward(RewardConfig(function=name), "r")
+        load_reward(name, {}, "r")

@@ -89,7 +89,7 @@ def test_whatever_a_reward_does_is_a_fault_of_that_reply_alone(make_pool):
     texts = [text for one in texts for text in (one, "4")]
     began = time.monotonic()
     scores = pool.score([reply(text) for text in texts])
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 20
     for text, score in zip(texts, scores, strict=True):
         if text in FAULTS:
             assert score == Score(None, {"odd": None, "exact_match": score.parts["exact_match"]}, {"odd": FAULTS[text]})
@@ -102,11 +102,10 @@ def test_whatever_a_reward_does_is_a_fault_of_that_reply_alone(make_pool):
 
 def test_the_time_limit_is_of_each_reply_and_not_of_a_chunk(make_pool):
     pool = make_pool({"function": f"{ODD}:odd", "time_limit": 0.5}, num_workers=1)
-    pool.score([reply("warm")])
     began = time.monotonic()
-    scores = pool.score([reply(text) for text in ["hang", *"abcd" * 10, "hang", "e"]])
-    assert [index for index, score in enumerate(scores) if score.faults] == [0, 41]
-    assert time.monotonic() - began < 6
+    scores = pool.score([reply(text) for text in ["warm", *"abcd" * 10, "hang", "e"]])
+    assert [index for index, score in enumerate(scores) if score.faults] == [41]
+    assert time.monotonic() - began < 5
 
 
 def test_children_of_a_worker_end_with_it(make_pool):
@@ -128,18 +127,18 @@ def test_workers_never_import_torch(make_pool):
 
 
 @pytest.mark.parametrize(
-    ("reward", "rows", "message"),
+    ("reward", "row", "message"),
     [
-        ({"function": "exactly"}, [ROW], r"grpo.rewards\[0\].function=exactly: must be one of exact_match, "),
-        ({"function": "numeric", "options": {"column": "reply"}}, [ROW], r"\[0\].options.column=reply: no row .* answer"),
-        ({"function": "length", "options": {"buffer": 200}}, [ROW], r"grpo.rewards\[0\].options.buffer=200: must be from 1"),
-        ({"function": f"{ODD}:choosy", "options": {"level": "4"}}, [ROW], r"rewards\[0\].options.level=4: .* try 3"),
-        ({"function": "code", "time_limit": 5}, [{"tests": "x"}], r"grpo.rewards\[0\].time_limit=5: must be above the 5 s"),
+        ({"function": "exactly"}, ROW, r"rewards\[0\].function=exactly: must be one of exact_match, "),
+        ({"function": "numeric", "options": {"column": "b"}}, ROW, r"rewards\[0\].options.column=b: no row .* answer"),
+        ({"function": "length", "options": {"buffer": 200}}, ROW, r"rewards\[0\].options.buffer=200: must be from 1"),
+        ({"function": f"{ODD}:choosy", "options": {"level": "4"}}, ROW, r"rewards\[0\].options.level=4: .* try 3"),
+        ({"function": "code", "time_limit": 5}, {"tests": "x"}, r"rewards\[0\].time_limit=5: must be above the 5 s"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_scored(make_pool, reward, rows, message):
+def test_what_cannot_work_is_refused_before_anything_is_scored(make_pool, reward, row, message):
     with pytest.raises(BadInput, match=message):
-        make_pool(reward).check(rows, 100)
+        make_pool(reward).check([row], 100)
 
 
 def test_all_wrong_functions_are_told_at_once(make_pool):
@@ -186,7 +185,7 @@ def test_nothing_outlives_a_parent_that_is_killed(root_directory):
         while time.monotonic() < deadline and len(busy) < 2:  # one in the sandbox, one in the reward itself
             time.sleep(0.1)
             children = psutil.Process(parent.pid).children(recursive=True)
-            busy = [one for one in children if one.cpu_times().user > 1.0]
+            busy = [one for one in children if one.cpu_times().user > 0.5]
         assert len(busy) == 2, children
         os.kill(parent.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(children, timeout=5)

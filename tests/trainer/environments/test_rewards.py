@@ -3,7 +3,6 @@
 import pytest
 
 from configs.errors import BadInput
-from configs.sections.reward import RewardConfig
 from trainer.environments.rewards.exact import exact_match
 from trainer.environments.rewards.json_form import valid_json
 from trainer.environments.rewards.numeric import numeric
@@ -108,7 +107,8 @@ def test_regex_and_tags():
         regex(reply("x"), pattern="(")
     assert tags(reply("<think>a\n</think>\n<answer>4</answer>\n")) == 1.0
     for text in (
-        "<think>a</think><answer>4</answer> bye", "<answer>4</answer><think>a</think>", "<think>a<answer>4</answer></think>",
+        "<think>a</think><answer>4</answer> bye", "<answer>4</answer><think>a</think>",
+        "<think>a<answer>4</answer></think>",
         "<think>a</think><answer>4", "<think>a</think><answer>4</answer><answer>5</answer>", "",
     ):  # fmt: skip
         assert tags(reply(text)) == 0.0, text
@@ -159,13 +159,13 @@ def test_small_tasks():
 
 def test_options_are_text_until_the_function_says_what_they_are():
     """YAML is read as text, so that a pattern of digits stays one and a tolerance becomes a number."""
-    numbers = load_reward(RewardConfig(function="numeric", options={"tolerance": "1e-6", "column": "pi"}), "r[0]")
+    numbers = load_reward("numeric", {"tolerance": "1e-6", "column": "pi"}, "r[0]")
     assert (numbers.options, numbers.column) == ({"tolerance": 1e-6, "column": "pi"}, "pi")
-    assert load_reward(RewardConfig(function="regex", options={"pattern": "042", "full": "true"}), "r").options == {
+    assert load_reward("regex", {"pattern": "042", "full": "true"}, "r").options == {
         "pattern": "042", "full": True,
     }  # fmt: skip
     schema = {"type": "object", "properties": {"a": {"enum": ["1", "null"]}}}
-    loaded = load_reward(RewardConfig(function="json", options={"schema": schema}), "r")
+    loaded = load_reward("json", {"schema": schema}, "r")
     assert loaded.options["schema"]["properties"]["a"]["enum"] == [1, None]
 
 
@@ -183,12 +183,13 @@ def test_options_are_text_until_the_function_says_what_they_are():
 )
 def test_what_cannot_be_called_is_refused(function, options, message):
     with pytest.raises(BadInput, match=message):
-        load_reward(RewardConfig(function=function, options=options), "r[1]")
+        load_reward(function, options, "r[1]")
 
 
 def test_every_name_leads_to_a_function():
+    options = {"length": {"buffer": 1}, "regex": {"pattern": "x"}}
     for name in BUILT_IN:
         try:
-            load_reward(RewardConfig(function=name, options={"buffer": 1} if name == "length" else {"pattern": "x"} if name == "regex" else {}), "r")
+            load_reward(name, options.get(name, {}), "r")
         except BadInput as error:
             assert name in ("math", "reasoning_gym") and "pip install" in str(error)

@@ -124,8 +124,9 @@ class PromptReader:
     def __init__(self, files: Sequence[PromptFile], weights: Sequence[float | None], seed: int) -> None:
         """Draw by `weights`, by default each source in proportion to its rows."""
         self._files = list(files)
+        orders: list[Any] = [PromptOrder(file, seed) for file in files]  # a ledger asks nothing of their data but names
         self._blend = Blend(
-            [PromptOrder(file, seed) for file in files],
+            orders,
             [float(len(file.rows)) if weight is None else weight for file, weight in zip(files, weights, strict=True)],
             field="grpo.prompts",
         )
@@ -158,4 +159,3 @@ class PromptReader:
         """Go on from a cursor. Raises BadInput where a source is no longer what it was."""
         self._blend.load_state_dict(state["blend"])
         self.num_too_long = state["num_too_long"]
-

@@ -25,6 +25,7 @@ _UNUSED_IDS = 2_000_000_000  # so that processes are counted for each program al
 def main() -> None:
     """Read the job, contain this process, run the program, and end with its exit code, or 128 + its signal."""
     job = json.loads(sys.stdin.buffer.read())
+    os.umask(0o022)
     _call("prctl", _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != job["parent"]:
         os._exit(1)

@@ -13,8 +13,8 @@ from trainer.environments.rewards.reply import Reply, final_answer
 def equal_mathematics(reply: Reply, column: str = "answer", after: str = "", strict: bool = True) -> float | None:
     """Return 1.0 where the answer equals what the row's column holds, else 0.0; None where the column is empty.
 
-    Both may be LaTeX or plain: numbers, expressions, equations, sets, intervals, matrices; of an answer the last \\boxed
-    counts, else the last expression. The column may be an expression alone, or end in "#### 42" as GSM8K's.
+    Both may be LaTeX or plain: numbers, expressions, equations, sets, intervals, matrices; of an answer the last
+    \\boxed counts, else the last expression. The column may be an expression alone, or end in "#### 42" as GSM8K's.
     `strict` keeps variables by name, and sets apart from tuples. `after` is as of `exact_match`. math-verify's own
     time-outs, which use signals, are off: this process is ended at the reward's `time_limit`. Raises ValueError for a
     column that holds no mathematics.

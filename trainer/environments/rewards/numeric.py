@@ -41,11 +41,10 @@ def numeric(reply: Reply, column: str = "answer", tolerance: float = 0.0, after:
 
 def last_number(text: str) -> Decimal | None:
     """Return the last number that a text holds, None where there is none."""
-    last = None
-    for last in _NUMBER.finditer(text.replace("{,}", ",")):
-        pass
-    if last is None:
+    found = list(_NUMBER.finditer(text.replace("{,}", ",")))
+    if not found:
         return None
+    last = found[-1]
     size = Decimal(last["size"].replace(",", ""))
     return size if last["sign"] in (None, "+") else -size
 

@@ -22,7 +22,7 @@ def regex(reply: Reply, pattern: str, full: bool = False) -> float:
 
 
 def tags(reply: Reply, names: tuple[str, ...] = ("think", "answer"), is_open: bool = False) -> float:
-    """Return 1.0 where the answer is its tags and nothing else, such as <think>..</think> <answer>..</answer>; else 0.0.
+    """Return 1.0 where the answer is tags and nothing else, such as <think>..</think> <answer>..</answer>; else 0.0.
 
     Each of `names` must be opened and closed once, in this order, with white space alone before, between and behind
     them. `is_open` says that the prompt already ends in the first opening tag, which the answer must not repeat.

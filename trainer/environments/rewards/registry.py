@@ -1,6 +1,7 @@
 """Reward functions by name or `module:function`, with their options converted to the types of their parameters.
 
-Runs in the worker processes alone: what a function imports is never imported by the trainer.
+Runs in the worker processes alone: what a function imports is never imported by the trainer. They start in a fraction
+of a second, so pydantic is imported only where there are options to convert.
 """
 
 from __future__ import annotations
@@ -13,10 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from configs.errors import BadInput, in_one_line
-from configs.sections.reward import RewardConfig
 
 _HOME = "trainer.environments.rewards"
 BUILT_IN: Mapping[str, str] = {
@@ -46,13 +44,13 @@ class LoadedReward:
     """What it may take by its own parameter of that name; None where it has none."""
 
 
-def load_reward(config: RewardConfig, place: str) -> LoadedReward:
-    """Import a function and convert its options; `place` is where the config has it, such as grpo.rewards[0].
+def load_reward(name: str, options: Mapping[str, Any], place: str) -> LoadedReward:
+    """Import a function and convert its options; `place` is where the config has both, such as grpo.rewards[0].
 
     Raises BadInput.
     """
-    function = _import(config.function, f"{place}.function={config.function}")
-    options = _convert_options(function, config.options, place)
+    function = _import(name, f"{place}.function={name}")
+    options = _convert_options(function, options, place)
     given = {name: one.default for name, one in inspect.signature(function).parameters.items()} | dict(options)
     column, seconds = given.get("column"), given.get("seconds")
     return LoadedReward(
@@ -66,7 +64,7 @@ def load_reward(config: RewardConfig, place: str) -> LoadedReward:
 def _import(name: str, field: str) -> Callable[..., Any]:
     module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not colon or not module_name or not attribute:
-        raise BadInput(f"{field}: must be one of {', '.join(BUILT_IN)}, or module:function, such as my_rewards:is_polite")
+        raise BadInput(f"{field}: must be one of {', '.join(BUILT_IN)}, or module:function, such as mine:is_polite")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -98,7 +96,7 @@ def _convert_options(function: Callable[..., Any], options: Mapping[str, Any], p
             raise BadInput(f"{place}.options.{name}: the function has no such parameter; {known}")
     missing = [name for name in taken if name not in options and parameters[name].default is inspect.Parameter.empty]
     if missing:
-        raise BadInput(f"{place}.options: lacks {missing[0]}, which the function needs; try options: {{{missing[0]}: ...}}")
+        raise BadInput(f"{place}.options: lacks {missing[0]}, which it needs; try options: {{{missing[0]}: ...}}")
     try:
         hints = typing.get_type_hints(function, include_extras=True)
     except Exception:  # a user's annotations may name what does not exist when the program runs
@@ -113,6 +111,8 @@ def _convert(value: Any, name: str, parameters: Mapping[str, Any], hints: Mappin
         hint = type(parameters[name].default)
     if hint is None or "Any" in str(hint):
         return _leaves(value)
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True))
         return adapter.validate_python(value)

@@ -50,8 +50,8 @@ def passes_tests(
 ) -> float | None:
     """Return 1.0 where the last fenced code of the answer passes all tests of the row's column, else 0.0.
 
-    `partial` gives the share of tests passed instead; None where the column is empty; 0.0 without fenced code. Tests are
-    Python text with asserts that runs behind the code in its module, a list of such, a list of {input, output} for
+    `partial` gives the share of tests passed; None where the column is empty; 0.0 without fenced code. Tests are Python
+    text with asserts that runs behind the code in its module, a list of such, a list of {input, output} for
     standard input and output (white space at the ends of lines and of the text does not count), {inputs: [...],
     outputs: [...]}, or JSON of these. `seconds` is for all of them; too slow or too large is wrong, not a fault.
 
