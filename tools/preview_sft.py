@@ -21,6 +21,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from configs.errors import BadInput
 from tools.console import Progress, end_process, run_command
+from tools.html_page import draw_table, write_page
 from tools.outputs import check_file
 from tools.paths import path_argument
 
@@ -123,18 +124,13 @@ def write_html(
     path: Path, title: str, table: Sequence[tuple[str, str]], shown: Sequence[tuple[str, list[Piece]]]
 ) -> None:
     """Write a page with the summary and the samples, each token in the colour of its kind."""
-    css = "".join(f".{kind.replace(' ', '-')}{{color:{colour}}}" for kind, colour in COLOURS.items())
-    parts = [
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;"
-        f"max-width:60em;margin:2em auto}}pre{{white-space:pre-wrap;border:1px solid #d0d7de;padding:1em}}{css}"
-        f".trained,.trained-special{{background:#dafbe1}}td{{padding-right:2em}}</style><h1>{html.escape(title)}</h1><table>"
-    ]
-    parts += [f"<tr><td>{html.escape(name)}<td>{html.escape(value)}" for name, value in table]
-    parts.append("</table>")
+    colours = (f".{kind.replace(' ', '-')}{{color:{colour}}}" for kind, colour in COLOURS.items())
+    style = "".join(colours) + ".trained,.trained-special{background:#dafbe1}"
+    parts = [draw_table(table)]
     for heading, pieces in shown:
         spans = "".join(f"<span class={k.replace(' ', '-')}>{html.escape(text)}</span>" for text, k in pieces)
         parts.append(f"<h3>{html.escape(heading)}</h3><pre>{spans}</pre>")
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    write_page(path, title, style, parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

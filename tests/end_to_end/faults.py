@@ -165,6 +165,36 @@ def moved_directory(rank: int, *, is_taken_over: bool = False) -> Iterator[None]
 
 
 @contextlib.contextmanager
+def killed_in_second_round(rank: int) -> Iterator[None]:
+    """End the process, as kill -9 does, when the second file of rollouts is written but not yet named."""
+    replace, calls = os.replace, [0]
+
+    def replace_or_die(source, target):
+        calls[0] += Path(target).parent.name == "rollouts"
+        if calls[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    with patch.object(os, "replace", replace_or_die):
+        yield
+
+
+@contextlib.contextmanager
+def sigterm_in_round(rank: int) -> Iterator[None]:
+    """Send rank 0 a SIGTERM while it writes the first rollouts."""
+    from trainer.run import rejection
+
+    write = rejection.write_rollouts
+
+    def write_signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*arguments)
+
+    with patch.object(rejection, "write_rollouts", write_signalled):
+        yield
+
+
+@contextlib.contextmanager
 def killed_in_step(step: int, owner: str, method: str, *, call: int = 1) -> Iterator[None]:
     """Kill every rank (SIGKILL) in a step of reinforcement learning, at the `call`-th call of a method in it."""
     from trainer.rl.collect import Collector
@@ -187,7 +217,6 @@ def killed_in_step(step: int, owner: str, method: str, *, call: int = 1) -> Iter
         yield
 
 
-
 FAULTS = {
     "moved_directory": moved_directory,
     "moved_while_saving": moved_while_saving,
@@ -201,6 +230,9 @@ FAULTS = {
     "nan_loss": nan_loss,
     "full_disk": full_disk_at_step_4,
     "too_small_disk": too_small_disk_at_step_4,
+    "killed_in_second_round": killed_in_second_round,
+    "sigterm_in_round": sigterm_in_round,
+    "no_model": lambda rank: patch("trainer.engine.build.build_models", side_effect=AssertionError("a model")),
     "killed_while_generating": lambda rank: killed_in_step(
         2, "trainer.engine.sharded_model.ShardedModel", "compute_next_logits", call=3
     ),
