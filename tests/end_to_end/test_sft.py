@@ -105,7 +105,7 @@ def assert_transformers_agrees(row: dict, run_dir: Path, prefix: str) -> None:
 
 
 def test_epochs_resume_on_another_layout_and_patience_ends_a_run(sft, chats, tmp_path):
-    epochs = ("train.num_epochs=2", "train.global_batch_size=2", "train.eval_every=2")
+    epochs = ("train.num_epochs=2", "train.global_batch_size=2", "train.eval_every=2", "schedule.warmup_fraction=0.4")
     validation = f"sft.validation=[{{path: {chats / 'chats.jsonl'}}}]"
     code, said, whole = sft(1, "whole", *epochs, validation)
     assert code == 0, said
