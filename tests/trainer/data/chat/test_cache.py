@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.errors import BadInput
+from configs.errors import BadInput, PeerLost
 from configs.stages import SftConfig
 from trainer.data.chat import cache
 from trainer.data.chat.cache import prepare_conversations
@@ -128,6 +129,24 @@ def test_a_file_that_cannot_be_read_is_one_sentence(make_config, tmp_path):
     (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
     with pytest.raises(BadInput, match=r"^sft.train\[0\].path: .*a.jsonl cannot be read \("):
         prepare_conversations(make_config(str(tmp_path / "a.jsonl")))
+
+
+def test_ranks_that_wait_for_the_cache_end_with_the_rank_that_makes_it(make_config, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    config = make_config(str(tmp_path / "a.jsonl"))
+
+    def fail_meanwhile(seconds):
+        with pytest.raises(BadInput):
+            prepare_conversations(config)
+
+    monkeypatch.setattr(cache.time, "sleep", fail_meanwhile)
+    reason = r"a.jsonl could not be tokenised by another rank: sft.train\[0\]: row 0 of "
+    with pytest.raises(BadInput, match=reason):
+        prepare_conversations(config, is_maker=False)
+    now = time.monotonic()
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: monkeypatch.setattr(time, "monotonic", lambda: now + 125))
+    with pytest.raises(PeerLost, match=r"^sft.train\[0\]: the rank that tokenises .*a.jsonl .* for 120 seconds"):
+        prepare_conversations(config, is_maker=False)
 
 
 def test_two_sources_of_the_same_conversations_are_refused(make_config, tmp_path):
