@@ -60,6 +60,18 @@ class Summary:
     """Samples in which something is not as the data has it, by what."""
 
 
+class TokenisedSource(SourceConfig):
+    """A dataset of the cache."""
+
+    conversations: str
+    """What it was made of."""
+
+    @property
+    def origin(self) -> str:
+        """The file or folder of conversations."""
+        return self.conversations
+
+
 def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataConfig:
     """Return what the run reads: tokenised datasets in the place of the config's conversations.
 
@@ -74,7 +86,7 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
         datasets = [TokenDataset(prepare_source(recipe, is_maker=is_maker)) for recipe in recipes]
         _check_different(recipes, datasets)
         sources[split] = tuple(
-            SourceConfig(path=dataset.prefix, weight=_weight(recipe, dataset))
+            TokenisedSource(path=dataset.prefix, weight=_weight(recipe, dataset), conversations=recipe.source.path)
             for recipe, dataset in zip(recipes, datasets, strict=True)
         )
     fields = {**sources, "packing": config.packing, "document_mask": True}

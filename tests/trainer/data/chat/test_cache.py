@@ -83,6 +83,29 @@ def test_epochs_too_few_or_too_many_are_refused(make_config, tmp_path, train, sc
         open_corpus(config, prepare_conversations(config))
 
 
+def test_on_resume_new_data_is_read_beside_the_old_and_refused_in_its_place(make_config, tmp_path):
+    first, other = write_chats(tmp_path / "a.jsonl", ["yes"] * 9), write_chats(tmp_path / "b.jsonl", ["no"] * 9)
+
+    def open_one(path, **sections):
+        config = make_config(path, **sections)
+        return open_corpus(config, prepare_conversations(config)).blend
+
+    blend = open_one(first)
+    blend.take(2)
+    state = blend.state_dict()
+    assert list(state["sources"]) == [first]
+    again, beside = open_one(first), open_one(other)
+    again.load_state_dict(state)
+    assert again.take(1).sample.tolist() == [2]
+    beside.load_state_dict(state)
+    assert beside.take(1).sample.tolist() == [0]
+    for changed in (open_one(first, template="gemma"), open_one(write_chats(tmp_path / "a.jsonl", ["yes"] * 8))):
+        with pytest.raises(
+            BadInput, match=r"a.jsonl is not what the checkpoint read there \(its rows, or the template"
+        ):
+            changed.load_state_dict(state)
+
+
 def test_a_file_with_its_old_size_and_time_and_other_content_is_tokenised_anew(make_config, tmp_path):
     config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]))
     before, old = os.stat(tmp_path / "a.jsonl"), prepare_conversations(config).train[0].path
