@@ -164,7 +164,15 @@ def _is_whole(prefix: str) -> bool:
 
 
 def _tell_known(recipe: Recipe, prefix: str) -> None:
-    """Say where the cache has a source, and again what became of its rows."""
+    """Say where the cache has a source, and again what became of its rows. Raises BadInput for other content."""
+    meta = read_meta(prefix)
+    assert meta is not None
+    for suffix, expected in ((".bin", meta.bin_sha256), (".idx", meta.idx_sha256), (MASK_SUFFIX, meta.mask_sha256)):
+        if hash_file(prefix + suffix) != expected:
+            raise BadInput(
+                f"sft.cache: {prefix}{suffix} has changed since it was written (SHA-256 differs); delete "
+                f"{os.path.dirname(prefix)}, and the same command makes it again"
+            )
     log.info("%s is tokenised in %s: %s", recipe.source.path, prefix, describe(read_summary(prefix)))
 
 

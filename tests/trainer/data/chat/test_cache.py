@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -125,6 +126,23 @@ def test_what_is_missing_in_the_cache_is_made_again(make_config, tmp_path, suffi
     assert 0 < dataset.read_mask(0, 0, dataset.num_tokens).sum() < dataset.num_tokens
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".mask"])
+def test_damage_that_leaves_the_size_is_refused(make_config, tmp_path, suffix):
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]))
+    prefix = prepare_conversations(config).train[0].path
+    with open(prefix + suffix, "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    with pytest.raises(
+        BadInput, match=rf"^sft.cache: .*a\{suffix} has changed since .* delete {tmp_path}/cache/\w+, and"
+    ):
+        prepare_conversations(config)
+    shutil.rmtree(os.path.dirname(prefix))
+    assert prepare_conversations(config).train[0].path == prefix
+
+
 def test_a_template_that_writes_the_date_does_not_tokenise_anew_each_day(make_config, tmp_path, monkeypatch):
     chatml = load_template("chatml", tmp_path).text
     (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + chatml)
@@ -146,6 +164,15 @@ def test_a_file_that_changes_while_it_is_read_is_refused(make_config, tmp_path, 
     with pytest.raises(BadInput, match=r"^sft.train\[0\]: .*a.jsonl has changed while it was read"):
         prepare_conversations(make_config(path))
     assert not list((tmp_path / "cache").glob("*/a*")) and not list((tmp_path / "cache").glob(".*.making"))
+
+
+def test_a_file_that_is_not_there_is_told_with_those_that_are(make_config, tmp_path):
+    write_chats(tmp_path / "chats.jsonl", ["yes"])
+    sentence = (
+        rf"^sft.train\[0\].path: input .*chat.jsonl: no such file or directory; in {tmp_path} there is chats.jsonl"
+    )
+    with pytest.raises(BadInput, match=sentence):
+        prepare_conversations(make_config(str(tmp_path / "chat.jsonl")))
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(make_config, tmp_path):
