@@ -20,7 +20,7 @@ NUM_ROWS = 7
 
 
 def parse(row: dict, **source: Any) -> list[tuple[str, str | None]]:
-    messages = parse_prompt(row, ConversationSource(path="x.json", **source), "x.json", 3).messages
+    messages = parse_prompt(row, ConversationSource(path="x.json", **source), "x.json", 3)[0].messages
     return [(message.role, message.content) for message in messages]
 
 
@@ -59,7 +59,7 @@ def test_earlier_answers_system_and_tools_stay():
     row = {"instruction": "Me?", "history": [["Who?", "You."]], "system": "Ask"}
     assert parse(row) == [("system", "Ask"), ("user", "Who?"), ("assistant", "You."), *ASKED]
     tool = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
-    found = parse_prompt({"prompt": "Me?", "tools": [tool]}, ConversationSource(path="x"), "x", 3)
+    found, _ = parse_prompt({"prompt": "Me?", "tools": [tool]}, ConversationSource(path="x"), "x", 3)
     assert [one["function"]["name"] for one in found.tools] == ["add"] and (found.source, found.row) == ("x", 3)
 
 
