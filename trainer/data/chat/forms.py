@@ -122,8 +122,11 @@ def _find_form(row: Mapping[str, Any], columns: Mapping[str, str], *, needs_answ
         for answer, question in _FORMS:
             if row.get(columns.get(question, question)) is not None:
                 return answer, columns.get(answer, answer)
-        expected = "prompt, or messages, or conversations, or instruction"
-        raise BadRow(f"nothing to answer in its columns {_columns_of(row)}; expected are {expected}")
+        texts = [name for name, value in row.items() if isinstance(value, str)]
+        raise BadRow(
+            f"nothing to answer in its columns {_columns_of(row)}; expected are prompt, or messages, or conversations, "
+            f"or instruction; name yours, e.g. columns: {{prompt: {texts[0] if texts else 'question'}}}"
+        )
     raise BadRow(
         f"no conversation in its columns {_columns_of(row)}; expected are messages, or conversations, or instruction "
         f"and output, or prompt and completion; {_advise(row)}"
