@@ -14,7 +14,12 @@ from typing import Any
 PACKAGES = ("torch", "megatron-core", "transformers", "accelerate")
 LIMIT = 0.03
 """Share of the bare loop's speed that ours may cost."""
-NAMES = {"bare": "bare megatron-core loop", "hf": "Hugging Face Trainer", "trl": "TRL's SFTTrainer, packed"}
+NAMES = {
+    "bare": "bare megatron-core loop",
+    "hf": "Hugging Face Trainer",
+    "trl": "TRL's SFTTrainer, packed",
+    "trl_grpo": "TRL's GRPOTrainer",
+}
 
 
 def describe_machine(device: str, load_before: float, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
