@@ -45,6 +45,7 @@ def grpo(questions, train, tmp_path):
     source = f"{{path: {questions / 'questions.jsonl'}}}"
     fixed = (
         *NO_DATA, tokenizer, f"checkpoint.init_from={seed}", "checkpoint.save_every=1", "train.seq_len=64",
+        "train.eval_num_samples=256",
         f"train.num_steps={NUM_STEPS}", "train.global_batch_size=8", "optimizer.lr=1e-3", "grpo.template=chatml",
         f"grpo.prompts=[{source}]", f"grpo.validation=[{source}]", "grpo.num_validation_prompts=3", "grpo.group_size=4",
         "grpo.rewards=[{function: regex, options: {pattern: '[aeo]'}}, {function: length, options: {buffer: 8}}]",

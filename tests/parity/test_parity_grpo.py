@@ -174,7 +174,7 @@ def update_alone(place: Place, config: Config, run_dir: str, masks: str) -> Upda
             updates: Any = PolicyUpdates(grpo_config(config, fields), engine, None)  # type: ignore[arg-type]
             scores.append(score_alone(engine, rollouts))
             old = disturb(scores[-1])
-            advantages, batches = updates.advantages(rollouts, old, reference), []
+            advantages, batches = updates.advantages(rollouts, updates.divergences(rollouts, old, reference)), []
             for rollout in rollouts:
                 columns = {
                     "advantages": advantages[rollout.key], "reference_log_probs": reference[rollout.key],
@@ -211,7 +211,8 @@ def update_in_rows(place: Place, config: Config, run_dir: str, masks: str) -> Up
             held = score_by_reference(engine, updates, minibatch, reference)
             assert all(np.array_equal(held[key], own) for key, own in scores[0].items()), "not the reference's"
             old = disturb(scores[-1])
-            columns = {ADVANTAGES: updates.advantages(rollouts, old, held), REFERENCE: held}
+            advantages = updates.advantages(rollouts, updates.divergences(rollouts, old, held))
+            columns = {ADVANTAGES: advantages, REFERENCE: held}
             if name != "on_policy":
                 columns[OLD] = old
             results.append(engine.train_step(updates.with_columns(minibatch, columns), objective, RATE))
@@ -293,7 +294,7 @@ def open_with_reference(engine: Any, config: Config) -> tuple[Any, Any, Any]:
         return updates.score([minibatch], by)
 
     def update() -> None:
-        columns = {"advantages": updates.advantages(rollouts, None, None)}
+        columns = {"advantages": updates.advantages(rollouts)}
         assert engine.train_step(updates.with_columns(minibatch, columns), objective, RATE).is_applied
 
     return stage, reference, SimpleNamespace(score=score, update=update)

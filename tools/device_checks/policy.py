@@ -101,7 +101,7 @@ def _lay_out(engine: Any, objective: Any, rollouts: Sequence[Any], reference: An
     scored = updates.score([minibatch])
     distances = [np.abs(scored[one.key][one.trained()] - np.array(one.log_probs)) for one in rollouts]
     columns = {
-        ADVANTAGES: updates.advantages(rollouts, None, None),
+        ADVANTAGES: updates.advantages(rollouts),
         REFERENCE: updates.score([minibatch], reference),
     }
     return updates.with_columns(minibatch, columns), float(np.concatenate(distances).mean())

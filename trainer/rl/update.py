@@ -86,9 +86,7 @@ class PolicyUpdates:
     def score(self, minibatches: Sequence[Minibatch], reference: Reference | None = None) -> Values:
         """Return the log-probabilities of what was drawn in the rollouts, by the policy or by its reference.
 
-        Those of other predictions are of no token of theirs.
-
-        Collective: all ranks of the world must call this.
+        What stands for other predictions says nothing. Collective: all ranks of the world must call this.
         """
         temperature = self._config.rollout.temperature
 
@@ -107,10 +105,19 @@ class PolicyUpdates:
             values |= {rollout.key: own for rollout, own in zip(minibatch.rollouts, read, strict=True)}
         return values
 
-    def advantages(self, rollouts: Sequence[Rollout], old: Values | None, reference: Values | None) -> Values:
+    def divergences(self, rollouts: Sequence[Rollout], old: Values, reference: Values) -> Values:
+        """Return the estimated divergence from the reference at each prediction; 0 where nothing was drawn."""
+        found = {}
+        for rollout in rollouts:
+            key, drawn = rollout.key, rollout.trained()
+            policy, frozen = (torch.from_numpy(values[key][drawn].astype(np.float64)) for values in (old, reference))
+            found[key] = rollout.lay(compute_kl(policy, frozen, self.method.kl_estimator).numpy())
+        return found
+
+    def advantages(self, rollouts: Sequence[Rollout], divergences: Values | None = None) -> Values:
         """Return the advantages of the predictions of rollouts that all have a score; 0 where nothing was drawn.
 
-        `old` and `reference` are needed where the divergence is a part of the reward.
+        `divergences` are those of predictions where they are a part of the reward.
         """
         if not rollouts:
             return {}
@@ -121,9 +128,8 @@ class PolicyUpdates:
         starts = np.cumsum(lengths) - lengths
         penalties = None
         if self.is_divergence_rewarded:
-            assert old is not None and reference is not None
-            divergences = [self._divergence(old[one.key], reference[one.key])[one.trained()] for one in rollouts]
-            penalties = method.kl_coefficient * np.concatenate(divergences)
+            assert divergences is not None
+            penalties = method.kl_coefficient * np.concatenate([divergences[one.key][one.trained()] for one in rollouts])
             if method.advantage != "batch":
                 rewards, penalties = rewards - np.add.reduceat(penalties, starts), None
         spread = spread_over_tokens(compute_advantages(rewards, groups, method.advantage), lengths, penalties)
@@ -143,8 +149,3 @@ class PolicyUpdates:
             replace(batch, columns={**batch.columns, **{name: column[number] for name, column in laid.items()}})
             for number, batch in enumerate(minibatch.batches)
         ]
-
-    def _divergence(self, old: NDArray[np.floating], reference: NDArray[np.floating]) -> NDArray[np.floating]:
-        policy, frozen = (torch.from_numpy(np.ascontiguousarray(one, dtype=np.float64)) for one in (old, reference))
-        divergence: NDArray[np.floating] = compute_kl(policy, frozen, self.method.kl_estimator).numpy()
-        return divergence

@@ -28,7 +28,7 @@ from trainer.evaluate.validation import VALIDATION_SCORE, Evaluation
 from trainer.optim.learning_rate import compute_learning_rate
 from trainer.rl.collect import Collector, Seconds, count_cores, scores_here
 from trainer.rl.gate import check_agreement, default_tolerance
-from trainer.rl.metrics import combine, describe_rollouts, describe_work, find_useful_groups
+from trainer.rl.metrics import combine, describe_rewards, describe_rollouts, describe_work, find_useful_groups
 from trainer.rl.objective import ADVANTAGES, OLD, REFERENCE, PolicyObjective
 from trainer.rl.reference import AdapterlessReference, ReferenceWeights
 from trainer.rl.rollout import Rollout, Values
@@ -82,7 +82,7 @@ class GrpoStage:
         config, step = self._config, state.step + 1
         prompts, rollouts = self._collect(step, seconds)
         scoring = time.perf_counter()
-        minibatches, columns, advantages = self._prepare(rollouts)
+        minibatches, columns, advantages, divergences = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
         result = self._update(minibatches, columns, rate)
@@ -96,6 +96,7 @@ class GrpoStage:
             metrics={
                 **result.metrics,
                 **describe_rollouts(rollouts, advantages),
+                **describe_rewards(rollouts, divergences, config.grpo.method.kl_coefficient),
                 **describe_work(rollouts, phases, seconds.reports),
                 "rollout/num_prompts_too_long": float(self._reader.num_too_long),
             },
@@ -168,17 +169,24 @@ class GrpoStage:
                 break
         return prompts, kept
 
-    def _prepare(self, rollouts: Sequence[Rollout]) -> tuple[Sequence[Minibatch], Mapping[str, Values], Values]:
-        """Return the minibatches of a step, their columns, and the advantages of all rollouts that have a score."""
+    def _prepare(
+        self, rollouts: Sequence[Rollout]
+    ) -> tuple[Sequence[Minibatch], Mapping[str, Values], Values, Values | None]:
+        """Return the minibatches of a step, their columns, and of all rollouts that have a score the advantages.
+
+        Last the divergences of these, where they are a part of the reward.
+        """
         grpo, updates = self._config.grpo, self._updates
         scored = [rollout for rollout in rollouts if rollout.score is not None]
         trained = [one for one in scored if grpo.cut_answers == "train" or one.finish != "length"]
         if updates.is_divergence_rewarded:
             minibatches = updates.cut(trained)
             old, reference = self._score(minibatches)
-            advantages = laid = updates.advantages(scored, old, reference)
+            assert old is not None and reference is not None
+            divergences = updates.divergences(scored, old, reference)
+            advantages = laid = updates.advantages(scored, divergences)
         else:
-            advantages = updates.advantages(scored, None, None)
+            divergences, advantages = None, updates.advantages(scored)
             trained, laid = updates.leave_out_idle(trained, advantages)
             minibatches = updates.cut(trained)
             old, reference = self._score(minibatches)
@@ -187,7 +195,7 @@ class GrpoStage:
             columns[OLD] = old
         if reference is not None and not updates.is_divergence_rewarded:
             columns[REFERENCE] = reference
-        return minibatches, columns, advantages
+        return minibatches, columns, advantages, divergences
 
     def _score(self, minibatches: Sequence[Minibatch]) -> tuple[Values | None, Values | None]:
         """Return log-probabilities by the policy and by its reference, as far as they are needed.

@@ -15,6 +15,7 @@ from configs.sections.grpo import GrpoSection
 from tests.small_rollouts import make_rollouts
 from trainer.rl.objective import ADVANTAGES, OLD, REFERENCE, SAMPLED, PolicyObjective
 from trainer.rl.placement import Placement
+from trainer.rl.update import PolicyUpdates
 
 SEQ_LEN, MAX_NEW_TOKENS = 40, 9
 ROLLOUTS = make_rollouts()
@@ -67,12 +68,14 @@ def make_values() -> dict[str, list[np.ndarray]]:
     return {name: [one.astype(np.float32).astype(np.float64) for one in columns] for name, columns in values.items()}
 
 
-def compute_ours(section: GrpoSection, group: Any, values: dict[str, list[np.ndarray]]) -> Any:
+def compute_ours(
+    section: GrpoSection, group: Any, values: dict[str, list[np.ndarray]], rollouts: Any = ROLLOUTS
+) -> Any:
     """Return the loss, the figures and the gradient of the log-probabilities and entropies of each rollout."""
     mesh: Any = SimpleNamespace(dp_size=1, dp_rank=0, pp_size=1, vpp_size=1)
-    placement = Placement(LENGTHS, SEQ_LEN, 7, mesh)
+    placement = Placement([len(rollout.token_ids) - 1 for rollout in rollouts], SEQ_LEN, 7, mesh)
     objective = PolicyObjective(section.method, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, cp_group=group)
-    (batch,) = placement.build(ROLLOUTS)
+    (batch,) = placement.build(rollouts)
     batch = objective.finish(batch)
     laid = {name: placement.column(columns)[0].double() for name, columns in values.items()}
     batch.columns.update(laid)  # type: ignore[attr-defined]
@@ -144,6 +147,37 @@ def test_losses_and_gradients_are_those_of_trl(group, name):
     if "clip_ratio/region_mean" in their_figures and options.get("importance_sampling_level") is None:
         assert figures["actor/clip_frac"] == pytest.approx(their_figures["clip_ratio/region_mean"])
     assert 0 < figures["actor/clip_frac"] < 1, "a case in which nothing, or all, is clipped tells little"
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("normalisation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+def test_leaving_out_answers_without_an_advantage_changes_nothing(group, normalisation, ratio):
+    section = GrpoSection(normalisation=normalisation, ratio=ratio, clip_low=0.1, **NO_KL)
+    values = make_values()
+    for rollout, own in zip(ROLLOUTS, values[ADVANTAGES], strict=True):
+        own *= rollout.group != 2
+    loss, _, gradients = compute_ours(section, group, values)
+    config: Any = SimpleNamespace(grpo=section, model=SimpleNamespace(moe=None))
+    given = {rollout.key: own for rollout, own in zip(ROLLOUTS, values[ADVANTAGES], strict=True)}
+    kept, advantages = PolicyUpdates(config, None, None).leave_out_idle(ROLLOUTS, given)  # type: ignore[arg-type]
+    places = [place for place, rollout in enumerate(ROLLOUTS) if rollout.group != 2]
+    assert kept == [ROLLOUTS[place] for place in places]
+    fewer = {name: [columns[place] for place in places] for name, columns in values.items()}
+    fewer[ADVANTAGES] = [advantages[rollout.key] for rollout in kept]
+    found_loss, _, found = compute_ours(section, group, fewer, kept)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    for number, place in enumerate(places):
+        np.testing.assert_allclose(found[0][number], gradients[0][place], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "moe"),
+    [({}, None), ({**NO_KL, "entropy_bonus": 0.1}, None), (NO_KL, "experts"), ({"algorithm": "rloo"}, None)],
+)
+def test_what_learns_beside_the_advantage_keeps_every_answer(fields, moe):
+    config: Any = SimpleNamespace(grpo=GrpoSection(**fields), model=SimpleNamespace(moe=moe))
+    given = {rollout.key: np.zeros(length) for rollout, length in zip(ROLLOUTS, LENGTHS, strict=True)}
+    assert PolicyUpdates(config, None, None).leave_out_idle(ROLLOUTS, given) == (ROLLOUTS, given)  # type: ignore[arg-type]
 
 
 def test_without_old_log_probabilities_the_policy_itself_is_the_old_one(group):

@@ -10,7 +10,7 @@ import pytest
 from tests.small_rollouts import make_rollout
 from trainer.engine.state import StepResult
 from trainer.generate.report import GenerationReport, ReplicaReport
-from trainer.rl.metrics import combine, describe_rollouts, describe_work, find_useful_groups
+from trainer.rl.metrics import combine, describe_rewards, describe_rollouts, describe_work, find_useful_groups
 
 # Group 0: scores 1 and 0. Group 1: twice 1, of three that failed once. Group 2: one alone, the other failed.
 ROLLOUTS = [
@@ -44,6 +44,20 @@ def test_rollouts_are_counted_and_those_that_failed_have_no_score():
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value), name
     assert find_useful_groups(ROLLOUTS) == {0}
+
+
+def test_rewards_are_scores_less_the_divergence_that_is_rewarded():
+    divergences = {rollout.key: rollout.lay([0.1] * rollout.num_sampled) for rollout in ROLLOUTS}
+    divergences[2, 0] = ROLLOUTS[5].lay([0.7])
+    figures = describe_rewards(ROLLOUTS, divergences, 2.0)
+    # Scores 1 0 1 1 0.5, of 3 5 2 4 1 tokens drawn.
+    expected = [1 - 0.6, -1.0, 1 - 0.4, 1 - 0.8, 0.5 - 1.4]
+    assert figures["critic/rewards/mean"] == pytest.approx(sum(expected) / 5)
+    assert (figures["critic/rewards/max"], figures["critic/rewards/min"]) == pytest.approx((0.6, -1.0))
+    assert figures["actor/kl"] == pytest.approx((1.4 + 0.7) / 15)
+    plain = describe_rewards(ROLLOUTS, None, 0.04)
+    assert plain == {"critic/rewards/mean": pytest.approx(0.7), "critic/rewards/max": 1, "critic/rewards/min": 0}
+    assert np.isfinite(list(describe_rewards([], {}, 1.0).values())).all()
 
 
 def test_a_step_of_which_every_reward_failed_still_reports():

@@ -30,7 +30,8 @@ def updates(num_minibatches: int = 1, **grpo: Any) -> PolicyUpdates:
 
 
 def advantages(rollouts: Any = PAIR, **grpo: Any) -> list[list[float]]:
-    found = updates(**grpo).advantages(rollouts, OLD, REFERENCE)
+    made = updates(**grpo)
+    found = made.advantages(rollouts, made.divergences(rollouts, OLD, REFERENCE))
     for rollout in rollouts:
         assert not found[rollout.key][~rollout.trained()].any(), "0 where nothing was drawn"
     return [found[rollout.key][rollout.trained()].tolist() for rollout in rollouts]
@@ -78,4 +79,4 @@ def test_a_step_whose_rollouts_all_failed_has_minibatches_of_nothing():
     cut = updates(2).cut([])
     assert [len(minibatch.batches) for minibatch in cut] == [1, 1]
     assert not any(batch.loss_mask.any() for minibatch in cut for batch in minibatch.batches)
-    assert updates(2, algorithm="rloo").advantages([], None, None) == {}
+    assert updates(2, algorithm="rloo").advantages([], {}) == {}
