@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
@@ -17,6 +19,7 @@ from configs.sections.model import ModelConfig
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.precision import PrecisionConfig
+from configs.sections.rft import RftSection
 from configs.sections.rollout import RolloutSection
 from configs.sections.run import LogConfig, RunConfig, SampleConfig
 from configs.sections.sft import SftSection
@@ -151,10 +154,24 @@ class GrpoConfig(Config):
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
 
 
+class RftConfig(GrpoConfig):
+    """Rejection sampling: prompts, rewards and rollouts as in reinforcement learning, whose answers become data."""
+
+    rft: RftSection = RftSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_nothing(cls, fields: Any) -> Any:
+        """Let `train.num_steps` be left out: there are none."""
+        train = fields.get("train", {}) if isinstance(fields, dict) else None
+        return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
+
+
 STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
     "grpo": GrpoConfig,
+    "rft": RftConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""

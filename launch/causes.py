@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from configs.errors import in_one_line
-from configs.stages import Config
+from configs.stages import Config, RftConfig
 from parallel.failures import error_chain
 
 _GIB = 2**30
@@ -45,6 +45,8 @@ def describe_continuation(config: Config | None) -> str:
     """Return what the same command would do next, as things are on disk now."""
     if config is None:
         return "nothing had begun"
+    if isinstance(config, RftConfig):
+        return "the same command goes on behind the answers that are written"
     from trainer.checkpoint.layout import latest_checkpoint
 
     try:

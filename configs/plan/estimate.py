@@ -16,7 +16,7 @@ from configs.plan.derive import Layout, chunk_layers, head_dim, num_microbatches
 from configs.plan.flops import active_part
 from configs.plan.tensors import Linear, layer_linears
 from configs.sections.model import ModelConfig
-from configs.stages import Config
+from configs.stages import Config, RftConfig
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     Weights in the compute format (and in FP8, unless they are gathered so), gradients in fp32, ZeRO-1
     optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
     experts). With LoRA gradients and optimizer state are those of the adapters. Activations:
-    `configs.plan.activations`.
+    `configs.plan.activations`. Where nothing is trained there are weights alone.
     """
+    is_trained = not isinstance(config, RftConfig)
     weight_bytes = 4 if config.precision.compute == "fp32" else 2
     state_bytes = 8 if config.precision.compute == "fp32" else 12
     microbatches = num_microbatches(config, layout, config.train.global_batch_size)
@@ -94,7 +95,7 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     estimates = []
     for pp_rank in range(layout.pp):
         dense, expert = _stage_parameters(config, layout, pp_rank)
-        trained_dense, trained_expert = _trained_parameters(config, layout, pp_rank)
+        trained_dense, trained_expert = _trained_parameters(config, layout, pp_rank) if is_trained else (0, 0)
         adapters = 0 if config.lora is None else trained_dense + trained_expert
         estimates.append(
             MemoryEstimate(
@@ -104,7 +105,7 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
                 gradients=(trained_dense + trained_expert) * 4,
                 optimizer=-(-trained_dense * state_bytes // (layout.dp * layout.cp))
                 - (-trained_expert * state_bytes // layout.edp),
-                activations=activation_bytes(config, layout, pp_rank, chunks[pp_rank], microbatches),
+                activations=is_trained * activation_bytes(config, layout, pp_rank, chunks[pp_rank], microbatches),
             )
         )
     return estimates

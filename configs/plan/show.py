@@ -22,7 +22,7 @@ from configs.plan.derive import (
 )
 from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
 from configs.plan.flops import flops_per_step
-from configs.stages import STAGE_CONFIGS, Config, Split
+from configs.stages import STAGE_CONFIGS, Config, RftConfig, Split
 
 _MIB, _GIB = 2**20, 2**30
 _DEVICE_GB = (24, 40, 48, 80, 141, 180)
@@ -77,6 +77,10 @@ def _layout_rows(config: Config, layout: Layout, is_fewest: bool) -> Iterable[tu
 
 def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     train = config.train
+    if isinstance(config, RftConfig):
+        answers = f"{config.prompts_per_step} prompts x {config.grpo.group_size} answers"
+        yield "a round", f"{answers}, which are then written down"
+        return
     sizes = ramp_batch_sizes(train)
     if len(sizes) > 1 and train.batch_ramp is not None:
         ramp = train.batch_ramp
@@ -107,13 +111,18 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     fullest = f"on the fullest rank (pipeline stage {memory.pp_rank}), without buffers and fragmentation"
     yield "estimated memory", f"{_size_text(memory.total)} {fullest}"
     for kind in ("weights", "gradients", "optimizer", "activations"):
-        yield f"  {kind}", _size_text(getattr(memory, kind))
+        if getattr(memory, kind):
+            yield f"  {kind}", _size_text(getattr(memory, kind))
     yield "fits in", _fitting_device(memory.total)
     batch = config.train.global_batch_size
     if model.window_size is not None:
         windowed = sum(window is not None for window in layer_windows(model))
         yield "sliding window", f"{model.window_size:,} keys in {windowed} of {model.num_layers} layers"
-    yield "model TFLOPs per step", f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}"
+    if not isinstance(config, RftConfig):
+        yield (
+            "model TFLOPs per step",
+            f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}",
+        )
 
 
 def _fitting_device(num_bytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.rules.model import check_unused
-from configs.stages import Config, GrpoConfig
+from configs.stages import Config, GrpoConfig, RftConfig
 
 
 def check_grpo(config: Config) -> Iterator[str]:
@@ -14,8 +14,10 @@ def check_grpo(config: Config) -> Iterator[str]:
         return
     yield from _check_groups(config)
     yield from _check_lengths(config)
-    yield from _check_method(config)
-    yield from _check_length_of_run(config)
+    if not isinstance(config, RftConfig):
+        yield from _check_comparison(config)
+        yield from _check_method(config)
+        yield from _check_length_of_run(config)
     if config.train.num_steps > 0 and not config.grpo.rewards and config.grpo.environment is None:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
     top_k = config.rollout.top_k
@@ -35,12 +37,16 @@ def _check_groups(config: GrpoConfig) -> Iterator[str]:
             f"(train.global_batch_size={batch} times grpo.num_minibatches={grpo.num_minibatches}); a value that would "
             f"work: {works}"
         )
+
+
+def _check_comparison(config: GrpoConfig) -> Iterator[str]:
+    grpo = config.grpo
     if grpo.group_size == 1 and grpo.method.advantage != "batch":
         yield (
             f"grpo.group_size: a group of one is compared with itself, and grpo.advantage={grpo.method.advantage} is "
             "then 0; a value that would work: 8"
         )
-    if grpo.group_size == 1 and grpo.num_refills:
+    elif grpo.group_size == 1 and grpo.method.num_refills:
         yield "grpo.num_refills: a group of one has equal rewards always; a value that would work: 0"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.stages import Config, GrpoConfig, LongContextConfig, SftConfig
+from configs.stages import Config, GrpoConfig, LongContextConfig, RftConfig, SftConfig
 
 _NEEDS_WEIGHTS = {
     LongContextConfig: "long context continues",
     SftConfig: "supervised fine-tuning starts from",
+    RftConfig: "rejection sampling draws from",
     GrpoConfig: "reinforcement learning starts from",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import signal
 import time
@@ -163,6 +164,59 @@ def moved_directory(rank: int, *, is_taken_over: bool = False) -> Iterator[None]
         yield
 
 
+@contextlib.contextmanager
+def killed_in_second_round(rank: int) -> Iterator[None]:
+    """End the process, as kill -9 does, when the second file of rollouts is written but not yet named."""
+    replace, calls = os.replace, [0]
+
+    def replace_or_die(source, target):
+        calls[0] += Path(target).parent.name == "rollouts"
+        if calls[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    with patch.object(os, "replace", replace_or_die):
+        yield
+
+
+@contextlib.contextmanager
+def sigterm_in_round(rank: int) -> Iterator[None]:
+    """Send rank 0 a SIGTERM while it writes the first rollouts."""
+    from trainer.run import rejection
+
+    write = rejection.write_rollouts
+
+    def write_signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*arguments)
+
+    with patch.object(rejection, "write_rollouts", write_signalled):
+        yield
+
+
+@contextlib.contextmanager
+def killed_in_step(step: int, owner: str, method: str, *, call: int = 1) -> Iterator[None]:
+    """Kill every rank (SIGKILL) in a step of reinforcement learning, at the `call`-th call of a method in it."""
+    from trainer.rl.collect import Collector
+
+    module, _, name = owner.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    collect, original, now = Collector.collect, getattr(kind, method), {"step": 0, "calls": 0}
+
+    def collect_in_step(self, prompts, step, *args):
+        now.update(step=step, calls=0)
+        return collect(self, prompts, step, *args)
+
+    def call_or_die(self, *args, **kwargs):
+        now["calls"] += 1
+        if (now["step"], now["calls"]) == (step, call):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    with patch.object(Collector, "collect", collect_in_step), patch.object(kind, method, call_or_die):
+        yield
+
+
 FAULTS = {
     "moved_directory": moved_directory,
     "moved_while_saving": moved_while_saving,
@@ -176,4 +230,12 @@ FAULTS = {
     "nan_loss": nan_loss,
     "full_disk": full_disk_at_step_4,
     "too_small_disk": too_small_disk_at_step_4,
+    "killed_in_second_round": killed_in_second_round,
+    "sigterm_in_round": sigterm_in_round,
+    "no_model": lambda rank: patch("trainer.engine.build.build_models", side_effect=AssertionError("a model")),
+    "killed_while_generating": lambda rank: killed_in_step(
+        2, "trainer.engine.sharded_model.ShardedModel", "compute_next_logits", call=3
+    ),
+    "killed_while_scoring": lambda rank: killed_in_step(3, "trainer.environments.scoring.RewardPool", "score"),
+    "killed_in_the_update": lambda rank: killed_in_step(4, "trainer.engine.engine.Engine", "train_step", call=2),
 }

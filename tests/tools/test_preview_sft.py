@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 
@@ -41,8 +42,10 @@ def test_every_token_is_shown_and_written_with_its_mask(recipe, tmp_path, capsys
     out, page = tmp_path / "samples.json", tmp_path / "page.html"
     assert preview_sft.main([str(recipe), "--json", str(out), "--html", str(page)]) == ExitCode.DONE
     said = capsys.readouterr().out
-    assert "<|im_start|>assistant\nzwei é<|im_end|>" in said
-    assert "1 rows, which a run refuses (sft.bad_rows=refuse)" in said and "cut at train.seq_len" in said
+    assert "<|im_start|>assistant\n[[zwei é<|im_end|>]]" in said
+    assert "1 rows, which a run refuses (sft.bad_rows=refuse)" in said
+    (whole,) = re.findall(r"chats.jsonl, row 2, cut to 65 of (\d+) tokens", said)
+    assert int(whole) > 160 and re.search(rf"cut at train.seq_len +1 samples, the longest of {whole} tokens", said)
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert [entry["row"] for entry in entries] == [0, 1, 2] and entries[1]["dropped"] and not entries[1]["input_ids"]
     first, _, last = entries

@@ -64,8 +64,8 @@ def compute_kl(
         return distance
     if estimator == "k2":
         return distance.square() / 2
-    inverse = (-distance).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    return torch.expm1(inverse) + distance
+    inverse = (-distance).clamp(max=_LARGEST_LOG_RATIO)
+    return torch.expm1(inverse) - inverse  # beyond the bound without gradient: that of the rest leads further away
 
 
 def importance_weights(training_log_probs: torch.Tensor, sampling_log_probs: torch.Tensor, cap: float) -> torch.Tensor:

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trainer.report.rollouts import drop_rollouts_after, write_rollouts
+
 if TYPE_CHECKING:
     from trainer.evaluate.answers import Spoken
 
@@ -39,8 +41,13 @@ class MetricsWriter:
     """Writes each step's row to every sink of the run directory."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int) -> None:
-        """Open the sinks to go on after `resume_step` (0 for a fresh run): rows of later steps are dropped."""
+        """Open the sinks to go on after `resume_step` (0 for a fresh run): rows of later steps are dropped.
+
+        So are the rollouts of a run that goes back; where none has begun, those in the directory are not its own.
+        """
         self._run_dir = run_dir
+        if resume_step > 0:
+            drop_rollouts_after(run_dir, resume_step)
         self._sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", resume_step)]
         if tensorboard:
             self._sinks.append(TensorBoard(run_dir / "tensorboard", resume_step))
@@ -69,13 +76,8 @@ class MetricsWriter:
                 sink.write_text(step, "answers", _as_markdown(answers[:_SHOWN_ANSWERS]))
 
     def write_rollouts(self, step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:
-        """Write what was generated in a step to `rollouts/step_*.jsonl`, in the place of what is there."""
-        path = self._run_dir / "rollouts" / f"step_{step:08d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".jsonl.tmp")
-        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in rollouts)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+        """Write what was generated in a step to `rollouts/step_*.jsonl`."""
+        write_rollouts(self._run_dir, step, rollouts)
 
     def close(self) -> None:
         """Close every sink."""

@@ -52,10 +52,11 @@ def _describe(
     position = int(np.flatnonzero(rollout.is_sampled)[place])
     token = spell([rollout.token_ids[position]])
     trained = scored[rollout.key][position - 1]
+    advice = f", or accept it with a larger value, such as {2 * mean:.2g}" if np.isfinite(mean) else ""
     return (
         f"grpo.gate_tolerance: before the first update log-probabilities of generation and of the training forward "
         f"pass, with the same weights, are {mean:.3g} nats apart on average, more than {tolerance:g}; most for token "
         f"{place} ({token!r}) of sample {rollout.sample} to row {rollout.row} of {rollout.source}: "
         f"{rollout.log_probs[place]:.4f} against {trained:.4f}. Rewards would go to a policy that did not give "
-        f"these answers; look for what the two do differently, or accept it with a larger value, such as {2 * mean:.2g}"
+        f"these answers; look for what the two do differently{advice}"
     )

@@ -44,6 +44,7 @@ class Placement:
         """Return this rank's microbatches: tokens, labels and masks, each rollout a document."""
         rows = np.zeros((self.num_rows, 3, self._seq_len), dtype=np.int64)
         rows[:, 1] = -1
+        rows[:, 2] = np.arange(self._seq_len)  # a row without rollouts is one document
         for row, places in enumerate(self._places()):
             end = 0
             for number, start, end in places:

@@ -84,7 +84,9 @@ class PolicyUpdates:
         return minibatches
 
     def score(self, minibatches: Sequence[Minibatch], reference: Reference | None = None) -> Values:
-        """Return the log-probabilities of every prediction of the rollouts, by the policy or by its reference.
+        """Return the log-probabilities of what was drawn in the rollouts, by the policy or by its reference.
+
+        Those of other predictions are of no token of theirs.
 
         Collective: all ranks of the world must call this.
         """

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from configs.errors import BadInput, ExitCode
 from configs.sections.data import DataConfig
-from configs.stages import Config, SftConfig
+from configs.stages import Config, RftConfig, SftConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
@@ -22,6 +22,7 @@ from parallel.platform import PlatformName, load_platform
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
+from trainer.run.rejection import sample_answers
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
 from trainer.run.weights import load_peft_adapter, load_weights
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, stage_name: str, environment: Environment, platform_name: PlatformName) -> ExitCode:
-    """Run one training stage from start to end on this rank and return the exit code.
+    """Run one training stage, or rejection sampling, from start to end on this rank and return the exit code.
 
     Raises ShardwrightError for what a user can mend. Collective: all ranks of the world must call this.
     """
@@ -54,6 +55,8 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
         with lock.held(mesh, patience_seconds=_patience(config, environment)):
             try:
                 corpus = on_all_ranks(lambda: open_corpus(config, data))
+                if isinstance(config, RftConfig):
+                    return sample_answers(corpus, environment, mesh, lock)
                 return _run_locked(corpus, stage_name, environment, mesh, lock)
             except Exception:
                 lock.check()  # what failed may have, because the directory went

@@ -14,9 +14,11 @@ from configs.stages import GrpoConfig, Split
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import Prompt, PromptFile, PromptReader
 from trainer.data.chat.template import load_template
+from trainer.data.corpus import Corpus
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
 from trainer.engine.parts import Checkpointed
+from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.sharded_state import RandomGenerators
 from trainer.engine.state import StepResult, TrainState
 from trainer.environments.environment import Environment, load_environment
@@ -225,21 +227,15 @@ class GrpoStage:
 
 def build_grpo_stage(context: StageContext) -> GrpoStage:
     """Return the stage with its prompts open and its rewards running. Raises BadInput for what cannot be."""
-    config, engine, tokenizer = context.config, context.models[POLICY], context.corpus.tokenizer
-    assert isinstance(engine, Engine) and isinstance(config, GrpoConfig) and tokenizer is not None
+    config, engine = context.config, context.models[POLICY]
+    assert isinstance(engine, Engine) and isinstance(config, GrpoConfig)
     grpo = config.grpo
-    template = load_template(grpo.template, tokenizer.directory, "grpo.template")
-    encoder = ChatEncoder(template, tokenizer, field="grpo.template")
+    encoder = open_encoder(config, context.corpus)
     environment = None if grpo.environment is None else load_environment(grpo.environment)
     files = open_prompts(config, "train", encoder, environment)
     validation = open_prompts(config, "validation", encoder, environment)
     reader = PromptReader(files, [source.weight for source in grpo.prompts], config.run.seed)
-    pool = None
-    if grpo.rewards and scores_here(engine):
-        pool = RewardPool(grpo.rewards, grpo.num_reward_workers or count_cores())
-        rows = [row for file in (*files, *validation) for _, row in file.rows]
-        pool.check(rows, config.rollout.max_new_tokens)
-    collector = Collector(config, engine, encoder, pool, environment)
+    collector = open_collector(config, engine, encoder, (*files, *validation), environment)
     return GrpoStage(config, engine, reader, validation, collector)
 
 
@@ -252,3 +248,26 @@ def open_prompts(
         PromptFile(source, f"{config.source_field(split)}[{number}]", encoder, config.longest_prompt, parse)
         for number, source in enumerate(config.sources(split))
     ]
+
+
+def open_encoder(config: GrpoConfig, corpus: Corpus) -> ChatEncoder:
+    """Return what makes tokens of prompts. Raises BadInput for a template that cannot be."""
+    tokenizer = corpus.tokenizer
+    assert tokenizer is not None  # the config check asks for one
+    template = load_template(config.grpo.template, tokenizer.directory, "grpo.template")
+    return ChatEncoder(template, tokenizer, field="grpo.template")
+
+
+def open_collector(
+    config: GrpoConfig,
+    model: ShardedModel,
+    encoder: ChatEncoder,
+    files: Sequence[PromptFile],
+    environment: Environment | None,
+) -> Collector:
+    """Return what answers prompts, with the rewards running where this rank scores. Raises BadInput for these."""
+    grpo, pool = config.grpo, None
+    if grpo.rewards and scores_here(model):
+        pool = RewardPool(grpo.rewards, grpo.num_reward_workers or count_cores())
+        pool.check([row for file in files for _, row in file.rows], config.rollout.max_new_tokens)
+    return Collector(config, model, encoder, pool, environment)

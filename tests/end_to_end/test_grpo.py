@@ -1,0 +1,132 @@
+"""Reinforcement learning from end to end: rollouts, scores, metrics, and a run that is killed wherever it may be."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import ExitCode
+from tests.end_to_end.conftest import write_text
+from tests.pool import RankFailed
+from tools.train_tokenizer import train_tokenizer
+
+NUM_STEPS, NUM_PROMPTS = 4, 12
+NO_DATA = ("data.train=[]", "data.validation=[]", "model.vocab_size=320")
+FIGURES = (
+    "actor/entropy", "actor/kl", "actor/clip_frac", "actor/pg_loss", "actor/ppo_kl", "critic/score/mean",
+    "critic/rewards/mean", "critic/advantages/mean", "response_length/mean", "prompt_length/mean",
+    "reward/regex/mean", "reward/length/mean", "rollout/logprob_difference", "rollout/num_equal_groups",
+    "rollout/idle_share/dp_0", "rollout/idle_share/dp_1", "timing_s/generate_sequences", "timing_s/reward",
+    "timing_s/update_actor", "timing_s/step", "perf/generated_tokens_per_second",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Return a folder with `tokenizer`, which has ChatML's tokens, and `questions.jsonl`."""
+    folder = tmp_path_factory.mktemp("questions")
+    special = ("<|im_start|>", "<|im_end|>")
+    train_tokenizer([write_text(folder / "text.jsonl", 0, 300)], str(folder / "tokenizer"), 320, special_tokens=special)
+    rows = [{"prompt": f"{n} + {n}?", "answer": str(2 * n)} for n in range(NUM_PROMPTS)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def grpo(questions, train, tmp_path):
+    """Return a function that reinforces seed weights: `grpo(world, name, *overrides, fault=None) -> rows of metrics`."""
+    seed = tmp_path / "seed"
+    tokenizer = f"data.tokenizer={questions / 'tokenizer'}"
+    assert train(1, *NO_DATA, tokenizer, f"run.dir={seed}", "train.num_steps=0") == (ExitCode.DONE, "")
+    source = f"{{path: {questions / 'questions.jsonl'}}}"
+    fixed = (
+        *NO_DATA, tokenizer, f"checkpoint.init_from={seed}", "checkpoint.save_every=1", "train.seq_len=64",
+        f"train.num_steps={NUM_STEPS}", "train.global_batch_size=8", "optimizer.lr=1e-3", "grpo.template=chatml",
+        f"grpo.prompts=[{source}]", f"grpo.validation=[{source}]", "grpo.num_validation_prompts=3", "grpo.group_size=4",
+        "grpo.rewards=[{function: regex, options: {pattern: '[aeo]'}}, {function: length, options: {buffer: 8}}]",
+        "grpo.num_minibatches=2", "grpo.num_reward_workers=1", "rollout.max_new_tokens=12",
+    )  # fmt: skip
+
+    def run(world: int, name: str, *overrides: str, fault: str | None = None) -> list[dict[str, Any]]:
+        run_dir = tmp_path / name
+        if fault is None:
+            assert train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo") == (ExitCode.DONE, "")
+        else:
+            with pytest.raises(RankFailed, match="exit code -9"):
+                train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo", fault=fault)
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def rollouts_of(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
+    """Return what is kept of each step's rollouts."""
+    files = sorted((run_dir / "rollouts").glob("step_*.jsonl"))
+    return {
+        int(path.stem.removeprefix("step_")): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in files
+    }
+
+
+def check_rollouts(kept: dict[int, list[dict[str, Any]]], rows: list[dict[str, Any]]) -> None:
+    """Require that what is kept is whole, and that the metrics are those of what is kept."""
+    assert sorted(kept) == list(range(1, NUM_STEPS + 1)) == [row["step"] for row in rows]
+    for step, rollouts in kept.items():
+        row = rows[step - 1]
+        assert len(rollouts) == 16 and {one["sample"] for one in rollouts} == {0, 1, 2, 3}
+        assert len({one["group"] for one in rollouts}) == len({one["row"] for one in rollouts}) == 4
+        for one in rollouts:
+            assert one["step"] == step and one["source"] == "questions" and one["faults"] == {}
+            number = one["row"]
+            assert one["prompt"] == (
+                f"<|im_start|>user\n{number} + {number}?<|im_end|>\n<|im_start|>assistant\n"
+            )
+            regex, length = one["rewards"]["regex"], one["rewards"]["length"]
+            assert one["score"] == pytest.approx(regex + length)
+            assert regex == float(any(letter in one["answers"][0] for letter in "aeo"))
+            assert length == pytest.approx(-max(one["num_sampled_tokens"] - 4, 0) / 8)
+        for group in range(4):
+            assert sum(one["advantage"] for one in rollouts if one["group"] == group) == pytest.approx(0, abs=1e-9)
+        scores = [one["score"] for one in rollouts]
+        assert row["critic/score/mean"] == pytest.approx(sum(scores) / 16)
+        assert row["response_length/mean"] == pytest.approx(sum(one["num_sampled_tokens"] for one in rollouts) / 16)
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a line must be the same in every run."""
+    told = ("loss", "grad_norm", "num_tokens", "lr", "step")
+    parts = ("actor/", "critic/", "reward/", "response_length/")
+    return {name: value for name, value in row.items() if name in told or name.startswith(parts)}
+
+
+def test_a_run_reports_keeps_and_goes_on_after_kills(grpo, tmp_path):
+    rows = grpo(2, "whole")
+    for row in rows:
+        missing = [name for name in FIGURES if not math.isfinite(row.get(name, math.nan))]
+        assert not missing, missing
+        assert row["rollout/logprob_difference"] < 1e-2 and row["loss"] != 0
+    assert rows[0]["rollout/logprob_difference"] < 1e-4, "the same weights"
+    assert "validation_score/questions" in rows[-1]
+    whole = rollouts_of(tmp_path / "whole")
+    check_rollouts(whole, rows)
+    assert any(one["advantage"] != 0 for one in whole[1]), "nothing to learn"
+    for fault in ("killed_while_generating", "killed_while_scoring", "killed_in_the_update"):
+        grpo(2, "killed", fault=fault)
+    again = grpo(2, "killed")
+    assert [without_times(row) for row in again] == [without_times(row) for row in rows]
+    assert rollouts_of(tmp_path / "killed") == whole
+
+
+def test_layouts_give_the_same_rollouts(grpo, tmp_path):
+    fixed = ("train.num_steps=2", "grpo.num_minibatches=1", "train.global_batch_size=16", "grpo.algorithm=dr_grpo")
+    one = grpo(2, "dp2", *fixed)
+    two = grpo(2, "tp2", *fixed, "parallel.tp=2", "parallel.sp=true")
+    assert rollouts_of(tmp_path / "dp2") == rollouts_of(tmp_path / "tp2")
+    for row, other in zip(one, two, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert "actor/kl" not in one[0], "there is no reference"
