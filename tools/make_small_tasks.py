@@ -32,9 +32,9 @@ def make_small_tasks(out: str, kind: str, num_rows: int, num_held_out: int, seed
     from trainer.environments.calculator import draw_calculator_task
     from trainer.environments.small_tasks import draw_task
 
-    draw: Callable[[random.Random], SmallTask | CalculatorTask] = {
-        "small": draw_task, "calculator": draw_calculator_task,
-    }[kind]  # fmt: skip
+    draw: Callable[[random.Random], SmallTask | CalculatorTask] = draw_task
+    if kind == "calculator":
+        draw = draw_calculator_task
     source = random.Random(seed)
     held_out: dict[str, SmallTask | CalculatorTask] = {}
     while len(held_out) < num_held_out:
