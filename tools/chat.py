@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,9 @@ class Question:
     """As it is written, to be told with the answer."""
     messages: list[Message]
     expected: Any = None
-    """The assistant's turn that ended the row's messages: its text, or the whole turn where it has more; else None."""
+    """The answer that the row has: its text, or the whole turn where it holds more; None without one."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Definitions of what the assistant may call."""
 
     def told(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Return the row with its answer; what the row has under the same names is kept as `original_*`."""
@@ -67,7 +69,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="chat template by name or .jinja file (default: the run's, else the tokenizer's)",
     )
     parser.add_argument(
-        "--prompts", type=path_argument, metavar="FILE", help="lines of text, or JSONL (prompt, messages)"
+        "--prompts", type=path_argument, metavar="FILE", help="rows as fine-tuning reads them, or lines of text"
     )
     parser.add_argument("--out", type=path_argument, metavar="FILE", help="answers to --prompts (default: printed)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
@@ -119,60 +121,34 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _read_questions(path: Path, arguments: argparse.Namespace) -> Iterator[Question]:
-    """Yield the rows of a file: JSON objects of .jsonl files, else the lines as text. Raises BadInput with the line."""
-    from trainer.data.chat.conversation import Message
+    """Yield what a file asks: each row in the forms that fine-tuning reads, or each line of a text. Raises BadInput."""
+    from configs.sections.sft import ConversationSource
+    from trainer.data.chat.conversation import BadRow, Message
+    from trainer.data.chat.forms import parse_prompt
+    from trainer.data.chat.rows import open_rows
+    from trainer.data.making.documents import list_inputs
 
     begin = [] if arguments.system is None else [Message("system", arguments.system)]
-    is_empty = True
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
+    files, _ = list_inputs([str(path)])
+    if all(file.kind == "text" for file in files):
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not lines:
+            raise BadInput(f"{path}: holds no prompts; write one a line")
+        yield from (Question({"prompt": line}, [*begin, Message("user", line)]) for line in lines)
+        return
+    source = ConversationSource(path=str(path))
+    for file, number, row in open_rows(source, "--prompts"):
+        if arguments.raw:
+            if not isinstance(row.get("prompt"), str):
+                raise BadInput(f'--prompts: row {number} of {file} has no text to go on with; give "prompt": "text"')
+            yield Question(row, [Message("user", row["prompt"])])
             continue
-        is_empty = False
-        row: dict[str, Any] = {"prompt": line}
-        expected = None
-        if path.suffix in (".jsonl", ".json"):
-            row = _read_row(line, f"{path}:{number}")
-        if isinstance(row.get("prompt"), str):
-            messages = [*begin, Message("user", row["prompt"])]
-        elif isinstance(row.get("messages"), list) and not arguments.raw:
-            own, expected = _read_messages(row["messages"], f"{path}:{number}")
-            messages = own if own[0].role == "system" else [*begin, *own]
-        else:
-            wanted = '"prompt": "text"' if arguments.raw else '"prompt": "text" or "messages": [...]'
-            raise BadInput(f"{path}:{number}: has nothing to answer; a row holds {wanted}")
-        yield Question(row, messages, expected)
-    if is_empty:
-        raise BadInput(f"{path}: holds no prompts; write one a line")
-
-
-def _read_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadInput(
-            f'{where}: is not JSON ({error}); write one object a line, such as {{"prompt": "Hi"}}'
-        ) from error
-    if not isinstance(row, dict):
-        raise BadInput(f'{where}: is no JSON object; write one such as {{"prompt": "Hi"}}')
-    return row
-
-
-def _read_messages(turns: list[Any], where: str) -> tuple[list[Message], Any]:
-    """Return the turns to answer, and the assistant's turn behind them where there is one, as in validation files."""
-    from trainer.data.chat.conversation import BadRow, Message
-    from trainer.data.chat.turn_forms import parse_turn
-
-    try:
-        messages = [parse_turn(turn, {}, {}) for turn in turns]
-    except BadRow as error:
-        raise BadInput(f"{where}: messages: {error}") from error
-    expected = None
-    if messages and messages[-1].role == "assistant":
-        last = messages.pop()
-        expected = last.content if last == Message("assistant", last.content) else turns[-1]
-    if not messages or messages[-1].role == "assistant":
-        raise BadInput(f"{where}: messages: hold no turn to answer; end with the user's, or with its answer behind it")
-    return messages, expected
+        try:
+            asked, expected = parse_prompt(row, source)
+        except BadRow as error:
+            raise BadInput(f"--prompts: row {number} of {file}: {error}") from error
+        messages = list(asked.messages)
+        yield Question(row, messages if messages[0].role == "system" else [*begin, *messages], expected, asked.tools)
 
 
 def _answer(
@@ -186,7 +162,9 @@ def _answer(
     """Answer all at once and write a line of JSON each. Collective: all ranks of the world must call this."""
     from trainer.generate.generator import EngineGenerator
 
-    completions = EngineGenerator(model).generate([prompts.encode(one.messages) for one in questions], sampling)
+    completions = EngineGenerator(model).generate(
+        [prompts.encode(one.messages, one.tools) for one in questions], sampling
+    )
     if model.mesh.rank != 0:
         return
     lines = [
@@ -197,6 +175,7 @@ def _answer(
                 "num_tokens": len(completion.token_ids),
             }),
             ensure_ascii=False,
+            default=str,  # a table's dates
         )
         for one, completion in zip(questions, completions, strict=True)
     ]  # fmt: skip

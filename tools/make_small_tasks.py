@@ -1,7 +1,7 @@
-"""Make small questions with worked answers as chats, to fine-tune on, and held-out ones to ask.
+"""Make questions with worked answers as chats, to fine-tune on, and held-out ones to ask.
 
-Run: python tools/make_small_tasks.py --out data/tasks [--rows 20000] [--held-out 200] [--seed 0]
-Writes DIR/train.jsonl and DIR/held_out.jsonl: a row has `messages`, and the `answer` that is right.
+Run: python tools/make_small_tasks.py --out data/tasks [--tasks calculator] [--rows 20000] [--held-out 200] [--seed 0]
+Writes DIR/train.jsonl and DIR/held_out.jsonl: a row has `messages`, the `answer` that is right, and `tools` if any.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,21 +23,26 @@ from tools.outputs import check_directory
 from tools.paths import path_text
 
 if TYPE_CHECKING:
+    from trainer.environments.calculator import CalculatorTask
     from trainer.environments.small_tasks import SmallTask
 
 
-def make_small_tasks(out: str, num_rows: int, num_held_out: int, seed: int) -> None:
+def make_small_tasks(out: str, kind: str, num_rows: int, num_held_out: int, seed: int) -> None:
     """Write both files; no question that is held out is among those to train on."""
+    from trainer.environments.calculator import draw_calculator_task
     from trainer.environments.small_tasks import draw_task
 
+    draw: Callable[[random.Random], SmallTask | CalculatorTask] = {
+        "small": draw_task, "calculator": draw_calculator_task,
+    }[kind]  # fmt: skip
     source = random.Random(seed)
-    held_out: dict[str, SmallTask] = {}
+    held_out: dict[str, SmallTask | CalculatorTask] = {}
     while len(held_out) < num_held_out:
-        task = draw_task(source)
+        task = draw(source)
         held_out[task.question] = task
-    train: list[SmallTask] = []
+    train: list[SmallTask | CalculatorTask] = []
     while len(train) < num_rows:
-        task = draw_task(source)
+        task = draw(source)
         if task.question not in held_out:
             train.append(task)
     folder = Path(out)
@@ -45,20 +50,17 @@ def make_small_tasks(out: str, num_rows: int, num_held_out: int, seed: int) -> N
     for name, tasks in (("train", train), ("held_out", list(held_out.values()))):
         path = folder / f"{name}.jsonl"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(_row(task)) + "\n" for task in tasks), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(task.row) + "\n" for task in tasks), encoding="utf-8")
         os.replace(temporary, path)
         print(f"{path}: {len(tasks):,} chats")
-
-
-def _row(task: SmallTask) -> dict[str, object]:
-    messages = [{"role": "user", "content": task.question}, {"role": "assistant", "content": task.worked}]
-    return {"messages": messages, "kind": task.kind, "answer": task.answer}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(prog="make_small_tasks.py", description="Small questions with answers, as chats.")
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory to write")
+    kinds = "small ones, to do in one's head, or such as need the tool of the calculator (default: small)"
+    parser.add_argument("--tasks", choices=("small", "calculator"), default="small", help=kinds)
     for name, default, meaning in (
         ("rows", 20_000, "chats to train on"),
         ("held-out", 200, "chats to ask, none of which is trained on"),
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         check_directory(arguments.out, "data/tasks")
-        make_small_tasks(arguments.out, arguments.rows, arguments.held_out, arguments.seed)
+        make_small_tasks(arguments.out, arguments.tasks, arguments.rows, arguments.held_out, arguments.seed)
 
     return run_command(command)
 

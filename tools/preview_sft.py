@@ -1,8 +1,8 @@
 """Show what a recipe of supervised fine-tuning makes of its conversations: which tokens are trained, what is left out.
 
 Run: python tools/preview_sft.py RECIPE [key=value ...] [--split validation] [--show 3] [--html FILE] [--json FILE]
-Trained tokens are green, context is plain, special tokens are bold. `--json` has an object a sample, before packing:
-source, row (from 0), input_ids, loss_mask, dropped. Writes nothing else.
+Trained tokens are green, or between [[ and ]] where there are no colours; special tokens are bold. `--json` has an
+object a sample, before packing: source, row (from 0), input_ids, loss_mask, dropped. Writes nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,15 @@ def spell(tokenizer: Tokenizer, input_ids: Sequence[int], loss_mask: Sequence[in
         yield text, ("trained " * bool(is_trained) + "special" * is_special).strip() or "context"
 
 
+def mark(pieces: Sequence[Piece]) -> str:
+    """Return a sample as text with [[ ]] around what is trained."""
+    runs = [
+        (is_trained, "".join(text for text, _ in run))
+        for is_trained, run in groupby(pieces, key=lambda piece: piece[1].startswith("trained"))
+    ]
+    return "".join(f"[[{text}]]" if is_trained else text for is_trained, text in runs)
+
+
 def summarise(config: SftConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, str]]:
     """Return what a person wants to know of all samples: lengths, trained share, packing, what is left out and why."""
     import numpy as np
@@ -98,12 +108,21 @@ def summarise(config: SftConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, 
     table += [("to know", f"in {count:,} samples {remark}") for remark, count in remarks.most_common()]
     num_truncated = sum(row.num_truncated for row in rows)
     if num_truncated:
-        table.append(("cut at train.seq_len", f"{num_truncated:,} samples"))
+        longest = max(length for row in rows for length in row.lengths)
+        table.append(("cut at train.seq_len", f"{num_truncated:,} samples, the longest of {longest:,} tokens"))
     refusal = ", which a run refuses (sft.bad_rows=refuse)" if config.sft.bad_rows == "refuse" else ""
     for reason, count in dropped.most_common():
         is_bad = refusal if "train.seq_len" not in reason else ""
         table.append(("left out", f"{count:,} rows{is_bad}: {reason}"))
     return table
+
+
+def headings(row: EncodedRow) -> Iterator[str]:
+    """Yield what stands above each sample of a row: where it comes from, and what of it is cut."""
+    for sample, length in zip(row.samples, row.lengths, strict=True):
+        kept = len(sample.input_ids)
+        cut = f", cut to {kept:,} of {length:,} tokens" if kept < length else ""
+        yield f"{row.file}, row {row.row}{cut}"
 
 
 def write_json(path: Path, rows: Sequence[EncodedRow]) -> None:
@@ -174,7 +193,7 @@ def preview(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(str(config.data.tokenizer))
     rows = list(encode_rows(config, arguments.split))
     table = summarise(config, rows)
-    samples = [(f"{row.file}, row {row.row}", sample) for row in rows for sample in row.samples]
+    samples = [pair for row in rows for pair in zip(headings(row), row.samples, strict=True)]
     pieces = [(title, list(spell(tokenizer, one.input_ids, one.loss_mask))) for title, one in samples[:100]]
     _print(table, pieces[: arguments.show])
     if arguments.json is not None:
@@ -190,7 +209,10 @@ def _print(table: Sequence[tuple[str, str]], shown: Sequence[tuple[str, list[Pie
     console = Console(soft_wrap=True, highlight=False)
     for title, pieces in shown:
         console.print(title, style="underline", markup=False)
-        console.print(Text.assemble(*((text, STYLES[kind]) for text, kind in pieces)))
+        if console.color_system is None:
+            console.print(mark(pieces), markup=False)
+        else:
+            console.print(Text.assemble(*((text, STYLES[kind]) for text, kind in pieces)))
         console.print()
     for name, value in table:
         console.print(f"{name:<24}{value}", markup=False)

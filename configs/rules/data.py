@@ -62,8 +62,10 @@ def _check_conversations(config: SftConfig) -> Iterator[str]:
     """Yield what is wrong with the conversations of fine-tuning, which take the place of `data`'s sources."""
     sft = config.sft
     yield from _check_chats(config, "in supervised fine-tuning, whose sources are in sft", "data/chats.jsonl")
+    reason = None if sft.validation or not sft.num_answers else "without sft.validation, where its questions are"
     if sft.train_on == "all":
         reason = "with sft.train_on=all, which does not say where answers begin"
+    if reason is not None:
         yield from check_unused(sft, "sft", ("num_answers", "max_answer_tokens"), reason)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from configs.rules.model import check_unused
@@ -105,6 +106,11 @@ def _check_optimizer(config: Config) -> Iterator[str]:
 
 def _check_schedule_fields(config: Config) -> Iterator[str]:
     schedule = config.schedule
+    if schedule.warmup_fraction is not None and schedule.warmup_steps > 0:
+        yield (
+            f"schedule.warmup_fraction: schedule.warmup_steps={schedule.warmup_steps} says too how long it is; "
+            "a value that would work: null, or schedule.warmup_steps=0"
+        )
     if schedule.kind != "wsd":
         reason = f"with schedule.kind={schedule.kind}"
         yield from check_unused(schedule, "schedule", ("wsd_decay_steps", "wsd_decay"), reason)
@@ -117,20 +123,23 @@ def check_schedule_length(config: Config) -> Iterator[str]:
     schedule, num_steps = config.schedule, config.train.num_steps
     if num_steps == 0:
         return
-    end = schedule.decay_steps or num_steps
-    if schedule.warmup_steps >= end:
+    end, warmup_steps = schedule.decay_steps or num_steps, schedule.count_warmup_steps(num_steps)
+    if warmup_steps >= end:
         limit = f"schedule.decay_steps={end}"
         if schedule.decay_steps is None:
             epochs = config.train.num_epochs
             limit = f"train.num_steps={end}" if epochs is None else f"the {end} steps of train.num_epochs={epochs:g}"
-        works = end // 10
-        yield f"schedule.warmup_steps: {schedule.warmup_steps} is not below {limit}; a value that would work: {works}"
+        field, given, works = "warmup_steps", f"{warmup_steps} is", f"{end // 10}"
+        if schedule.warmup_fraction is not None:
+            works = f"{min(0.03, math.floor(100 * (end - 1) / num_steps) / 100):g}"
+            field, given = "warmup_fraction", f"{schedule.warmup_fraction:g} makes {warmup_steps} steps, which is"
+        yield f"schedule.{field}: {given} not below {limit}; a value that would work: {works}"
         return
     decay = schedule.wsd_decay_steps
-    if schedule.kind == "wsd" and decay is not None and schedule.warmup_steps + decay > end:
+    if schedule.kind == "wsd" and decay is not None and warmup_steps + decay > end:
         yield (
-            f"schedule.wsd_decay_steps: {decay} do not fit between the {schedule.warmup_steps} warm-up steps and step "
-            f"{end}; a value that would work: {end - schedule.warmup_steps}"
+            f"schedule.wsd_decay_steps: {decay} do not fit between the {warmup_steps} warm-up steps and step "
+            f"{end}; a value that would work: {end - warmup_steps}"
         )
 
 

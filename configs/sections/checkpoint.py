@@ -13,7 +13,7 @@ class CheckpointConfig(Section):
     save_every: PositiveInt | None = None
     """Steps between checkpoints; null for only after the last step and on SIGTERM or SIGUSR1."""
     keep_last: PositiveInt = 3
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; that of the lowest validation loss is kept too where train.patience is set."""
     keep_every: PositiveInt | None = None
     """Checkpoints at multiples of this many steps are kept for good; null for none."""
     async_save: bool = True

@@ -27,6 +27,11 @@ class SourceConfig(Section):
         """File name of the prefix: under it validation is logged."""
         return os.path.basename(self.path)
 
+    @property
+    def origin(self) -> str:
+        """What the user gave as the data: under it a checkpoint knows how much was read."""
+        return self.path
+
 
 class DataConfig(Section):
     """What the model reads."""

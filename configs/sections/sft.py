@@ -63,7 +63,8 @@ class SftSection(Section):
     neftune_alpha: NonNegativeFloat = 0.0
     """Strength of uniform noise on embeddings while training (NEFTune, arXiv:2310.05914); 0 for none."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target spread evenly over the vocabulary; 0 for none."""
+    """Share of the target spread evenly over the vocabulary; 0 for none. The training loss is of that target then, and
+    cross_entropy beside it is the loss without; validation has none."""
     num_answers: NonNegativeInt = 4
     """Questions of each validation source that are answered, greedily, at each validation; 0 for none, as with
     train_on=all, which does not say where answers begin. Samples cut at train.seq_len are not asked."""

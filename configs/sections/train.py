@@ -62,7 +62,8 @@ class TrainConfig(Section):
     max_nonfinite_steps: PositiveInt = 5
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops (exit code 4)."""
     patience: PositiveInt | None = None
-    """End the run after this many validations in a row without a lower mean validation loss; null to go on."""
+    """End the run after this many validations in a row without a lower mean validation loss, and keep the checkpoint of
+    the lowest as `<run.dir>/checkpoints/best`; null to go on, and keep none for that."""
     recompute: RecomputeConfig = RecomputeConfig()
     """Activation recomputation."""
 

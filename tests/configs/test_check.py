@@ -164,6 +164,15 @@ TRAINING_RULES = [
     (["schedule.warmup_steps=100"], "schedule.warmup_steps: 100 is not below train.num_steps=100; a value that would"),
     (["schedule={warmup_steps: 9, decay_steps: 9}"], "schedule.warmup_steps: 9 is not below schedule.decay_steps=9"),
     (
+        ["schedule={warmup_fraction: 0.5, decay_steps: 9}"],
+        "schedule.warmup_fraction: 0.5 makes 50 steps, which is not below schedule.decay_steps=9; a value that would "
+        "work: 0.03",
+    ),
+    (
+        ["schedule={warmup_fraction: 0.03, warmup_steps: 3}"],
+        "schedule.warmup_fraction: schedule.warmup_steps=3 says too how long it is; a value that would work: null",
+    ),
+    (
         ["schedule={kind: wsd, warmup_steps: 20, wsd_decay_steps: 90}"],
         "schedule.wsd_decay_steps: 90 do not fit between the 20 warm-up steps and step 100",
     ),

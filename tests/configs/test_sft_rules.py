@@ -36,11 +36,17 @@ def problems_of(sft: dict, train: dict | None = None, **sections) -> list[str]:
         ),
         ({"validation": [{"path": "x/a.jsonl"}, {"path": "y/a.json.gz"}]}, "sft.validation: .* the file name a; "),
         ({"train_on": "all", "num_answers": 7}, "sft.num_answers: has no effect with sft.train_on=all"),
+        ({"num_answers": 7}, "sft.num_answers: has no effect without sft.validation, .*; a value that would work: 4"),
+        ({"max_answer_tokens": 7}, "sft.max_answer_tokens: has no effect without sft.validation"),
     ],
 )
 def test_what_contradicts_itself_is_refused(sft, sentence):
     (problem,) = problems_of(sft)
     assert re.match(sentence, problem), problem
+
+
+def test_a_run_without_validation_may_say_that_it_asks_nothing():
+    assert problems_of({"num_answers": 0}) == []
 
 
 def test_validation_sources_are_told_apart_by_what_follows_a_dot():

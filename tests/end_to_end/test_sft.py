@@ -105,7 +105,7 @@ def assert_transformers_agrees(row: dict, run_dir: Path, prefix: str) -> None:
 
 
 def test_epochs_resume_on_another_layout_and_patience_ends_a_run(sft, chats, tmp_path):
-    epochs = ("train.num_epochs=2", "train.global_batch_size=2", "train.eval_every=2")
+    epochs = ("train.num_epochs=2", "train.global_batch_size=2", "train.eval_every=2", "schedule.warmup_fraction=0.4")
     validation = f"sft.validation=[{{path: {chats / 'chats.jsonl'}}}]"
     code, said, whole = sft(1, "whole", *epochs, validation)
     assert code == 0, said
@@ -123,6 +123,21 @@ def test_epochs_resume_on_another_layout_and_patience_ends_a_run(sft, chats, tmp
     assert [row["step"] for row in short] == [1, 2], "none is lower than that before the first step"
     code, said, again = sft(1, "short", *constant, validation)
     assert (code, losses_of(again)) == (0, losses_of(short)), "a run that has ended so stays ended"
+
+
+def test_the_checkpoint_of_the_lowest_validation_loss_outlives_retention(sft, chats, tmp_path):
+    validation = (f"sft.validation=[{{path: {chats / 'chats.jsonl'}}}]", "sft.num_answers=0", "train.eval_every=1")
+    fixed = (*validation, "train.patience=2", "schedule={kind: constant}")
+    fixed += ("checkpoint.keep_last=1", "checkpoint.save_every=null")
+    assert sft(1, "run", *fixed, "train.num_steps=2")[0] == 0
+    code, said, rows = sft(1, "run", *fixed, "train.num_steps=9", "optimizer.lr=1e-30", "optimizer.min_lr=0")
+    assert code == 0, said
+    assert [row["step"] for row in rows] == [1, 2, 3, 4], "with weights that stay, no validation is lower"
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "latest", "step_00000002", "step_00000004"]
+    assert (folder / "best").resolve().name == "step_00000002"
+    code, said, _ = sft(1, "second", f"checkpoint.init_from={folder / 'best'}", "train.num_steps=1")
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(

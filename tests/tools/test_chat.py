@@ -95,6 +95,44 @@ def test_an_answer_behind_the_question_is_what_is_expected_of_it(chat, tmp_path)
     assert expected["original_answer"] == "4" and expected["messages"] == [ask, turn]
 
 
+ASK, TURN, ADD = {"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}, {"name": "add"}
+THOUGHT = TURN | {"reasoning_content": "2"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "row", "expected"),
+    [
+        (".jsonl", {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "4"}]}, "4"),
+        (".json", {"instruction": "2?", "input": "", "output": "4"}, "4"),
+        (".json", {"instruction": "2?", "output": ""}, None),
+        (".parquet", {"instruction": "2?", "output": "4"}, "4"),
+        (".parquet", {"messages": [ASK, TURN]}, "4"),
+        (".jsonl", {"prompt": "2?", "completion": "4"}, "4"),
+        (".jsonl", {"prompt": [ASK], "completion": [THOUGHT]}, THOUGHT),
+        (".jsonl", {"prompt": [ASK]}, None),
+        (".jsonl", {"prompt": "2?", "chosen": "4", "rejected": "5"}, None),
+        (".jsonl", {"messages": [ASK], "system": "Be brief.", "tools": [ADD]}, None),
+    ],
+)  # fmt: skip
+def test_a_file_of_any_form_of_fine_tuning_is_asked(tmp_path, suffix, row, expected):
+    from tools.chat import _parse, _read_questions
+
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if suffix == ".json" else row))
+    (question,) = _read_questions(path, _parse(["model", "--prompts", str(path), "--system", "S"]))
+    assert [(one.role, one.content) for one in question.messages] == [
+        ("system", row.get("system", "S")), ("user", "2?")
+    ]  # fmt: skip
+    assert (question.expected, question.row) == (expected, row)
+    assert len(question.tools) == len(row.get("tools", ()))
+
+
 def test_a_run_is_asked_with_the_template_it_was_tuned_with(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
@@ -125,9 +163,9 @@ def test_typed_lines_are_answered_and_forgotten_on_demand(chat):
 @pytest.mark.parametrize(
     "name, text, sentence",
     [
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "a.jsonl:2: is not JSON"),
-        ("a.jsonl", '{"question": "x"}\n', 'a.jsonl:1: has nothing to answer; a row holds "prompt": "text" or'),
-        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "hold no turn to answer; end with"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "error: --prompts: input {path}:2: not valid JSON ("),
+        ("a.json", '[{"question": "x"}]', "--prompts: row 0 of {path}: nothing to answer in its columns question; exp"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "holds no turn to answer; end with"),
         ("a.txt", "\n", "a.txt: holds no prompts"),
     ],
 )
@@ -135,6 +173,7 @@ def test_a_bad_file_is_one_sentence(chat, tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text, encoding="utf-8")
     ((code, said, told),) = chat("--template", "alpaca", "--prompts", tmp_path / name)
     assert (code, said) == (2, "")
+    sentence = sentence.format(path=tmp_path / name) if "{path}" in sentence else sentence
     assert told.startswith("error: ") and sentence in told and told.count("\n") == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from configs.errors import ExitCode
 from tests.end_to_end.conftest import write_text
 from tools import make_small_tasks, preview_sft
 from tools.train_tokenizer import train_tokenizer
+from trainer.environments.calculator import Calculator
 from trainer.environments.small_tasks import draw_task, is_right
 
 
@@ -40,8 +42,10 @@ def test_every_token_is_shown_and_written_with_its_mask(recipe, tmp_path, capsys
     out, page = tmp_path / "samples.json", tmp_path / "page.html"
     assert preview_sft.main([str(recipe), "--json", str(out), "--html", str(page)]) == ExitCode.DONE
     said = capsys.readouterr().out
-    assert "<|im_start|>assistant\nzwei é<|im_end|>" in said
-    assert "1 rows, which a run refuses (sft.bad_rows=refuse)" in said and "cut at train.seq_len" in said
+    assert "<|im_start|>assistant\n[[zwei é<|im_end|>]]" in said
+    assert "1 rows, which a run refuses (sft.bad_rows=refuse)" in said
+    (whole,) = re.findall(r"chats.jsonl, row 2, cut to 65 of (\d+) tokens", said)
+    assert int(whole) > 160 and re.search(rf"cut at train.seq_len +1 samples, the longest of {whole} tokens", said)
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert [entry["row"] for entry in entries] == [0, 1, 2] and entries[1]["dropped"] and not entries[1]["input_ids"]
     first, _, last = entries
@@ -95,3 +99,14 @@ def test_small_tasks_are_right_and_none_held_out_is_trained(tmp_path, capsys):
         if task.kind == "sum":  # an answer of its own, from the question's numbers
             numbers = [int(word) for word in "".join(c if c.isdigit() else " " for c in task.question).split()]
             assert task.answer == str(sum(numbers))
+
+
+def test_calculator_tasks_are_rows_whose_worked_answers_the_environment_takes(tmp_path, capsys):
+    options = ["--out", str(tmp_path), "--tasks", "calculator", "--rows", "50", "--held-out", "5"]
+    assert make_small_tasks.main(options) == ExitCode.DONE
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 50
+    for row in rows:
+        asked, *_, last = row["messages"]
+        assert Calculator().begin(row, 0) == [asked] and row["tools"] == list(Calculator.tools)
+        assert Calculator().answer(row, [asked], last["content"]).reward == 1.0

@@ -1,7 +1,7 @@
 """Names and order of checkpoint directories under a run. Torch-free; knows nothing of what is inside them.
 
 `<run.dir>/checkpoints/step_00000100/` is whole by construction: it is written under a hidden name and renamed when
-every rank is done. `latest` is a symbolic link, replaced atomically.
+every rank is done. `latest` is a symbolic link, replaced atomically, and so is `best`, where a run keeps one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ DELETED_PREFIX = ".deleted-"
 ABANDONED_PREFIX = "abandoned_"
 LATEST = "latest"
 NEXT_LATEST = f".{LATEST}.new"
+BEST = "best"
+"""Link to the checkpoint of the lowest validation loss, of a run with `train.patience`."""
 EXPORT = "hf"
 """Directory, in a checkpoint, of the Hugging Face model that it was exported as."""
 _NAME = re.compile(r"step_(\d{8,})")
@@ -58,7 +60,7 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path | None:
-    """Return the checkpoint meant by a path to one, to a `latest` link or to a run directory; None if there is none."""
+    """Return the checkpoint meant by a path to one, to `latest` or `best`, or to a run directory; None if none."""
     given = Path(path)
     if (given / "checkpoint.json").is_file():
         return given.resolve()
@@ -91,6 +93,25 @@ def publish(partial: Path, step: int) -> Path:
     os.replace(link, parent / LATEST)
     _sync_directory(parent)
     return final
+
+
+def best_checkpoint(run_dir: str | Path) -> Path | None:
+    """Return the checkpoint that `best` names; None if there is none."""
+    link = checkpoints_dir(run_dir) / BEST
+    return link.resolve() if (link / "checkpoint.json").is_file() else None
+
+
+def name_best(run_dir: str | Path, step: int | None) -> None:
+    """Let `best` name the checkpoint of `step`, atomically, or nothing where there is none. Rank 0 alone calls this."""
+    link = checkpoints_dir(run_dir) / BEST
+    next_link = link.with_name(f".{BEST}.new")
+    next_link.unlink(missing_ok=True)  # what a kill has left
+    name = "" if step is None else checkpoint_name(step)
+    if name and (link.parent / name / "checkpoint.json").is_file():
+        next_link.symlink_to(name)
+        os.replace(next_link, link)
+    else:
+        link.unlink(missing_ok=True)
 
 
 def remove(checkpoint: Path) -> None:
@@ -134,10 +155,10 @@ def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
 def apply_retention(published: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete all but the newest `keep_last` checkpoints of a run and those at multiples of `keep_every` steps.
 
-    What was just published, and what `latest` names, stays whatever its number.
+    What was just published, and what `latest` and `best` name, stays whatever its number.
     """
     run_dir = published.parent.parent
-    spared = {published, latest_checkpoint(run_dir)}
+    spared = {published, latest_checkpoint(run_dir), best_checkpoint(run_dir)}
     for checkpoint in list_checkpoints(run_dir)[:-keep_last]:
         is_kept_for_good = keep_every is not None and step_of(checkpoint) % keep_every == 0
         if not is_kept_for_good and checkpoint not in spared and checkpoint.resolve() not in spared:

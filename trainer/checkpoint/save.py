@@ -29,7 +29,14 @@ from configs.stages import Config
 from parallel.collectives import barrier, gather_objects
 from parallel.mesh import Mesh
 from trainer.checkpoint.base_weights import BaseWeights
-from trainer.checkpoint.layout import PARTIAL_PREFIX, apply_retention, checkpoint_name, checkpoints_dir, publish
+from trainer.checkpoint.layout import (
+    PARTIAL_PREFIX,
+    apply_retention,
+    checkpoint_name,
+    checkpoints_dir,
+    name_best,
+    publish,
+)
 from trainer.checkpoint.manifest import Manifest, hash_file
 from trainer.checkpoint.parts import collect
 from trainer.disk.space import describe_file_limit, find_space_problem, free_bytes
@@ -194,6 +201,8 @@ class CheckpointWriter:
                 files[path.name] = hash_file(path)
         Manifest(files=dict(sorted(files.items())), **pending.manifest).write(pending.partial)
         final = publish(pending.partial, pending.step)
+        if self._config.train.patience is not None and pending.manifest["state"]["best_step"] == pending.step:
+            name_best(self._dir.parent, pending.step)
         apply_retention(final, self._settings.keep_last, self._settings.keep_every)
         num_bytes = sum(info["bytes"] for info in files.values())
         seconds = time.perf_counter() - pending.started

@@ -40,7 +40,6 @@ class Blend:
         """Blend `sources` with relative `weights`. Raises BadInput, naming `field`, where data is given twice."""
         if not sources:
             raise BadInput(f"{field}: no source is given; a value that would work: [{{path: data/stdlib/train}}]")
-        self._field = field
         self.sources = list(sources)
         self.weights = np.array(weights, dtype=np.float64) / np.sum(weights)
         self.consumed_samples = 0
@@ -94,7 +93,7 @@ class Blend:
             if not is_part and not isinstance(source, PackedSource):
                 continue
             epochs = weight * num_samples / source.num_samples
-            text = f"{data.prefix}: {data.num_documents:,} documents of {data.num_tokens:,} tokens, {weight:.1%} of "
+            text = f"{data.origin}: {data.num_documents:,} documents of {data.num_tokens:,} tokens, {weight:.1%} of "
             text += f"all samples, read {epochs:.3g} times in this run"
             if isinstance(source, PackedSource):
                 text += f"; packed into {source.num_samples:,} rows, {source.padding_share:.2%} of them padding, "
@@ -102,13 +101,16 @@ class Blend:
             yield text
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger as plain data: samples in all, and per source path its data, weight and samples."""
+        """Return the ledger as plain data: samples in all, and per source its data, weight and samples.
+
+        A source's key is what the user named: the prefix of a dataset, or a file of conversations.
+        """
         return {
             "consumed_samples": self.consumed_samples,
             "seq_len": self.sources[0].seq_len,
             "packing": self.sources[0].packing,
             "sources": {
-                source.dataset.prefix: {
+                source.dataset.origin: {
                     "identity": source.dataset.identity,
                     "weight": float(weight),
                     "consumed_samples": int(consumed),
@@ -144,9 +146,14 @@ class Blend:
         before = {entry["identity"]: entry for entry in known.values()}
         self._check_thresholds(before)
         for number, source in enumerate(self.sources):
-            path, identity = source.dataset.prefix, source.dataset.identity
+            path, identity = source.dataset.origin, source.dataset.identity
             if identity not in before and path in known:
-                raise BadInput(f"{self._field}: {path} is not what the checkpoint read there; put new data elsewhere")
+                made = path != source.dataset.prefix  # of conversations
+                rules = " (its rows, or the template, tokenizer or rules that make samples of them)" if made else ""
+                raise BadInput(
+                    f"{path} is not what the checkpoint read there{rules}; put new data elsewhere, or begin anew from "
+                    "its weights with checkpoint.init_from"
+                )
             self._consumed[number] = before.get(identity, {"consumed_samples": 0})["consumed_samples"]
         self.consumed_samples = state["consumed_samples"]
         present = {source.dataset.identity for source in self.sources}
@@ -163,7 +170,7 @@ class Blend:
         identities = {entry["identity"] for entry in before.values()}
         for source in self.sources:
             if source.dataset.identity not in identities:
-                log.warning("%s is other data than the checkpoint's run read last", source.dataset.prefix)
+                log.warning("%s is other data than the checkpoint's run read last", source.dataset.origin)
         present = {source.dataset.identity for source in self.sources}
         for path, entry in before.items():
             if entry["identity"] not in present:
@@ -189,7 +196,7 @@ def open_blend(sources: Sequence[SourceConfig], seq_len: int, seed: int, packing
 
     A source with `long_document_share` becomes two, its long documents and the others.
     """
-    datasets = [TokenDataset(source.path) for source in sources]
+    datasets = [TokenDataset(source.path, source.origin) for source in sources]
     made_with = {dataset.meta.vocabulary_hash: dataset.prefix for dataset in datasets if dataset.meta}
     if len(made_with) > 1:
         first, second = list(made_with.values())[:2]

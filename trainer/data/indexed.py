@@ -21,10 +21,15 @@ from trainer.data.tokenizer import Tokenizer
 class TokenDataset:
     """An open dataset: documents of token ids, read from a memory map."""
 
-    def __init__(self, prefix: str) -> None:
-        """Check and open `<prefix>.bin`, `.idx` and, where there is one, `.meta.json`. Raises BadInput."""
+    def __init__(self, prefix: str, origin: str | None = None) -> None:
+        """Check and open `<prefix>.bin`, `.idx` and, where there is one, `.meta.json`. Raises BadInput.
+
+        `origin` is the file that the dataset was made of behind the user's back.
+        """
         index = check_files(prefix)
         self.prefix = prefix
+        self.origin = origin or prefix
+        """What the user knows the data by."""
         self.meta = read_meta(prefix)
         self.lengths: NDArray[np.int32] = index.lengths  # [num_documents] tokens of each document
         self.num_documents = index.header.num_documents
@@ -63,7 +68,7 @@ class TokenDataset:
         12 bytes a document, where the whole has none.
         """
         chosen = copy.copy(self)
-        chosen.prefix, chosen.identity = prefix, self.identity + part
+        chosen.prefix, chosen.origin, chosen.identity = prefix, prefix, self.identity + part
         chosen.lengths, chosen._starts = self.lengths[documents], self._starts[documents]
         chosen.num_documents, chosen.num_tokens = len(documents), int(chosen.lengths.sum(dtype=np.int64))
         return chosen

@@ -17,13 +17,16 @@ from trainer.model.token_scores import Scoring, TokenScores
 def forward_language_model(model: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """Return per-token losses `[batch, seq]` in nats from the last chunk, hidden states from the others.
 
-    `label_smoothing` is the share of the target that all ids have alike (`trainer.model.output_loss`).
+    `label_smoothing` is the share of the target that all ids have alike (`trainer.model.output_loss`); with one the
+    losses are `[2, batch, seq]`: with it and, without a gradient, without it.
 
     With document boundaries the rows are laid end to end (`[1, batch * seq]`) and each document is attended alone,
     with its own positions.
     """
     smoothing = {"output_processor_context": label_smoothing} if label_smoothing else {}
     output = _forward(model, batch, output_processor=compute_token_losses, **smoothing)
+    if isinstance(output, tuple):
+        return torch.stack([one.view_as(batch.labels) for one in output])
     return output.view_as(batch.labels) if output.dim() == batch.labels.dim() else output
 
 

@@ -66,6 +66,8 @@ class TrainState:
     """Steps of which nothing counted; they are among the skipped ones."""
     lowest_validation_loss: float | None = None
     """Of all validations, that before the first step too, the mean over sources in nats."""
+    best_step: int | None = None
+    """Steps taken before the validation with that loss; None: there was none, or before this was written down."""
     num_stale_validations: int = 0
     """Validations in a row, up to the last one, that were no lower than the lowest before."""
 
@@ -88,7 +90,7 @@ class TrainState:
     def after_validation(self, loss: float) -> TrainState:
         """Return the state after a validation with this mean loss; one that is NaN is no lower than any."""
         if self.lowest_validation_loss is None or loss < self.lowest_validation_loss:
-            return replace(self, lowest_validation_loss=loss, num_stale_validations=0)
+            return replace(self, lowest_validation_loss=loss, best_step=self.step, num_stale_validations=0)
         return replace(self, num_stale_validations=self.num_stale_validations + 1)
 
     def as_dict(self) -> dict[str, Any]:

@@ -29,6 +29,12 @@ class SmallTask:
     worked: str
     answer: str
 
+    @property
+    def row(self) -> dict[str, object]:
+        """A row of data: the question and its worked answer under `messages`, and the `answer`."""
+        messages = [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.worked}]
+        return {"messages": messages, "kind": self.kind, "answer": self.answer}
+
 
 def draw_task(source: random.Random) -> SmallTask:
     """Draw a task of any kind."""

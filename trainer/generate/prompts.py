@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from configs.errors import BadInput
 from trainer.data.chat.conversation import BadRow, Conversation, Message
@@ -26,7 +27,7 @@ class RawPrompts:
         self._tokenizer = tokenizer
         self.stop_tokens: tuple[int, ...] = (tokenizer.eod_id,)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Return the ids of the last message's text; of none at all, the end of the document before."""
         ids = template_prefix(self._tokenizer.backend) + self._tokenizer.encode(messages[-1].content)
         return ids or [self._tokenizer.eod_id]
@@ -40,12 +41,14 @@ class ChatPrompts:
         self._encoder = ChatEncoder(load_template(template, tokenizer.directory, field), tokenizer, field=field)
         self.stop_tokens: tuple[int, ...] = end_tokens(self._encoder)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Return the ids of the conversation and of what begins an answer; no message can forge a chat token.
+
+        `tools` are the definitions of those that the assistant may call (`Conversation.tools`).
 
         Raises BadInput where the template cannot write it.
         """
         try:
-            return self._encoder.encode_prompt(Conversation(tuple(messages)))
+            return self._encoder.encode_prompt(Conversation(tuple(messages), tuple(tools)))
         except BadRow as error:
             raise BadInput(f"conversation: {error}") from error

@@ -26,23 +26,25 @@ def compute_token_losses(
     compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     context: float | None = None,
     **unused: Any,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return the losses `[batch, seq/cp]` in nats: an output processor of Megatron-Core's `GPTModel`.
 
     hidden_states `[seq/cp, batch, hidden]`, with sp `[seq/(cp*tp), batch, hidden]`; labels `[batch, seq/cp]`. With a
-    vocabulary split over tp the losses are the same on all of its ranks. `context` is the share of label smoothing.
+    vocabulary split over tp the losses are the same on all of its ranks. `context` is the share of label smoothing;
+    with one, the losses of the smoothed target come first, and then those of the label alone, without a gradient.
     """
 
-    def losses_of(hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor]:
+    def losses_of(hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits, _ = output_layer(hidden, weight=output_weight)
         if not context:
             return (compute_language_model_loss(wanted, logits),)
         excess = label_over_mean(logits, wanted, output_layer)  # first: the loss may write over the logits
-        return (compute_language_model_loss(wanted, logits) + context * excess,)
+        losses = compute_language_model_loss(wanted, logits)
+        return losses + context * excess, losses.detach()
 
     weight = output_layer.weight if output_weight is None else output_weight
-    (losses,) = _compute_in_pieces(losses_of, hidden_states, labels, output_layer, weight)
-    return losses
+    losses, *plain = _compute_in_pieces(losses_of, hidden_states, labels, output_layer, weight)
+    return (losses, plain[0]) if plain else losses
 
 
 def compute_token_scores(

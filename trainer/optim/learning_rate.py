@@ -10,10 +10,11 @@ from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 def compute_learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
     """Return the learning rate of update number `step` (the first is 0) of a run of `num_steps` updates.
 
-    Warm-up is linear and reaches `optimizer.lr` at update `warmup_steps - 1`, so that no update is spent on zero.
+    Warm-up is linear and reaches `optimizer.lr` with its last update, so that no update is spent on zero.
     """
-    if step < schedule.warmup_steps:
-        return optimizer.lr * (step + 1) / schedule.warmup_steps
+    warmup_steps = schedule.count_warmup_steps(num_steps)
+    if step < warmup_steps:
+        return optimizer.lr * (step + 1) / warmup_steps
     decay_end = schedule.decay_steps or num_steps
     if schedule.kind == "constant":
         return optimizer.lr
@@ -22,7 +23,7 @@ def compute_learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig,
         progress = (step - (decay_end - decay_length)) / decay_length
         shape = schedule.wsd_decay
     else:
-        progress = (step - schedule.warmup_steps) / max(1, decay_end - schedule.warmup_steps)
+        progress = (step - warmup_steps) / max(1, decay_end - warmup_steps)
         shape = schedule.kind
     return _decay(min(max(progress, 0.0), 1.0), shape, optimizer.lr, optimizer.min_lr)
 

@@ -29,7 +29,15 @@ from configs.stages import Config
 from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
-from trainer.checkpoint.layout import EXPORT, LATEST, checkpoints_dir, remove_leftovers, set_aside_after
+from trainer.checkpoint.layout import (
+    BEST,
+    EXPORT,
+    LATEST,
+    checkpoints_dir,
+    name_best,
+    remove_leftovers,
+    set_aside_after,
+)
 from trainer.disk.growing import remove_leftover
 from trainer.disk.lock import FileLock
 from trainer.engine.state import TrainState
@@ -57,9 +65,9 @@ def check_run_directory(run_dir: str) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise BadInput(f"run.dir: {existing} is not a directory that can be written to; {advice}")
-    latest = checkpoints_dir(run_dir) / LATEST
-    if latest.exists() and not latest.is_symlink():
-        raise BadInput(f"{latest}: is not a link but a file or directory of its own; move it away.")
+    for link in (checkpoints_dir(run_dir) / LATEST, checkpoints_dir(run_dir) / BEST):
+        if link.exists() and not link.is_symlink():
+            raise BadInput(f"{link}: is not a link but a file or directory of its own; move it away.")
 
 
 class RunLock:
@@ -166,6 +174,8 @@ def _begin_on_rank_zero(
         if start.resume_from is not None:
             for aside in set_aside_after(run_dir, state.step):
                 log.info("%s: set aside, since the run goes on from step %d", aside, state.step)
+            if config.train.patience is not None:  # a kill may have come before `best` was moved
+                name_best(run_dir, state.best_step)
         elif start.carried is not None:
             carry(start.carried, run_dir)
     except OSError as error:

@@ -13,6 +13,7 @@ from configs.errors import NonFinite
 from configs.stages import Config
 from parallel.collectives import max_over_ranks
 from parallel.mesh import Mesh
+from trainer.checkpoint.layout import BEST, checkpoints_dir
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine.state import StepResult, TrainState
 from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY, VALIDATION_SCORE
@@ -89,7 +90,8 @@ class Hooks:
         self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)
         save_every = self._config.checkpoint.save_every
         # Weights that give non-finite losses must not push the last good ones out of the retention.
-        if save_every is not None and state.step % save_every == 0 and state.num_nonfinite_in_a_row == 0:
+        is_due = save_every is not None and state.step % save_every == 0 and state.num_nonfinite_in_a_row == 0
+        if is_due or (train.patience is not None and state.best_step == state.step):
             self._checkpoints.save(state, self._stage)
         extras["seconds_checkpoint"] = time.perf_counter() - started
         self._reporter.write(state, result, extras)
@@ -119,9 +121,19 @@ class Hooks:
             self._checkpoints.save(state, self._stage)
         self._checkpoints.finish()
         self._reporter.close()
+        self._tell_best(state)
         for name, first in self._first_validation.items():
             if name.startswith((VALIDATION_LOSS, VALIDATION_SCORE)) and self._last_validation_step == state.step:
                 log.info("%s: %.4f before training, %.4f after", name, first, self._last_validation[name])
+
+    def _tell_best(self, state: TrainState) -> None:
+        """Say where the weights with the lowest validation loss are, of a run that keeps them."""
+        if self._config.train.patience is None or state.best_step is None:
+            return
+        kept = f"kept as {checkpoints_dir(str(self._config.run.dir)) / BEST}"
+        where = kept if state.best_step > 0 else "those that the run began with"
+        loss = state.lowest_validation_loss
+        log.info("lowest validation loss %.4f after step %d, whose weights are %s", loss, state.best_step, where)
 
     def _vote(self) -> tuple[bool, float]:
         """Agree, in one reduction a step, on stopping; return whether any rank is writing and the peak memory in GB."""

@@ -22,15 +22,16 @@ from trainer.stages.base import StageContext
 from trainer.stages.training import TrainingStage
 
 ACCURACY = "accuracy"
+CROSS_ENTROPY = "cross_entropy"
+"""Of training with label smoothing: the loss without it."""
 
 
 class ConversationObjective:
     """Cross-entropy in nats of trained tokens, weighed alike by token or by sample (`sft.weighting`)."""
 
-    mean_names: tuple[str, ...] = ()
-
     def __init__(self, sft: SftSection) -> None:
         self._sft = sft
+        self.mean_names: tuple[str, ...] = (CROSS_ENTROPY,) if sft.label_smoothing else ()
 
     @property
     def is_by_sample(self) -> bool:
@@ -44,13 +45,17 @@ class ConversationObjective:
         return with_sample_weights(batch) if self.is_by_sample else batch
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Return per-token losses `[batch, seq]`."""
+        """Return per-token losses `[batch, seq]`; with label smoothing `[2, batch, seq]`, those without it second."""
         with noisy_embeddings(model, batch.columns.get("lengths"), self._sft.neftune_alpha):
             return forward_language_model(model, batch, label_smoothing=self._sft.label_smoothing)
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
-        """Return the summed loss of one microbatch."""
-        return compute_cross_entropy(output, batch.loss_mask, batch.columns.get("weights"))
+        """Return the summed loss of one microbatch, and with label smoothing the one without it."""
+        weights = batch.columns.get("weights")
+        if not self.mean_names:
+            return compute_cross_entropy(output, batch.loss_mask, weights)
+        smoothed, plain = (compute_cross_entropy(one, batch.loss_mask, weights).total for one in output.unbind())
+        return Loss(smoothed, {CROSS_ENTROPY: Mean(plain, self.count(batch))})
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Return the number of trained tokens, or of samples whose last trained token is here."""
@@ -60,7 +65,9 @@ class ConversationObjective:
 class ConversationEvaluation(ConversationObjective):
     """The same without noise and smoothing, and the share of trained tokens that the model would choose itself."""
 
-    mean_names: tuple[str, ...] = (ACCURACY,)
+    def __init__(self, sft: SftSection) -> None:
+        super().__init__(sft)
+        self.mean_names = (ACCURACY,)
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Return `[2, batch, seq]`: per-token losses, and 1 where the label has the largest logit."""
@@ -74,7 +81,7 @@ class ConversationEvaluation(ConversationObjective):
         """Return the summed loss of one microbatch, and the sum of right choices."""
         losses, is_greedy = output.unbind()
         right = torch.where(batch.loss_mask > 0, is_greedy, 0.0).sum()
-        total = super().loss(losses, batch).total
+        total = compute_cross_entropy(losses, batch.loss_mask, batch.columns.get("weights")).total
         return Loss(total, {ACCURACY: Mean(right, count_tokens(batch.loss_mask))})
 
 

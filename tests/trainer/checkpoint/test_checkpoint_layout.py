@@ -12,8 +12,10 @@ from trainer.checkpoint.layout import (
     checkpoint_name,
     checkpoints_dir,
     latest_checkpoint,
+    name_best,
     publish,
     remove_leftovers,
+    resolve_checkpoint,
     set_aside_after,
 )
 
@@ -84,6 +86,21 @@ def test_what_latest_names_stays(make, tmp_path):
     latest.symlink_to(older.name)
     apply_retention(newest, 1, None)
     assert names(tmp_path) == [older.name, newest.name]
+
+
+def test_what_best_names_stays_until_another_is_better(make, tmp_path):
+    best = make(10)
+    name_best(tmp_path, 10)
+    for step in (20, 30):
+        published = make(step)
+        apply_retention(published, 1, None)
+    assert names(tmp_path) == [checkpoint_name(10), checkpoint_name(30)]
+    assert resolve_checkpoint(checkpoints_dir(tmp_path) / "best") == best.resolve()
+    name_best(tmp_path, 30)
+    apply_retention(published, 1, None)
+    assert names(tmp_path) == [checkpoint_name(30)]
+    name_best(tmp_path, 10)  # which is gone
+    assert not (checkpoints_dir(tmp_path) / "best").is_symlink()
 
 
 def test_retention_keeps_the_newest_and_every_nth(make, tmp_path):

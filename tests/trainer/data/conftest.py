@@ -14,7 +14,7 @@ class MemoryDataset:
     """Documents of counting token ids, so that every token of a dataset is told from every other; each ends in EOD."""
 
     def __init__(self, prefix: str, lengths: list[int], first_token: int = 1) -> None:
-        self.prefix = prefix
+        self.prefix = self.origin = prefix
         self.identity = f"identity of {prefix}"
         self.lengths = np.array(lengths, dtype=np.int32)
         self.num_documents = len(lengths)

@@ -14,7 +14,7 @@ SMOOTHING, ALPHA = 0.2, 5.0
 
 
 def losses_and_logits(place: Place, parallel: dict[str, Any], smoothing: float) -> tuple[Any, ...]:
-    """Return labels, logits of all real ids, losses with label smoothing, and the norm of their sum's gradient."""
+    """Return labels, logits of all real ids, losses with label smoothing and without, and the result of a step."""
     import torch
 
     from tools.device_checks.engine import made_up_batches
@@ -27,7 +27,7 @@ def losses_and_logits(place: Place, parallel: dict[str, Any], smoothing: float) 
             losses = forward_language_model(engine.chunks[0], batch, label_smoothing=smoothing)
         logits = engine.compute_logits(batch.tokens).double()
         objective = ConversationObjective(SftSection(label_smoothing=smoothing))
-        return batch.labels, logits, losses, engine.train_step([batch], objective, 1e-3).grad_norm
+        return batch.labels, logits, losses, engine.train_step([batch], objective, 1e-3)
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tp": 2, "sp": True})])
@@ -35,10 +35,13 @@ def test_losses_are_those_of_a_smoothed_target(ranks, world, parallel):
     import torch
 
     found = ranks.run(losses_and_logits, parallel, SMOOTHING, world=world)
-    for labels, logits, losses, _ in found:
-        plain = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=SMOOTHING)  # torch's own, in float64
-        expected = plain(logits.flatten(0, 1), labels.flatten()).view_as(losses)
-        torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=2e-6)
+    for labels, logits, both, step in found:
+        for losses, smoothing in zip(both, (SMOOTHING, 0.0), strict=True):
+            chosen = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing)  # torch's own, in float64
+            expected = chosen(logits.flatten(0, 1), labels.flatten()).view_as(losses)
+            torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=2e-6)
+        means = [float(losses.double().mean()) for losses in both]  # all tokens count
+        assert [step.loss, step.metrics["cross_entropy"]] == pytest.approx(means, rel=1e-5)
 
 
 def smooth_by_hand(place: Place) -> float:
@@ -65,8 +68,8 @@ def smooth_by_hand(place: Place) -> float:
 
 def test_the_gradient_is_that_of_torch(ranks):
     (by_hand,) = ranks.run(smooth_by_hand)
-    ((*_, norm),) = ranks.run(losses_and_logits, {}, SMOOTHING)
-    assert norm == pytest.approx(by_hand, rel=1e-5)
+    ((*_, step),) = ranks.run(losses_and_logits, {}, SMOOTHING)
+    assert step.grad_norm == pytest.approx(by_hand, rel=1e-5)
 
 
 def add_noise(place: Place, parallel: dict[str, Any], alpha: float) -> tuple[Any, Any]:

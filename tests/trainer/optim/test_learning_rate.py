@@ -25,6 +25,28 @@ def test_warmup_is_linear_and_ends_at_the_peak(kind):
     assert rates[10] == pytest.approx(HIGH)
 
 
+@pytest.mark.parametrize(
+    ("fraction", "num_steps", "expected"),
+    [
+        (0.03, 100, 3),
+        (0.07, 100, 7),
+        (0.031, 100, 4),
+        (0.03, 2, 1),
+        (0.03, 1, 0),
+        (0.999, 10, 9),
+        (0, 5, 0),
+        (0.5, 0, 0),
+    ],
+)
+def test_a_share_of_the_steps_is_warmed_up(fraction, num_steps, expected):
+    schedule = ScheduleConfig(warmup_fraction=fraction)
+    assert schedule.count_warmup_steps(num_steps) == expected
+    by_steps = ScheduleConfig(warmup_steps=expected)
+    for step in range(num_steps):
+        rates = [compute_learning_rate(step, num_steps, OptimizerConfig(), one) for one in (schedule, by_steps)]
+        assert rates[0] == rates[1]
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
 def test_without_warmup_the_first_update_has_the_peak(kind):
     assert rate(0, kind=kind) == pytest.approx(HIGH)

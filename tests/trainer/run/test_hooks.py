@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +51,42 @@ def words_at_a_start(place: Place, num_stale_validations: int) -> list[str]:
 def test_a_run_that_patience_has_ended_says_so_and_begins_no_step(ranks):
     assert ranks.run(words_at_a_start, 1) == [["step 4 is under way, the first of this start"]]
     assert ranks.run(words_at_a_start, 2) == [["step 3: train.patience has ended this run; a larger one lets it go on"]]
+
+
+def calls_after_a_validation(place: Place, losses: list[float], patience: int | None) -> list[list[str]]:
+    """Return what is called of the checkpoints after each of some steps with a validation, and what is said in the end.
+
+    No checkpoint is due at any of them.
+    """
+    from unittest.mock import patch
+
+    from trainer.engine.state import TrainState
+    from trainer.run import hooks
+
+    calls: list[str] = []
+    train, data = {"eval_every": 1, "patience": patience}, {"validation": [{"path": "held-out"}]}
+    made = make_hooks(calls, train=train | {"num_steps": 9}, data=data, run={"dir": "runs/x"})
+    found, state = [], TrainState().after_validation(2.0)
+    with patch.object(hooks, "log") as log, patch.object(hooks, "max_over_ranks", lambda values, device: list(values)):
+        for step, loss in enumerate(losses, start=1):
+            evaluation = SimpleNamespace(values={"validation_loss/held-out": loss}, answers=())
+            made._stage.evaluate = lambda evaluation=evaluation: evaluation
+            state = made.after_step(replace(state, step=step), SimpleNamespace(is_applied=True))
+            found.append([call for call in calls if call == "checkpoints.save"])
+            calls.clear()
+        made.on_end(state)
+    said = [call.args[0] % call.args[1:] for call in log.info.call_args_list]
+    return [*found, [sentence for sentence in said if sentence.startswith("lowest")]]
+
+
+def test_with_patience_the_weights_of_the_lowest_validation_loss_are_saved_and_named(ranks):
+    told = "lowest validation loss {} after step {}, whose weights are {}"
+    kept = told.format("1.0000", 2, "kept as runs/x/checkpoints/best")
+    saved = ["checkpoints.save"]
+    assert ranks.run(calls_after_a_validation, [1.5, 1.0, 1.0], 3) == [[saved, saved, [], [kept]]]
+    begun = told.format("2.0000", 0, "those that the run began with")
+    assert ranks.run(calls_after_a_validation, [2.5], 3) == [[[], [begun]]]
+    assert ranks.run(calls_after_a_validation, [1.5], None) == [[[], []]]
 
 
 def calls_after_a_step(place: Place, async_save: bool) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import BadInput
+from configs.errors import BadInput, PeerLost
 from configs.sections.data import DataConfig, SourceConfig
 from configs.stages import SftConfig
 from trainer.data.chat.rows import iter_blocks, list_chat_files
@@ -36,6 +36,7 @@ from trainer.data.making.pool import WorkerPool
 from trainer.data.making.workers import token_dtype
 from trainer.data.packed_source import SOURCES
 from trainer.data.tokenizer import load_tokenizer
+from trainer.disk.heartbeat import SILENCE_SECONDS, Heartbeat, Listener
 
 log = logging.getLogger(__name__)
 _FORMAT = 1  # raise it when the same settings give other samples
@@ -59,10 +60,23 @@ class Summary:
     """Samples in which something is not as the data has it, by what."""
 
 
+class TokenisedSource(SourceConfig):
+    """A dataset of the cache."""
+
+    conversations: str
+    """What it was made of."""
+
+    @property
+    def origin(self) -> str:
+        """The file or folder of conversations."""
+        return self.conversations
+
+
 def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataConfig:
     """Return what the run reads: tokenised datasets in the place of the config's conversations.
 
-    What the cache lacks is made, by processes with `is_maker`; the others wait for it. Raises BadInput.
+    What the cache lacks is made, by processes with `is_maker`; the others wait for it. Raises BadInput, and PeerLost
+    where nobody makes it any more.
     """
     sources: dict[str, tuple[SourceConfig, ...]] = {}
     for split in ("train", "validation"):
@@ -72,7 +86,7 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
         datasets = [TokenDataset(prepare_source(recipe, is_maker=is_maker)) for recipe in recipes]
         _check_different(recipes, datasets)
         sources[split] = tuple(
-            SourceConfig(path=dataset.prefix, weight=_weight(recipe, dataset))
+            TokenisedSource(path=dataset.prefix, weight=_weight(recipe, dataset), conversations=recipe.source.path)
             for recipe, dataset in zip(recipes, datasets, strict=True)
         )
     fields = {**sources, "packing": config.packing, "document_mask": True}
@@ -80,35 +94,62 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
 
 
 def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
-    """Return the prefix of the dataset of one source, made now unless the cache has it. Raises BadInput."""
+    """Return the prefix of the dataset of one source, made now unless the cache has it.
+
+    Without `is_maker` others make it. Raises BadInput, and PeerLost where they are gone.
+    """
     settings = list(_settings(recipe))
     cache, quick = Path(recipe.sft.cache), _quick_key(recipe, settings)
-    name = recipe.source.name
-    known = cache / f"{quick}.key"
+    known, maker = cache / f"{quick}.key", cache / f".{quick}.maker"
+    listener = None if is_maker else Listener(maker)
     while True:
-        prefix = cache / known.read_text(encoding="utf-8", errors="replace") / name if known.is_file() else None
-        if prefix is not None and _is_whole(str(prefix)):
+        prefix = _find_known(recipe, known)
+        if prefix is not None:
             if is_maker:
-                _tell_known(recipe, str(prefix))
-            return str(prefix)
-        if is_maker:
+                _tell_known(recipe, prefix)
+            return prefix
+        if listener is None:
             break
+        _check_is_made(recipe, listener)
         time.sleep(0.5)
-    key = _content_key(recipe, settings)
-    prefix = cache / key / name
-    with _held(cache, key):
-        if _is_whole(str(prefix)):
-            _tell_known(recipe, str(prefix))
-        else:
-            _make(recipe, cache, key, name, quick)
-        with _writing(cache):
-            _write_whole(known, key)
-    return str(prefix)
+    with _writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    with Heartbeat(maker):
+        key = _content_key(recipe, settings)
+        prefix = str(cache / key / recipe.source.name)
+        with _held(cache, key):
+            if _is_whole(prefix):
+                _tell_known(recipe, prefix)
+            else:
+                _make(recipe, cache, key, recipe.source.name, quick)
+            with _writing(cache):
+                _write_whole(known, key)
+    return prefix
 
 
 def read_summary(prefix: str) -> Summary:
     """Read what became of the rows of a source."""
     return Summary(**json.loads(Path(prefix + SUMMARY_SUFFIX).read_bytes()))
+
+
+def _find_known(recipe: Recipe, known: Path) -> str | None:
+    """Return the prefix of the dataset that the file `known` names; None where there is none, or it is not whole."""
+    if not known.is_file():
+        return None
+    prefix = str(known.parent / known.read_text(encoding="utf-8", errors="replace") / recipe.source.name)
+    return prefix if _is_whole(prefix) else None
+
+
+def _check_is_made(recipe: Recipe, listener: Listener) -> None:
+    """Raise BadInput where the rank that tokenises a source has failed, PeerLost where it is gone."""
+    reason = listener.find_failure()
+    if reason is not None:
+        raise BadInput(f"{recipe.source.path} could not be tokenised by another rank: {reason}")
+    if listener.is_silent:
+        raise PeerLost(
+            f"{recipe.field}: the rank that tokenises {recipe.source.path} for this one has not been heard of for "
+            f"{SILENCE_SECONDS:.0f} seconds; look at why it ended, and give the same command again"
+        )
 
 
 def _is_whole(prefix: str) -> bool:
@@ -123,7 +164,15 @@ def _is_whole(prefix: str) -> bool:
 
 
 def _tell_known(recipe: Recipe, prefix: str) -> None:
-    """Say where the cache has a source, and again what became of its rows."""
+    """Say where the cache has a source, and again what became of its rows. Raises BadInput for other content."""
+    meta = read_meta(prefix)
+    assert meta is not None
+    for suffix, expected in ((".bin", meta.bin_sha256), (".idx", meta.idx_sha256), (MASK_SUFFIX, meta.mask_sha256)):
+        if hash_file(prefix + suffix) != expected:
+            raise BadInput(
+                f"sft.cache: {prefix}{suffix} has changed since it was written (SHA-256 differs); delete "
+                f"{os.path.dirname(prefix)}, and the same command makes it again"
+            )
     log.info("%s is tokenised in %s: %s", recipe.source.path, prefix, describe(read_summary(prefix)))
 
 
@@ -300,7 +349,6 @@ def _digest(parts: Any) -> str:
 def _held(cache: Path, key: str) -> Iterator[None]:
     """Hold a key of the cache: another run that wants the same waits."""
     with _writing(cache):
-        cache.mkdir(parents=True, exist_ok=True)
         stream = open(cache / f".{key}.lock", "w")  # noqa: SIM115
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

@@ -6,7 +6,7 @@ OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,59 +40,64 @@ def parse_conversation(
     """
     columns = _name_columns(source.columns)
     if not _TELLING.isdisjoint(row):
-        _refuse_by_columns(row, columns)
+        _refuse_media(row)
+        _refuse_preference(row, columns)
     form, column = _find_form(row, columns)
-    if form == "output":
-        messages = list(_parse_instruction(row, columns))
-    elif form == "completion":
-        messages = _parse_completion(row, columns, source.roles)
-    else:
-        messages = _parse_turns(row[column], column, columns, source.roles)
+    messages = _parse_form(row, form, columns, source.roles, needs_answer=True)
     check_order(messages, column)
+    return _as_conversation(row, messages, columns, path, number)
+
+
+def parse_prompt(
+    row: Mapping[str, Any], source: ConversationSource, path: str = "", number: int = 0
+) -> tuple[Conversation, Any]:
+    """Read a row as a conversation that the assistant answers next, and the answer that it has; None where it has none.
+
+    Forms are those of `parse_conversation`, with the last turn of the assistant taken off where one ends the
+    conversation; output and completion may be empty or missing. The answer is its text, or the whole turn as the row
+    has it where it holds more, such as calls. Raises BadRow.
+    """
+    columns = _name_columns(source.columns)
+    _refuse_media(row)
+    form, column = _find_form(row, columns, needs_answer=False)
+    messages = _parse_form(row, form, columns, source.roles, needs_answer=False)
+    check_order(messages, column, needs_answer=False)
+    answer: Any = None
+    if messages and messages[-1].role == "assistant":
+        last, turns = messages.pop(), row.get(column) or row.get(columns.get("prompt", "prompt"))
+        answer = last.content
+        if last != Message("assistant", answer):
+            answer = turns[-1] if isinstance(turns, list) else turns
+    if not messages or messages[-1].role in ("assistant", "system"):
+        raise BadRow("holds no turn to answer; end with the user's, or with its answer behind it")
+    return _as_conversation(row, messages, columns, path, number), answer
+
+
+def _parse_form(
+    row: Mapping[str, Any],
+    form: str,
+    columns: Mapping[str, str],
+    roles: Mapping[str, ChatRole],
+    *,
+    needs_answer: bool,
+) -> list[Message]:
+    if form == "output":
+        return list(_parse_instruction(row, columns, needs_answer=needs_answer))
+    if form == "completion":
+        return _parse_completion(row, columns, roles, needs_answer=needs_answer)
+    column = columns.get(form, form)
+    return _parse_turns(row[column], column, columns, roles)
+
+
+def _as_conversation(
+    row: Mapping[str, Any], messages: list[Message], columns: Mapping[str, str], path: str, number: int
+) -> Conversation:
+    """Return the messages with what columns beside them say: the system prompt and the tools."""
     system = row.get(columns.get("system", "system"))
     if system and messages[0].role != "system":
         messages.insert(0, Message("system", check_text(system, "the system prompt")))
     tools = row.get(columns.get("tools", "tools"))
     return Conversation(tuple(messages), parse_tools(tools) if tools else (), path, number)
-
-
-def parse_prompt(row: Mapping[str, Any], source: ConversationSource, path: str = "", number: int = 0) -> Conversation:
-    """Read of a row what is to be answered: a conversation without the turns of the assistant that end it.
-
-    The forms are those of `parse_conversation`, of which the answer may be missing, so that a column `prompt`, text or
-    turns, is enough. Raises BadRow.
-    """
-    columns = _name_columns(source.columns)
-    messages = list(_parse_question(row, columns, source.roles))
-    while messages and messages[-1].role == "assistant":
-        messages.pop()
-    if not any(message.role == "user" for message in messages):
-        raise BadRow("no turn of the user that could be answered; give a prompt, or turns that end with the user's")
-    system, tools = (row.get(columns.get(name, name)) for name in ("system", "tools"))
-    if system and messages[0].role != "system":
-        messages.insert(0, Message("system", check_text(system, "the system prompt")))
-    return Conversation(tuple(messages), parse_tools(tools) if tools else (), path, number)
-
-
-def _parse_question(
-    row: Mapping[str, Any], columns: Mapping[str, str], roles: Mapping[str, ChatRole]
-) -> Sequence[Message]:
-    for name in ("prompt", "messages", "conversations", "instruction"):
-        column = columns.get(name, name)
-        if row.get(column) is None:
-            if name in columns:
-                raise BadRow(f"no column {column!r}, which columns.{name} names; there are {_columns_of(row)}")
-        elif name == "instruction":
-            return _parse_asked(row, columns)
-        elif name == "prompt" and isinstance(row[column], str):
-            return [Message("user", check_text(row[column], column))]
-        else:
-            return _parse_turns(row[column], column, columns, roles)
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    raise BadRow(
-        f"no prompt in its columns {_columns_of(row)}; expected are prompt, messages, conversations or instruction; "
-        f"name yours, e.g. columns: {{prompt: {texts[0] if texts else 'question'}}}"
-    )
 
 
 def _name_columns(columns: Mapping[Any, str]) -> Mapping[str, str]:
@@ -102,7 +107,7 @@ def _name_columns(columns: Mapping[Any, str]) -> Mapping[str, str]:
     return columns
 
 
-def _find_form(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
+def _find_form(row: Mapping[str, Any], columns: Mapping[str, str], *, needs_answer: bool = True) -> tuple[str, str]:
     """Return the form of a row by the column that decides, in our name and in the file's."""
     named = [name for name in columns if name in _DECIDING]
     for name in named:
@@ -113,6 +118,15 @@ def _find_form(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str,
         if row.get(column) is not None and columns.get(question, question) in row:
             if not named or answer in named or question in named:
                 return answer, column
+    if not needs_answer:
+        for answer, question in _FORMS:
+            if row.get(columns.get(question, question)) is not None:
+                return answer, columns.get(answer, answer)
+        texts = [name for name, value in row.items() if isinstance(value, str)]
+        raise BadRow(
+            f"nothing to answer in its columns {_columns_of(row)}; expected are prompt, or messages, or conversations, "
+            f"or instruction; name yours, e.g. columns: {{prompt: {texts[0] if texts else 'question'}}}"
+        )
     raise BadRow(
         f"no conversation in its columns {_columns_of(row)}; expected are messages, or conversations, or instruction "
         f"and output, or prompt and completion; {_advise(row)}"
@@ -138,11 +152,15 @@ def _advise(row: Mapping[str, Any]) -> str:
     return f"name yours, e.g. columns: {{prompt: {first}, completion: {last}}}"
 
 
-def _refuse_by_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Refuse rows that hold more than text, or of which only a part would be learnt."""
+def _refuse_media(row: Mapping[str, Any]) -> None:
+    """Refuse rows that hold more than text."""
     for name in sorted(MEDIA & row.keys()):
         if row[name]:
             raise BadRow(f"column {name!r} is not empty, and only text is learnt here; drop the row, or the column")
+
+
+def _refuse_preference(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Refuse rows of which only a part would be learnt."""
     if row.keys() >= _PREFERENCE and _PREFERENCE.isdisjoint(columns.values()):
         asked = next((name for name in ("conversations", "messages", "prompt") if name in row), None)
         answer = "output: chosen" if "instruction" in row else "messages: chosen"
@@ -162,25 +180,20 @@ def _parse_turns(turns: Any, where: str, columns: Mapping[str, str], roles: Mapp
     return messages
 
 
-def _parse_instruction(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[Message]:
+def _parse_instruction(row: Mapping[str, Any], columns: Mapping[str, str], *, needs_answer: bool) -> Iterator[Message]:
     """Yield the turns of a row of Alpaca's form: history, instruction and input on lines of their own, output."""
-    yield from _parse_asked(row, columns)
-    output = columns.get("output", "output")
-    yield _answer(row[output], output)
-
-
-def _parse_asked(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
-    """Return the turns of a row of Alpaca's form but its output."""
-    messages: list[Message] = []
     history = row.get(columns.get("history", "history")) or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"history holds {describe(pair)} where a pair [question, answer] is expected")
-        messages.append(Message("user", check_text(pair[0], "a question in history")))
-        messages.append(_answer(pair[1], "an answer in history"))
+        yield Message("user", check_text(pair[0], "a question in history"))
+        yield _answer(pair[1], "an answer in history")
     names = [columns.get(name, name) for name in ("instruction", "input")]
     asked = [check_text(row[name], name) for name in names if row.get(name) is not None]
-    return [*messages, Message("user", "\n".join(text for text in asked if text))]
+    yield Message("user", "\n".join(text for text in asked if text))
+    output = columns.get("output", "output")
+    if needs_answer or row.get(output):
+        yield _answer(row[output], output)
 
 
 def _answer(text: Any, what: str) -> Message:
@@ -190,11 +203,15 @@ def _answer(text: Any, what: str) -> Message:
 
 
 def _parse_completion(
-    row: Mapping[str, Any], columns: Mapping[str, str], roles: Mapping[str, ChatRole]
+    row: Mapping[str, Any], columns: Mapping[str, str], roles: Mapping[str, ChatRole], *, needs_answer: bool
 ) -> list[Message]:
     """Return the turns of a prompt and its completion, both texts or both lists of turns."""
     names = columns.get("prompt", "prompt"), columns.get("completion", "completion")
-    prompt, completion = (row[name] for name in names)
+    prompt, completion = (row.get(name) for name in names)
+    if not needs_answer and not completion:
+        if isinstance(prompt, str):
+            return [Message("user", check_text(prompt, names[0]))]
+        return _parse_turns(prompt, names[0], columns, roles)
     if isinstance(prompt, str) and isinstance(completion, str):
         return [Message("user", check_text(prompt, names[0])), _answer(completion, names[1])]
     completion = [completion] if isinstance(completion, dict) else completion

@@ -58,13 +58,14 @@ class PromptFile:
         Raises BadInput that names `field`, file and row for one that cannot be answered; of large files the rendering
         of the first rows alone is tried.
         """
-        self.prefix, self.name = source.path, source.name
+        self.prefix = self.origin = source.path
+        self.name = source.name
         self._encoder, self._longest, self._field = encoder, longest, field
         self.rows: list[tuple[Conversation, Mapping[str, Any]]] = []
         content = hashlib.sha256()
         for path, number, row in open_rows(source, field):
             try:
-                conversation = parse(row, path, number) if parse else parse_prompt(row, source, path, number)
+                conversation = parse(row, path, number) if parse else parse_prompt(row, source, path, number)[0]
                 self.rows.append((conversation, row))
             except BadRow as error:
                 raise BadInput(f"{field}: row {number} of {path}: {error}") from error

@@ -34,7 +34,7 @@ class RowBlock:
     """Some rows of one file, in order, small enough to send to a worker, which makes objects of them (`read_block`)."""
 
     field: str
-    """Config field that names the source, for messages: `sft.train[0]`."""
+    """Config field that holds the source, or the option that is its path, for messages: `sft.train[0]`."""
     path: str
     first_row: int
     """Number of the first row in its file, from 0; blank lines are no rows."""
@@ -75,7 +75,7 @@ def iter_blocks(source: ConversationSource, field: str) -> Iterator[RowBlock]:
         num_rows += block.num_rows
         yield block
     if not num_rows:
-        raise BadInput(f"{field}.path: input {source.path}: no row in it; give a file that has some")
+        raise BadInput(f"{_path_field(field)}: input {source.path}: no row in it; give a file that has some")
 
 
 def _cut(source: ConversationSource, field: str) -> Iterator[RowBlock]:
@@ -121,7 +121,12 @@ def _named(field: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        raise BadInput(f"{field}.path: {error}") from error
+        raise BadInput(f"{_path_field(field)}: {error}") from error
+
+
+def _path_field(field: str) -> str:
+    """Return what names the path of a source: a field of the config, or an option of a tool, which is the path."""
+    return field if field.startswith("--") else f"{field}.path"
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -59,8 +59,8 @@ def parse_turn(turn: Any, columns: Mapping[str, str], roles: Mapping[str, ChatRo
     return Message(cast(Role, role), text, is_trained=is_trained)
 
 
-def check_order(messages: Sequence[Message], where: str) -> None:
-    """Raise BadRow unless there is a turn to learn, and every result of a tool follows a call.
+def check_order(messages: Sequence[Message], where: str, *, needs_answer: bool = True) -> None:
+    """Raise BadRow unless there is a turn to learn, where one is needed, and every result of a tool follows a call.
 
     All other orders are left to the chat template.
     """
@@ -77,7 +77,7 @@ def check_order(messages: Sequence[Message], where: str) -> None:
                 f"{where}[{number}]: a tool's result without a call{which} before it; give the turn before it "
                 "tool_calls (ShareGPT: function_call), or drop the row"
             )
-    if not has_answer:
+    if needs_answer and not has_answer:
         found = f"only {', '.join(dict.fromkeys(message.role for message in messages))}" if messages else "no turn"
         raise BadRow(f"{where}: {found}, and so nothing to learn; a conversation needs a turn of the assistant")
 

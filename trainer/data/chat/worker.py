@@ -55,8 +55,14 @@ class EncodedRow:
     """One, or one for each trained turn where the template shows earlier turns otherwise."""
     dropped: str | None = None
     """Why the row, or a part of it, is left out."""
-    num_truncated: int = 0
-    """Samples that are cut at their end."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each sample before it was cut at its end."""
+
+    @property
+    def num_truncated(self) -> int:
+        """Samples that are cut."""
+        pairs = zip(self.samples, self.lengths, strict=True)
+        return sum(len(sample.input_ids) < length for sample, length in pairs)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class ConversationWorker:
         for (number, _), one in zip(rows, parsed, strict=True):
             samples = self._judge(one if isinstance(one, BadRow) else next(encoded))
             if not isinstance(samples, BadRow):
-                yield self._fit(EncodedRow(block.path, number, tuple(samples)))
+                yield self._fit(block.path, number, samples)
             elif self._recipe.sft.bad_rows == "drop":
                 yield EncodedRow(block.path, number, dropped=str(samples))
             else:
@@ -145,19 +151,19 @@ class ConversationWorker:
                 return _Unmeant(sample, f"it {problem}")
         return samples or BadRow("nothing of it is trained")
 
-    def _fit(self, row: EncodedRow) -> EncodedRow:
+    def _fit(self, file: str, number: int, found: list[Sample]) -> EncodedRow:
         """Return the row with samples that a row of `train.seq_len` predictions holds."""
         longest = self._recipe.seq_len + 1
-        kept, dropped, num_truncated = [], None, 0
-        for sample in row.samples:
+        kept, dropped = [], None
+        for sample in found:
             if len(sample.input_ids) <= longest:
-                kept.append(sample)
+                kept.append((sample, len(sample.input_ids)))
             elif self._recipe.sft.too_long == "drop":
                 dropped = TOO_LONG
             elif not any(sample.loss_mask[:longest]):
                 dropped = NOTHING_TRAINED_IN_REACH
             else:
                 cut = {"input_ids": sample.input_ids[:longest], "loss_mask": sample.loss_mask[:longest]}
-                kept.append(replace(sample, **cut))  # type: ignore[arg-type]
-                num_truncated += 1
-        return EncodedRow(row.file, row.row, tuple(kept), dropped, num_truncated)
+                kept.append((replace(sample, **cut), len(sample.input_ids)))  # type: ignore[arg-type]
+        samples, lengths = tuple(sample for sample, _ in kept), tuple(length for _, length in kept)
+        return EncodedRow(file, number, samples, dropped, lengths)

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +80,7 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
     left_out: Counter[str] = Counter()
     for path in paths:
         if not os.path.exists(path):
-            raise BadInput(f"input {path}: no such file or directory")
+            raise BadInput(f"input {path}: no such file or directory; {_advise_another(path)}")
         special = find_special_file(path)
         if special is not None:
             raise BadInput(f"input {path}: {special}, and inputs are read several times; write it to a file first")
@@ -104,6 +105,19 @@ def list_inputs(paths: Sequence[str]) -> tuple[list[InputFile], Counter[str]]:
             f"input {', '.join(paths)}: no file to read{there}; give .jsonl, .parquet or text (.txt, .md ...)"
         )
     return files, left_out
+
+
+def _advise_another(path: str) -> str:
+    """Return what is there where a path is not: the likeliest names of the last directory on the way."""
+    folder = Path(path).absolute().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    try:
+        names = [entry.name + "/" * entry.is_dir() for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError:
+        names = []
+    alike = get_close_matches(os.path.basename(path), names, n=3, cutoff=0.3) or sorted(names)[:3]
+    return f"in {folder} there is {', '.join(alike) or 'nothing'}"
 
 
 def describe_left_out(left_out: Counter[str]) -> str:

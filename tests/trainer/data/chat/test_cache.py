@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.errors import BadInput
+from configs.errors import BadInput, PeerLost
 from configs.stages import SftConfig
 from trainer.data.chat import cache
 from trainer.data.chat.cache import prepare_conversations
@@ -82,6 +84,29 @@ def test_epochs_too_few_or_too_many_are_refused(make_config, tmp_path, train, sc
         open_corpus(config, prepare_conversations(config))
 
 
+def test_on_resume_new_data_is_read_beside_the_old_and_refused_in_its_place(make_config, tmp_path):
+    first, other = write_chats(tmp_path / "a.jsonl", ["yes"] * 9), write_chats(tmp_path / "b.jsonl", ["no"] * 9)
+
+    def open_one(path, **sections):
+        config = make_config(path, **sections)
+        return open_corpus(config, prepare_conversations(config)).blend
+
+    blend = open_one(first)
+    blend.take(2)
+    state = blend.state_dict()
+    assert list(state["sources"]) == [first]
+    again, beside = open_one(first), open_one(other)
+    again.load_state_dict(state)
+    assert again.take(1).sample.tolist() == [2]
+    beside.load_state_dict(state)
+    assert beside.take(1).sample.tolist() == [0]
+    for changed in (open_one(first, template="gemma"), open_one(write_chats(tmp_path / "a.jsonl", ["yes"] * 8))):
+        with pytest.raises(
+            BadInput, match=r"a.jsonl is not what the checkpoint read there \(its rows, or the template"
+        ):
+            changed.load_state_dict(state)
+
+
 def test_a_file_with_its_old_size_and_time_and_other_content_is_tokenised_anew(make_config, tmp_path):
     config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]))
     before, old = os.stat(tmp_path / "a.jsonl"), prepare_conversations(config).train[0].path
@@ -99,6 +124,23 @@ def test_what_is_missing_in_the_cache_is_made_again(make_config, tmp_path, suffi
     os.remove(prefix + suffix)
     dataset = TokenDataset(prepare_conversations(config).train[0].path)
     assert 0 < dataset.read_mask(0, 0, dataset.num_tokens).sum() < dataset.num_tokens
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".mask"])
+def test_damage_that_leaves_the_size_is_refused(make_config, tmp_path, suffix):
+    config = make_config(write_chats(tmp_path / "a.jsonl", ["yes"]))
+    prefix = prepare_conversations(config).train[0].path
+    with open(prefix + suffix, "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    with pytest.raises(
+        BadInput, match=rf"^sft.cache: .*a\{suffix} has changed since .* delete {tmp_path}/cache/\w+, and"
+    ):
+        prepare_conversations(config)
+    shutil.rmtree(os.path.dirname(prefix))
+    assert prepare_conversations(config).train[0].path == prefix
 
 
 def test_a_template_that_writes_the_date_does_not_tokenise_anew_each_day(make_config, tmp_path, monkeypatch):
@@ -124,10 +166,37 @@ def test_a_file_that_changes_while_it_is_read_is_refused(make_config, tmp_path, 
     assert not list((tmp_path / "cache").glob("*/a*")) and not list((tmp_path / "cache").glob(".*.making"))
 
 
+def test_a_file_that_is_not_there_is_told_with_those_that_are(make_config, tmp_path):
+    write_chats(tmp_path / "chats.jsonl", ["yes"])
+    sentence = (
+        rf"^sft.train\[0\].path: input .*chat.jsonl: no such file or directory; in {tmp_path} there is chats.jsonl"
+    )
+    with pytest.raises(BadInput, match=sentence):
+        prepare_conversations(make_config(str(tmp_path / "chat.jsonl")))
+
+
 def test_a_file_that_cannot_be_read_is_one_sentence(make_config, tmp_path):
     (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
     with pytest.raises(BadInput, match=r"^sft.train\[0\].path: .*a.jsonl cannot be read \("):
         prepare_conversations(make_config(str(tmp_path / "a.jsonl")))
+
+
+def test_ranks_that_wait_for_the_cache_end_with_the_rank_that_makes_it(make_config, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    config = make_config(str(tmp_path / "a.jsonl"))
+
+    def fail_meanwhile(seconds):
+        with pytest.raises(BadInput):
+            prepare_conversations(config)
+
+    monkeypatch.setattr(cache.time, "sleep", fail_meanwhile)
+    reason = r"a.jsonl could not be tokenised by another rank: sft.train\[0\]: row 0 of "
+    with pytest.raises(BadInput, match=reason):
+        prepare_conversations(config, is_maker=False)
+    now = time.monotonic()
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: monkeypatch.setattr(time, "monotonic", lambda: now + 125))
+    with pytest.raises(PeerLost, match=r"^sft.train\[0\]: the rank that tokenises .*a.jsonl .* for 120 seconds"):
+        prepare_conversations(config, is_maker=False)
 
 
 def test_two_sources_of_the_same_conversations_are_refused(make_config, tmp_path):

@@ -20,7 +20,7 @@ NUM_ROWS = 7
 
 
 def parse(row: dict, **source: Any) -> list[tuple[str, str | None]]:
-    messages = parse_prompt(row, ConversationSource(path="x.json", **source), "x.json", 3).messages
+    messages = parse_prompt(row, ConversationSource(path="x.json", **source), "x.json", 3)[0].messages
     return [(message.role, message.content) for message in messages]
 
 
@@ -33,7 +33,6 @@ def parse(row: dict, **source: Any) -> list[tuple[str, str | None]]:
         {"prompt": [TURN, ANSWER], "completion": None},
         {"messages": [TURN]},
         {"messages": [TURN, ANSWER], "answer": "You."},
-        {"messages": [TURN, ANSWER, ANSWER]},
         {"prompt": None, "messages": [TURN]},
         {"conversations": [{"from": "human", "value": "Me?"}, {"from": "gpt", "value": "You."}]},
         {"instruction": "Me?", "output": "You."},
@@ -48,7 +47,6 @@ def test_every_form_of_a_row_is_a_question(row):
 def test_names_of_columns_and_roles_are_the_users():
     assert parse({"question": "Me?", "prompt": "No"}, columns={"prompt": "question"}) == ASKED
     assert parse({"talk": [TURN, ANSWER]}, columns={"messages": "talk"}) == ASKED
-    assert parse({"prompt": "Me?", "query": "", "response": "You."}, columns={"query": "query"}) == ASKED
     turns = [{"who": "asker", "said": "Me?"}]
     assert parse({"messages": turns}, columns={"role": "who", "content": "said"}, roles={"asker": "user"}) == ASKED
 
@@ -59,7 +57,7 @@ def test_earlier_answers_system_and_tools_stay():
     row = {"instruction": "Me?", "history": [["Who?", "You."]], "system": "Ask"}
     assert parse(row) == [("system", "Ask"), ("user", "Who?"), ("assistant", "You."), *ASKED]
     tool = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
-    found = parse_prompt({"prompt": "Me?", "tools": [tool]}, ConversationSource(path="x"), "x", 3)
+    found, _ = parse_prompt({"prompt": "Me?", "tools": [tool]}, ConversationSource(path="x"), "x", 3)
     assert [one["function"]["name"] for one in found.tools] == ["add"] and (found.source, found.row) == ("x", 3)
 
 
@@ -67,10 +65,10 @@ def test_earlier_answers_system_and_tools_stay():
     ("row", "sentence"),
     [
         ({"question": "Me?", "answer": 3}, "columns: {prompt: question}"),
-        ({"messages": [ANSWER]}, "no turn of the user"),
-        ({"messages": []}, "no turn of the user"),
+        ({"messages": [ANSWER]}, "no turn to answer"),
+        ({"messages": []}, "no turn to answer"),
         ({"prompt": 3}, "not a list of turns"),
-        ({}, "no prompt in its columns none"),
+        ({}, "nothing to answer in its columns none"),
     ],
 )
 def test_what_asks_nothing_says_what_would(row, sentence):
@@ -140,7 +138,7 @@ def test_a_cursor_goes_on_where_it_was(open_file):
     assert first + places(resumed.draw(27)) == whole
     reader.draw(27)
     assert resumed.num_too_long == reader.num_too_long > 0, "what was left out is counted on"
-    with pytest.raises(BadInput, match=r"grpo\.prompts: .*a\.jsonl"):
+    with pytest.raises(BadInput, match=r"a\.jsonl is not what the checkpoint read there"):
         read([open_file("a", num_rows=5), files[1]], weights=[3.0, 1.0]).load_state_dict(state)
 
 
@@ -164,7 +162,7 @@ def test_what_is_too_long_is_left_out_and_counted(open_file):
 
 
 def test_a_row_that_asks_nothing_names_field_file_and_row(open_file):
-    with pytest.raises(BadInput, match=r"grpo\.prompts\[0\]: row 1 of .*a\.jsonl: no prompt in its columns"):
+    with pytest.raises(BadInput, match=r"grpo\.prompts\[0\]: row 1 of .*a\.jsonl: nothing to answer in its columns"):
         open_file(rows=[{"prompt": "Me?"}, {"text": "Me?"}])
     with pytest.raises(BadInput, match=r"grpo\.prompts\[0\].*a\.jsonl: no row"):
         open_file(rows=[])
