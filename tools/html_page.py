@@ -1,4 +1,4 @@
-"""The pages that tools write for `--html`: one file that needs nothing else, no network, all text escaped. Torch-free."""
+"""The pages that tools write for `--html`: one file, no network, all text escaped. Torch-free."""
 
 from __future__ import annotations
 
