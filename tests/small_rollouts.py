@@ -1,4 +1,4 @@
-"""Rollouts of random tokens, of one turn or several, uneven in length and in size of groups: what tests of updates use."""
+"""Rollouts of random tokens, of one turn or several, uneven in length and in size of groups, for tests."""
 
 from __future__ import annotations
 

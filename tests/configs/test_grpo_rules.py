@@ -21,7 +21,8 @@ TRAIN = {"num_steps": 9, "seq_len": 64, "global_batch_size": 16, "micro_batch_si
 
 def problems_of(grpo: dict | None = None, rollout: dict | None = None, **train: Any) -> list[str]:
     needed = {"prompts": [{"path": "a.jsonl"}], "rewards": [{"function": "exact_match"}], "group_size": 4}
-    fields: dict[str, Any] = FIXED | {"grpo": needed | (grpo or {}), "rollout": {"max_new_tokens": 32} | (rollout or {})}
+    rollout = {"max_new_tokens": 32} | (rollout or {})
+    fields: dict[str, Any] = FIXED | {"grpo": needed | (grpo or {}), "rollout": rollout}
     config = GrpoConfig.model_validate(fields | {"train": TRAIN | train})
     return check_config(config, 1, platform="cpu", has_te=False)
 
@@ -87,7 +88,7 @@ PUBLISHED = {
     "cispo": ("group_std", "token", "cispo", 1.0, 4.0, "token_mean", 0, None),
     # Back to Basics: reward less the divergence of the whole answer, the others' mean as baseline, whole answers.
     "rloo": ("leave_one_out", "token", "clip", 0.2, 0.2, "sequence_sum", 0, (0.05, "k1", "reward")),
-    # REINFORCE++: k1 of each token in the reward, advantages normalised over the batch; with a baseline: k2 in the loss.
+    # REINFORCE++: k1 of each token in the reward, advantages over the batch; with a baseline: k2 in the loss.
     "reinforce_pp": ("batch", "token", "clip", 0.2, 0.2, "token_mean", 0, (0.01, "k1", "reward")),
     "reinforce_pp_baseline": ("group_mean_batch", "token", "clip", 0.2, 0.2, "token_mean", 0, (0.01, "k2", "loss")),
 }

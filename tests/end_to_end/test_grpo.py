@@ -38,7 +38,7 @@ def questions(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def grpo(questions, train, tmp_path):
-    """Return a function that reinforces seed weights: `grpo(world, name, *overrides, fault=None) -> rows of metrics`."""
+    """Return what reinforces seed weights: `grpo(world, name, *overrides, fault=None) -> rows of metrics`."""
     seed = tmp_path / "seed"
     tokenizer = f"data.tokenizer={questions / 'tokenizer'}"
     assert train(1, *NO_DATA, tokenizer, f"run.dir={seed}", "train.num_steps=0") == (ExitCode.DONE, "")
@@ -83,9 +83,7 @@ def check_rollouts(kept: dict[int, list[dict[str, Any]]], rows: list[dict[str, A
         for one in rollouts:
             assert one["step"] == step and one["source"] == "questions" and one["faults"] == {}
             number = one["row"]
-            assert one["prompt"] == (
-                f"<|im_start|>user\n{number} + {number}?<|im_end|>\n<|im_start|>assistant\n"
-            )
+            assert one["prompt"] == (f"<|im_start|>user\n{number} + {number}?<|im_end|>\n<|im_start|>assistant\n")
             regex, length = one["rewards"]["regex"], one["rewards"]["length"]
             assert one["score"] == pytest.approx(regex + length)
             assert regex == float(any(letter in one["answers"][0] for letter in "aeo"))

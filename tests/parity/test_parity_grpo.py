@@ -1,4 +1,4 @@
-"""Updates of a policy on packed rollouts are, on every layout, those of the written-out objective, rollout by rollout."""
+"""Updates of a policy on packed rollouts are, on every layout, those of the objective, rollout by rollout."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ def rollout(step: int, group: int, sample: int, score: float | None, **more: obj
     """Return a rollout as GRPO writes it; group 0 of step 2 answers row 7, every other group a row of its own."""
     fields = {
         "step": step, "source": "train", "row": 7 if group == 0 else 10 * step + group, "group": group,
-        "sample": sample, "prompt": f"<|im_start|>question {step}.{group}", "answers": [f"answer {step}.{group}.{sample}"],
+        "sample": sample, "prompt": f"<|im_start|>question {step}.{group}",
+        "answers": [f"answer {step}.{group}.{sample}"],
         "score": score, "rewards": {"exact": score}, "faults": {}, "advantage": None if score is None else score - 0.5,
         "finish": "stop_token", "num_prompt_tokens": 4, "num_sampled_tokens": 3,
     }  # fmt: skip

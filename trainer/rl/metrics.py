@@ -36,19 +36,16 @@ def describe_rollouts(rollouts: Sequence[Rollout], advantages: Values) -> dict[s
     return figures
 
 
-def describe_rewards(
-    rollouts: Sequence[Rollout], divergences: Values | None, coefficient: float
-) -> dict[str, float]:
+def describe_rewards(rollouts: Sequence[Rollout], divergences: Values | None, coefficient: float) -> dict[str, float]:
     """Return figures of what answers are rewarded with: their scores, less the divergence where that is rewarded too.
 
     `divergences` are those of predictions; without a reward for them the loss reports what there is.
     """
-    scored = [rollout for rollout in rollouts if rollout.score is not None]
-    rewards = [rollout.score for rollout in scored]
+    scored = [(rollout, rollout.score) for rollout in rollouts if rollout.score is not None]
     if divergences is None:
-        return _spread("critic/rewards", rewards)
-    drawn = [divergences[rollout.key][rollout.trained()] for rollout in scored]
-    rewards = [score - coefficient * float(own.sum()) for score, own in zip(rewards, drawn, strict=True)]
+        return _spread("critic/rewards", [score for _, score in scored])
+    drawn = [divergences[rollout.key][rollout.trained()] for rollout, _ in scored]
+    rewards = [score - coefficient * float(own.sum()) for (_, score), own in zip(scored, drawn, strict=True)]
     return _spread("critic/rewards", rewards) | {"actor/kl": _mean(np.concatenate(drawn)) if drawn else 0.0}
 
 
@@ -125,5 +122,5 @@ def _spread(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]
     }
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else 0.0

@@ -129,7 +129,8 @@ class PolicyUpdates:
         penalties = None
         if self.is_divergence_rewarded:
             assert divergences is not None
-            penalties = method.kl_coefficient * np.concatenate([divergences[one.key][one.trained()] for one in rollouts])
+            drawn = [divergences[rollout.key][rollout.trained()] for rollout in rollouts]
+            penalties = method.kl_coefficient * np.concatenate(drawn)
             if method.advantage != "batch":
                 rewards, penalties = rewards - np.add.reduceat(penalties, starts), None
         spread = spread_over_tokens(compute_advantages(rewards, groups, method.advantage), lengths, penalties)

@@ -7,7 +7,7 @@ import pytest
 
 from trainer.rl.advantages import compute_advantages, find_equal_groups, spread_over_tokens, whiten_tokens
 
-# Three prompts, their answers interleaved; of the second one answer failed, so that it has three, and the third has one.
+# Three prompts, their answers interleaved; one answer of the second failed, so that it has three; the third has one.
 GROUPS = np.array([7, 3, 7, 3, 9, 7, 3, 7])
 REWARDS = np.array([0.0, 2.0, 1.0, 5.0, 0.7, 2.0, -1.0, 5.0])
 # Of group 7: rewards 0 1 2 5, mean 2, squares of distances 4 1 0 9. Of group 3: 2 5 -1, mean 2, squares 0 9 9.

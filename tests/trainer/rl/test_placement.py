@@ -31,9 +31,7 @@ def documents_of(batch: Batch) -> list[tuple[tuple[int, ...], ...]]:
     labels = np.where(batch.loss_mask.numpy() > 0, batch.labels.numpy(), -1)
     parts = [part.flatten().tolist() for part in (batch.tokens.numpy(), labels, batch.position_ids.numpy())]
     bounds = batch.documents.bounds
-    return [
-        tuple(tuple(part[start:end]) for part in parts) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [tuple(tuple(part[start:end]) for part in parts) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def expected_documents() -> list[tuple[tuple[int, ...], ...]]:
