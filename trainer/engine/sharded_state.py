@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from parallel.mesh import Mesh
 from parallel.seeding import get_rng_state, set_rng_state
@@ -24,6 +25,18 @@ def build_model_state(chunks: list[Any], mesh: Mesh) -> dict[str, Any]:
             if not name.startswith(ADAPTERS)
         }
         for index, chunk in enumerate(chunks)
+    }
+
+
+def copy_model_state(chunks: list[Any], mesh: Mesh, prefix: str) -> dict[str, Any]:
+    """Return copies of the weights of `build_model_state`, under keys and names that begin with `prefix`."""
+    return {
+        prefix + chunk: {
+            name: replace(shard, key=prefix + shard.key, data=shard.data.detach().clone())
+            for name, shard in shards.items()
+            if isinstance(shard, ShardedTensor | ShardedTensorFactory)
+        }
+        for chunk, shards in build_model_state(chunks, mesh).items()
     }
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
 from trainer.engine.engine import Engine
 from trainer.engine.parts import SavedState
-from trainer.engine.sharded_state import build_model_state, load_model_state
+from trainer.engine.sharded_state import copy_model_state, load_model_state
 
 _PREFIX = "reference."
 
@@ -58,15 +55,7 @@ class ReferenceWeights:
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
         """Return the reference as shards under keys of their own: copies, which nothing changes meanwhile."""
         with self.in_place():
-            state = build_model_state(self._engine.chunks, self._engine.mesh)
-            return {
-                f"{_PREFIX}{chunk}": {
-                    name: replace(shard, key=_PREFIX + shard.key, data=shard.data.detach().clone())
-                    for name, shard in shards.items()
-                    if isinstance(shard, ShardedTensor | ShardedTensorFactory)
-                }
-                for chunk, shards in state.items()
-            }
+            return copy_model_state(self._engine.chunks, self._engine.mesh, _PREFIX)
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Make what was saved the reference. Collective: all ranks of the world must call this."""

@@ -130,7 +130,7 @@ class PolicyUpdates:
         if self.is_divergence_rewarded:
             assert divergences is not None
             drawn = [divergences[rollout.key][rollout.trained()] for rollout in rollouts]
-            penalties = method.kl_coefficient * np.concatenate(drawn)
+            penalties = method.kl_coefficient * np.concatenate(drawn).astype(np.float64)
             if method.advantage != "batch":
                 rewards, penalties = rewards - np.add.reduceat(penalties, starts), None
         spread = spread_over_tokens(compute_advantages(rewards, groups, method.advantage), lengths, penalties)
