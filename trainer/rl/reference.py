@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
 from trainer.engine.engine import Engine
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import copy_model_state, load_model_state
