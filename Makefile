@@ -9,10 +9,12 @@ STAMP := .venv/.installed
 CODE := configs parallel trainer launch tools tests
 
 LONG := --data data/stdlib/validation --lengths 256,512,1024,2048 --digits 2 --keys 10
+TWO_RANKS := $(PYTHON) -m launch.local --nproc-per-node 2
+LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup pretrain demo-long-context demo-sft demo-grpo test test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-grpo test test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +24,16 @@ setup: $(STAMP)  ## build .venv from constraints.txt (again only when that or py
 $(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
 	@tools/make_venv.sh
 	@touch $@
+
+demo: setup  ## the whole road: pretrain, long context, fine-tune, reinforce, export, chat; goes on where it stopped
+	test -e runs/demo_long/long_context || $(MAKE) demo-long-context
+	test -e data/tasks || $(PYTHON) tools/make_small_tasks.py --out data/tasks
+	$(TWO_RANKS) launch/sft.py configs/demo/sft.yaml $(LONG_ROPE) run.name=demo_chat checkpoint.init_from=runs/demo_long
+	$(TWO_RANKS) launch/grpo.py configs/demo/grpo.yaml $(LONG_ROPE) run.name=demo_policy \
+	    checkpoint.init_from=runs/demo_chat/checkpoints/step_00000120
+	test -e runs/demo_policy_hf || $(PYTHON) tools/convert_hf.py export runs/demo_policy runs/demo_policy_hf
+	$(PYTHON) tools/chat.py runs/demo_policy_hf --prompts data/tasks/held_out.jsonl --temperature 0 --out runs/demo_answers.jsonl
+	head -n 5 runs/demo_answers.jsonl
 
 pretrain: setup  ## train a small language model on 4 CPU ranks, tensor x pipeline parallel
 	$(PYTHON) tools/prepare_corpus.py --out data/stdlib
