@@ -61,7 +61,7 @@ class ReferenceWeights:
         """
         if saved is not None and not any(key.startswith(_PREFIX) for key in saved.shapes):
             raise BadInput(
-                "grpo.kl.coefficient: the checkpoint that the run goes on from has no reference, as its run needed none; "
+                "grpo.kl.coefficient: the checkpoint that is resumed has no reference, as its run needed none; "
                 "a value that would work: 0 (or begin anew from its weights with checkpoint.init_from)"
             )
         with self.in_place():
