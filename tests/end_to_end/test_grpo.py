@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ def questions(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def grpo(questions, train, tmp_path):
-    """Return what reinforces seed weights: `grpo(world, name, *overrides, fault=None) -> rows of metrics`."""
+    """Return a function that reinforces seed weights: `grpo(world, name, *overrides) -> rows of metrics`.
+
+    With a `fault` that kills the ranks, or a sentence by which the run must be `refused`.
+    """
     seed = tmp_path / "seed"
     tokenizer = f"data.tokenizer={questions / 'tokenizer'}"
     assert train(1, *NO_DATA, tokenizer, f"run.dir={seed}", "train.num_steps=0") == (ExitCode.DONE, "")
@@ -52,9 +56,14 @@ def grpo(questions, train, tmp_path):
         "grpo.num_minibatches=2", "grpo.num_reward_workers=1", "rollout.max_new_tokens=12",
     )  # fmt: skip
 
-    def run(world: int, name: str, *overrides: str, fault: str | None = None) -> list[dict[str, Any]]:
+    def run(
+        world: int, name: str, *overrides: str, fault: str | None = None, refused: str | None = None
+    ) -> list[dict[str, Any]]:
         run_dir = tmp_path / name
-        if fault is None:
+        if refused is not None:
+            code, said = train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo")
+            assert code == ExitCode.BAD_INPUT and "\n" not in said and re.search(refused, said), said
+        elif fault is None:
             assert train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo") == (ExitCode.DONE, "")
         else:
             with pytest.raises(RankFailed, match="exit code -9"):
@@ -129,3 +138,7 @@ def test_layouts_give_the_same_rollouts(grpo, tmp_path):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     assert "actor/kl" not in one[0], "there is no reference"
+    # A reference is where a run began, which a checkpoint without one cannot tell.
+    grpo(2, "dp2", *fixed, "train.num_steps=3", "grpo.kl.coefficient=0.1", refused=r"^grpo\.kl\.coefficient: .* 0")
+    more = grpo(2, "dp2", *fixed, "train.num_steps=3")
+    assert [row["step"] for row in more] == [1, 2, 3]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from configs.errors import BadInput
 from trainer.engine.engine import Engine
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import copy_model_state, load_model_state
@@ -54,7 +55,15 @@ class ReferenceWeights:
             self._put(policy)
 
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
-        """Return the reference as shards under keys of their own: copies, which nothing changes meanwhile."""
+        """Return the reference as shards under keys of their own: copies, which nothing changes meanwhile.
+
+        Raises BadInput where it is to be loaded from a checkpoint that has none.
+        """
+        if saved is not None and not any(key.startswith(_PREFIX) for key in saved.shapes):
+            raise BadInput(
+                "grpo.kl.coefficient: the checkpoint that is resumed has no reference, as its run needed none; "
+                "a value that would work: 0 (or begin anew from its weights with checkpoint.init_from)"
+            )
         with self.in_place():
             return copy_model_state(self._engine.chunks, self._engine.mesh, _PREFIX)
 
