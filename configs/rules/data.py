@@ -72,6 +72,9 @@ def _check_conversations(config: SftConfig) -> Iterator[str]:
 def _check_prompts(config: GrpoConfig) -> Iterator[str]:
     """Yield what is wrong with the prompts of reinforcement learning, which take the place of `data`'s sources."""
     yield from _check_chats(config, "in reinforcement learning, whose prompts are in grpo", "data/prompts.jsonl")
+    names = [source.name for source in config.grpo.prompts]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"grpo.prompts: several sources have the file name {name}, by which answers are kept; give them others"
 
 
 def _check_chats(config: Config, reason: str, example: str) -> Iterator[str]:

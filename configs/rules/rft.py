@@ -22,9 +22,6 @@ def check_rft(config: Config) -> Iterator[str]:
         yield "grpo.prompts: there is nothing to answer; a value that would work: [{path: data/prompts.jsonl}]"
     if not grpo.rewards:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
-    names = [source.name for source in grpo.prompts]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"grpo.prompts: several sources have the file name {name}, by which answers are kept; give them others"
     for number, source in enumerate(grpo.prompts):
         yield from check_unused(source, f"grpo.prompts[{number}]", ("weight",), "where every prompt is answered once")
     if grpo.environment is not None:

@@ -193,7 +193,7 @@ def _reply(talk: Talk, sampling: Sampling) -> Reply:
     return Reply(
         text=talk.texts[-1],
         row=talk.prompt.columns,
-        messages=talk.messages[:-1],
+        messages=talk.messages[: talk.num_asked],
         num_tokens=len(talk.log_probs),
         max_new_tokens=sampling.max_new_tokens,
         is_cut=talk.finish == "length",

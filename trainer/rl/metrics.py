@@ -23,7 +23,7 @@ def describe_rollouts(rollouts: Sequence[Rollout], advantages: Values) -> dict[s
     figures["response_length/clip_ratio"] = _mean([rollout.finish == "length" for rollout in rollouts])
     figures["prompt_length/mean"] = _mean([rollout.is_sampled.index(True) for rollout in rollouts])
     figures |= _spread("critic/score", [rollout.score for rollout in scored if rollout.score is not None])
-    trained = [advantages[rollout.key][rollout.trained()] for rollout in scored]
+    trained = [advantages[rollout.key][rollout.trained()] for rollout in scored if rollout.key in advantages]
     figures |= _spread("critic/advantages", np.concatenate(trained) if trained else [])
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
         values = [value for rollout in rollouts if (value := rollout.rewards.get(name)) is not None]

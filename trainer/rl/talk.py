@@ -30,6 +30,8 @@ class Talk:
     """All turns so far, as OpenAI's messages."""
     log_probs: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    num_asked: int = 0
+    """Turns before the last reply."""
     rewards: list[float] = field(default_factory=list)
     """What the environment gave."""
     finish: Finish = "length"
@@ -50,6 +52,7 @@ class Talk:
         self.is_sampled += [True] * len(completion.token_ids)
         self.log_probs += completion.full_logprobs
         self.texts.append(text)
+        self.num_asked = len(self.messages)
         self.finish = completion.finish
 
     def add_turn(self, turn: Turn | str, encoder: ChatEncoder, end_id: int, room: int) -> None:
@@ -67,9 +70,13 @@ class Talk:
         if self.is_over:
             return
         ended = [] if self.token_ids[-1] == end_id else [end_id]
-        between = ended + encoder.encode_between([parse_turn(one, {}, {}) for one in turn.messages[1:]])
+        try:
+            between = ended + encoder.encode_between([parse_turn(one, {}, {}) for one in turn.messages[1:]])
+        except BadRow as error:
+            self.fault, self.is_over = str(error), True
+            return
         if len(self.token_ids) + len(between) > room:
-            self.finish, self.is_over = "length", True
+            self.is_over = True
             return
         self.token_ids += between
         self.is_sampled += [False] * len(between)

@@ -80,7 +80,8 @@ class GrpoStage:
         """Answer, score and update. Collective: all ranks of the world must call this."""
         started, seconds = time.perf_counter(), Seconds()
         config, step = self._config, state.step + 1
-        prompts, rollouts = self._collect(step, seconds)
+        prompts, rollouts, replaced = self._collect(step, seconds)
+        everything = [*rollouts, *replaced]
         scoring = time.perf_counter()
         minibatches, columns, advantages, divergences = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
@@ -92,16 +93,18 @@ class GrpoStage:
         rest = time.perf_counter() - started - sum(phases.values())
         return dataclasses.replace(
             result,
-            num_samples=len(rollouts),
+            num_samples=len(everything),
             metrics={
                 **result.metrics,
-                **describe_rollouts(rollouts, advantages),
-                **describe_rewards(rollouts, divergences, config.grpo.method.kl_coefficient),
+                **describe_rollouts(everything, advantages),
+                **describe_rewards(
+                    everything if divergences is None else rollouts, divergences, config.grpo.method.kl_coefficient
+                ),
                 **describe_work(rollouts, phases, seconds.reports),
                 "rollout/num_prompts_too_long": float(self._reader.num_too_long),
             },
             phase_seconds={"data": rest, **phases},
-            rollouts=[self._record(step, one, prompts, advantages) for one in rollouts],
+            rollouts=[self._record(step, one, prompts, advantages) for one in everything],
         )
 
     def evaluate(self) -> Evaluation:
@@ -145,29 +148,29 @@ class GrpoStage:
         """Whether some update of a step meets a policy that is not the one that gave the answers."""
         return self._config.grpo.num_epochs * self._config.grpo.num_minibatches > 1
 
-    def _collect(self, step: int, seconds: Seconds) -> tuple[dict[int, Prompt], list[Rollout]]:
+    def _collect(self, step: int, seconds: Seconds) -> tuple[dict[int, Prompt], list[Rollout], list[Rollout]]:
         """Return a step's prompts by group and all their rollouts.
 
-        Groups of equal scores are replaced as often as `num_refills` says; those of the last round stay.
+        Groups of equal scores are replaced as often as `num_refills` says; those of the last round stay. The third are
+        the rollouts of groups that were replaced, which are trained no more.
         """
         wanted, refills = self._config.prompts_per_step, self._config.grpo.method.num_refills
         prompts: dict[int, Prompt] = {}
         kept: list[Rollout] = []
-        num_groups = 0
+        replaced: list[Rollout] = []
+        num_missing = wanted
         for refill in range(refills + 1):
-            drawn = self._reader.draw(wanted - len(prompts))
-            new = {num_groups + number: prompt for number, prompt in enumerate(drawn)}
-            rollouts = self._collector.collect(drawn, step, num_groups, seconds)
-            num_groups += len(drawn)
-            if refill < refills:
-                useful = find_useful_groups(rollouts)
-                new = {group: prompt for group, prompt in new.items() if group in useful}
-                rollouts = [rollout for rollout in rollouts if rollout.group in useful]
-            prompts |= new
-            kept += rollouts
-            if len(prompts) == wanted:
+            first = len(prompts)
+            drawn = self._reader.draw(num_missing)
+            prompts |= dict(enumerate(drawn, first))
+            rollouts = self._collector.collect(drawn, step, first, seconds)
+            useful = find_useful_groups(rollouts) if refill < refills else set(range(first, len(prompts)))
+            kept += [rollout for rollout in rollouts if rollout.group in useful]
+            replaced += [rollout for rollout in rollouts if rollout.group not in useful]
+            num_missing -= len(useful)
+            if not num_missing:
                 break
-        return prompts, kept
+        return prompts, kept, replaced
 
     def _prepare(
         self, rollouts: Sequence[Rollout]

@@ -72,16 +72,20 @@ class PromptFile:
             content.update(json.dumps(row, sort_keys=True, default=str).encode())
         self.identity = content.hexdigest()
         """What the data is: the order of its rows depends on it."""
-        if not any(self.read(number) for number in range(min(len(self.rows), _NUM_CHECKED))):
-            shortest = min(len(self._encode(number)) for number in range(min(len(self.rows), _NUM_CHECKED)))
+        shortest = min(len(self._try(number)) for number in range(min(len(self.rows), _NUM_CHECKED)))
+        if shortest > longest:
             raise BadInput(
                 f"{field}: no prompt of {source.path} has at most the {longest} tokens that train.seq_len less "
                 f"rollout.max_new_tokens leaves; the shortest has {shortest}"
             )
 
     def read(self, number: int) -> Prompt | None:
-        """Return a row as a prompt, None where it is too long. Raises BadInput where the template cannot write it."""
-        ids = self._encode(number)
+        """Return a row as a prompt, None where it is too long, or, with a warning, where the template cannot write it."""
+        try:
+            ids = self._encode(number)
+        except BadRow as error:
+            log.warning("%s: row %d of %s is left out: %s", self._field, number, self.prefix, error)
+            return None
         conversation, row = self.rows[number]
         return Prompt(self.name, number, ids, conversation, row) if len(ids) <= self._longest else None
 
@@ -91,9 +95,12 @@ class PromptFile:
         return list(islice((prompt for prompt in read if prompt is not None), num_prompts))
 
     def _encode(self, number: int) -> list[int]:
+        return self._encoder.encode_prompt(self.rows[number][0])
+
+    def _try(self, number: int) -> list[int]:
         conversation, _ = self.rows[number]
         try:
-            return self._encoder.encode_prompt(conversation)
+            return self._encode(number)
         except BadRow as error:
             raise BadInput(f"{self._field}: row {conversation.row} of {conversation.source}: {error}") from error
 
@@ -132,7 +139,7 @@ class PromptReader:
             field="grpo.prompts",
         )
         self.num_too_long = 0
-        """Draws that were left out so far."""
+        """Draws that were left out so far, too long or not to be written."""
 
     def draw(self, num_prompts: int) -> list[Prompt]:
         """Return the next prompts that are not too long. Raises BadInput where none is in sight."""
@@ -149,7 +156,10 @@ class PromptReader:
                 continue
             self.num_too_long, num_tries = self.num_too_long + 1, num_tries + 1
             if num_tries == _NUM_TRIES:
-                raise BadInput(f"grpo.prompts: {_NUM_TRIES} prompts of {file.prefix} in a row are too long; see above")
+                raise BadInput(
+                    f"grpo.prompts: {_NUM_TRIES} prompts in a row, the last of {file.prefix}, have too many tokens for "
+                    "train.seq_len less rollout.max_new_tokens, or cannot be written; make train.seq_len larger"
+                )
         return prompts
 
     def state_dict(self) -> dict[str, Any]:
