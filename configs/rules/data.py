@@ -71,11 +71,11 @@ def _check_conversations(config: SftConfig) -> Iterator[str]:
             f"sft.train: {_length(config)} need at least one source; a value that would work: "
             "[{path: data/chats.jsonl}]"
         )
-    reason = None if sft.validation or not sft.num_answers else "without sft.validation, where its questions are"
+    idle = None if sft.validation or not sft.num_answers else "without sft.validation, where its questions are"
     if sft.train_on == "all":
-        reason = "with sft.train_on=all, which does not say where answers begin"
-    if reason is not None:
-        yield from check_unused(sft, "sft", ("num_answers", "max_answer_tokens"), reason)
+        idle = "with sft.train_on=all, which does not say where answers begin"
+    if idle is not None:
+        yield from check_unused(sft, "sft", ("num_answers", "max_answer_tokens"), idle)
     weights = [source.weight for source in sft.train]
     yield from _check_weights("sft.train", [weight for weight in weights if weight is not None])
     if None in weights and any(weight is not None for weight in weights):
