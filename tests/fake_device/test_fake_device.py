@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,9 @@ MEMORY_CASES = {
     "pp2_first": large(ranks=(2, 0), parallel={"pp": 2}),
     "pp2_last": large(ranks=(2, 1), parallel={"pp": 2}),
 }
+LARGE_AND_WHOLE = {"plain", "tp2_sp"}
+"""Large cases that do all that the small ones do: logits that are made in pieces. The others take steps of training."""
+NUM_PROCESSES = 2
 ONCE_A_STEP = {"sums.from_vector", "cuda.synchronize", "clip_grads.get_grad_norm_fp32"}
 """The loss, to time the phases, and the norm of the gradients: after all work of both passes has been queued."""
 FURTHER_READS = {
@@ -171,21 +175,26 @@ def outcomes(tmp_path_factory):
     cases = {
         name: {
             "config": build_config(compute, shape, **sections).model_dump(mode="json"), "world": world, "rank": rank,
+            "is_whole": name in CASES or name in LARGE_AND_WHOLE,
         }
         for name, (compute, shape, sections, world, rank) in (CASES | MEMORY_CASES).items()
     }  # fmt: skip
     hidden = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "world.py")],
-        input=json.dumps(cases),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def run(some: dict[str, Any]) -> dict[str, Any]:
+        command = [sys.executable, str(HERE / "world.py")]
+        done = subprocess.run(command, input=json.dumps(some), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    names = list(cases)
+    with ThreadPoolExecutor() as pool:  # a core each
+        parts = pool.map(
+            run, [{name: cases[name] for name in names[part::NUM_PROCESSES]} for part in range(NUM_PROCESSES)]
+        )
+        return {name: outcome for part in parts for name, outcome in part.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -281,8 +281,25 @@ def generate(engine: Any) -> dict[str, int]:
     return dict(READS)
 
 
-def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
-    """Build the engine of one rank, take steps, an evaluation, scores and logits; return what the last steps showed."""
+def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, Any]:
+    """Take steps of other objectives, an evaluation, scores, logits and answers; return what the host reads in some."""
+    from trainer.engine.forward import forward_language_model, score_language_model
+
+    READS.clear()
+    reinforce(engine, batches)
+    found = {"reads_of_policy": dict(READS)}
+    READS.clear()
+    fine_tune(engine, batches)
+    found["reads_of_sft"] = dict(READS)
+    engine.sum_losses(batches, objective)
+    engine.score(batches, forward_language_model)
+    engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
+    engine.compute_logits(batches[0].tokens)
+    return found | {"reads_of_generation": generate(engine)}
+
+
+def run_case(config: Config, world: int, rank: int, *, is_whole: bool) -> dict[str, Any]:
+    """Build the engine of one rank and take steps, with `is_whole` all else too; return what the last steps showed."""
     from parallel.mesh import build_mesh, destroy_mesh
     from parallel.platform import load_platform
 
@@ -297,7 +314,6 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
         from trainer.data.batch import Documents
         from trainer.engine import kernels
         from trainer.engine.build import build_engine
-        from trainer.engine.forward import forward_language_model, score_language_model
         from trainer.stages.next_token import NextTokenObjective
 
         objective = NextTokenObjective()
@@ -313,18 +329,9 @@ def run_case(config: Config, world: int, rank: int) -> dict[str, Any]:
                 memory.peak = memory.bytes
                 engine.train_step(batches, objective, 1e-3)
             found = {"reads": dict(READS), "peak_bytes": memory.peak}
-            READS.clear()
-            reinforce(engine, batches)
-            found["reads_of_policy"] = dict(READS)
-            READS.clear()
-            fine_tune(engine, batches)
-            found["reads_of_sft"] = dict(READS)
+            if is_whole:
+                found |= run_the_rest(engine, batches, objective)
             assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(platform))
-            engine.sum_losses(batches, objective)
-            engine.score(batches, forward_language_model)
-            engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
-            engine.compute_logits(batches[0].tokens)
-            found["reads_of_generation"] = generate(engine)
             engine.close()
         return found
     finally:
@@ -340,7 +347,9 @@ def main() -> None:
     results = {}
     for name, case in json.load(sys.stdin).items():
         try:
-            found = run_case(Config.model_validate(case["config"]), case["world"], case["rank"])
+            found = run_case(
+                Config.model_validate(case["config"]), case["world"], case["rank"], is_whole=case["is_whole"]
+            )
             results[name] = {"error": None, **found}
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]

@@ -1,6 +1,7 @@
-"""Processes that do tasks in order, whatever their number; one works in this process.
+"""Processes that do tasks in order, whatever their number; this process is one of them.
 
-They import neither torch nor megatron, so that starting them costs a fraction of a second. Knows nothing of tasks.
+They import neither torch nor megatron, but load a tokenizer each; this one works while they start. Knows nothing of
+tasks.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 
 _THREADS = "TOKENIZERS_PARALLELISM"  # read by the tokenizers library whenever it is given a batch
 _worker: Any = None  # of this worker process
+_FIRST_HERE = 3  # items that this process does while the others start, which takes them a second or two
 
 
 class WorkerPool:
     """Workers of one kind; results come in order of the items, few in memory at once."""
 
     def __init__(self, make: Callable[..., Any], recipe: Any, here: Any, num_workers: int) -> None:
-        """Work in `num_workers` processes, started as they are needed; a single one is this process itself.
+        """Work in `num_workers` processes, of which this is one; the others are started as they are needed.
 
         `here` is `make(recipe)`, which every process calls for itself; both must be picklable.
         """
@@ -33,7 +35,7 @@ class WorkerPool:
         self._pool: ProcessPoolExecutor | None = None
         if num_workers > 1:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(num_workers, context, _start_worker, (make, recipe))
+            self._pool = ProcessPoolExecutor(num_workers - 1, context, _start_worker, (make, recipe))
 
     def close(self) -> None:
         """End the processes."""
@@ -48,15 +50,38 @@ class WorkerPool:
                     yield item, task(self._here, item, *arguments)
             return
         source = iter(items)
-        running: deque[tuple[Any, Future]] = deque()
+        running: deque[tuple[Any, Future | None]] = deque((item, None) for item in islice(source, _FIRST_HERE))
         for item in islice(source, self._depth):
             running.append((item, self._pool.submit(_in_worker, task, item, *arguments)))
         while running:
-            item, future = running.popleft()
+            item, future = running[0]
+            if future is None:
+                future = self._do_here(task, item, *arguments)
+            while not future.done() and self._take_over(task, running, *arguments):
+                pass
+            running.popleft()
             result = future.result()
             for following in islice(source, 1):
                 running.append((following, self._pool.submit(_in_worker, task, following, *arguments)))
             yield item, result
+
+    def _take_over(self, task: Callable[..., Any], running: deque[tuple[Any, Future | None]], *arguments: Any) -> bool:
+        """Do the first item here that no process has begun; return whether there was one."""
+        for place, (item, future) in enumerate(running):
+            if future is not None and future.cancel():
+                running[place] = (item, self._do_here(task, item, *arguments))
+                return True
+        return False
+
+    def _do_here(self, task: Callable[..., Any], item: Any, *arguments: Any) -> Future:
+        """Return what a task gave, or its error, which is raised when its turn comes."""
+        future: Future = Future()
+        try:
+            with _one_thread():
+                future.set_result(task(self._here, item, *arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 @contextmanager
