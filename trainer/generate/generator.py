@@ -110,9 +110,7 @@ class EngineGenerator:
         completions = [completion for one in found for completion in one[0]]
         return sorted(completions, key=lambda one: (one.prompt, one.sample))
 
-    def _answer(
-        self, rows: Sequence[Row], sampling: Sampling, on_token: OnToken | None, replica: int
-    ) -> ReplicaReport:
+    def _answer(self, rows: Sequence[Row], sampling: Sampling, on_token: OnToken | None, replica: int) -> ReplicaReport:
         """Generate this replica's rows to their ends; nothing of the cache outlives this."""
         model = self._model
         model.finish_parameter_gather()
@@ -168,7 +166,8 @@ def _expected(limits: Sequence[int], expected_lengths: Sequence[float] | None) -
     wrong = next((number for number, one in enumerate(expected_lengths) if not one >= 0), None)
     if wrong is not None:
         raise BadInput(
-            f"expected_lengths: {expected_lengths[wrong]} for prompt {wrong} is no number of tokens; 0 or more would work"
+            f"expected_lengths: {expected_lengths[wrong]} for prompt {wrong} is no number of tokens; a value that "
+            "would work: 0"
         )
     return [min(limit, expected) for limit, expected in zip(limits, expected_lengths, strict=True)]
 

@@ -59,7 +59,7 @@ class Sampling:
 
 
 def row_random(sampling: Sampling, key: Sequence[int], sample: int) -> np.random.Generator:
-    """Return the random numbers of one answer to the prompt of this key: those of seed [sampling.seed, *key, sample]."""
+    """Return the random numbers of an answer to the prompt of this key, whose seed is [sampling.seed, *key, sample]."""
     return np.random.default_rng([sampling.seed, *key, sample])
 
 

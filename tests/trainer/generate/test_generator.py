@@ -166,8 +166,8 @@ def test_what_a_model_cannot_take_is_refused(found):
         "prompt 1: 128 tokens; with model.max_position_embeddings=128 a prompt has 1 to 127",
         f"prompt 0: token {VOCAB_SIZE} is not one of the model's, 0 to {VOCAB_SIZE - 1}",
         "stop_strings: need a tokenizer to be found with; give stop_tokens, or a tokenizer",
-        "cache_bytes: 1000 hold no row of 62 tokens, prompt and answer, which takes 6.2e-05 GiB on a rank; a value that "
-        "would work: 66560",
+        "cache_bytes: 1000 hold no row of 62 tokens, prompt and answer, which takes 6.2e-05 GiB on a rank; a value "
+        "that would work: 66560",
     ]
 
 
