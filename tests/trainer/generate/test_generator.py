@@ -94,7 +94,7 @@ def answers_on_other_paths(engine: Any, sampling: Any) -> dict[str, Any]:
     pack_weight, attend, found = platform.pack_weight, new_tokens._attend, {}
 
     def pack(weight: Any, num_tokens: int) -> Any:
-        multiply = pack_weight(weight, num_tokens)
+        multiply = pack_weight(weight, num_tokens) or (lambda inputs: inputs @ weight.t())  # without MKL
         packed.append(weakref.ref(multiply))
         return multiply
 
