@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -64,6 +64,13 @@ class Platform(Protocol):
 
     def attention_kernels(self, compute: str) -> AttentionKernels:
         """Return which of torch's attention kernels run here in this format."""
+        ...
+
+    def pack_weight(self, weight: torch.Tensor, num_tokens: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return what multiplies so many inputs `[..., in]` by a weight `[out, in]`, transposed, faster than torch.
+
+        None where nothing is gained. It keeps a copy of the weight as it is now.
+        """
         ...
 
     def check_fp8(self, recipe: str) -> str | None:

@@ -8,7 +8,7 @@ import logging
 import os
 import platform as host_platform
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -16,6 +16,7 @@ from parallel.platform.base import AttentionKernels
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGEST_MMAP_THRESHOLD = 2**25
+_FEWEST_PACKED = 8  # tokens; below, a product is no more than reading the weight
 PEER_FAILURE_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
@@ -70,6 +71,14 @@ class CpuPlatform:
     def attention_kernels(self, compute: str) -> AttentionKernels:
         """Return the CPU's own, which takes neither grouped heads nor packed documents."""
         return "cpu"
+
+    def pack_weight(self, weight: torch.Tensor, num_tokens: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Pack for MKL, which otherwise does so in every product; in fp32, for enough tokens to be one."""
+        if not torch.backends.mkl.is_available() or weight.dtype != torch.float32 or num_tokens < _FEWEST_PACKED:
+            return None
+        weight = weight.detach()
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, num_tokens)
+        return lambda inputs: torch.ops.mkl._mkl_linear(inputs, packed, weight, None, num_tokens)
 
     def check_fp8(self, recipe: str) -> str | None:
         """Refuse: CPUs have no FP8 units."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -84,6 +84,10 @@ class CudaPlatform:
         """Return flash attention from Ampere on in formats of 16 bits, else the one that takes them all."""
         has_flash = compute in ("bf16", "fp16") and torch.cuda.get_device_capability() >= (8, 0)
         return "flash" if has_flash else "efficient"
+
+    def pack_weight(self, weight: torch.Tensor, num_tokens: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return None: cuBLAS reads weights as they lie."""
+        return None
 
     def check_fp8(self, recipe: str) -> str | None:
         """Refuse GPUs before Ada and Hopper, for blocks those before Hopper, for MXFP8 those before Blackwell."""

@@ -55,6 +55,21 @@ def test_each_patch_has_its_target_and_nothing_is_patched_on_cuda():
     assert done.stdout.strip() == "all is well"
 
 
+def test_a_cpu_packs_weights_for_products_of_some_tokens_in_fp32():
+    import torch
+
+    from parallel.platform import load_platform
+
+    platform = load_platform("cpu")
+    weight, inputs = torch.randn(24, 40), torch.randn(16, 1, 40)
+    assert platform.pack_weight(weight, 1) is None and platform.pack_weight(weight.bfloat16(), 16) is None
+    multiply = platform.pack_weight(weight, 16)
+    assert (multiply is not None) == torch.backends.mkl.is_available()
+    if multiply is not None:
+        expected = (inputs.double() @ weight.double().t()).float()
+        torch.testing.assert_close(multiply(inputs), expected, atol=1e-5, rtol=0)
+
+
 def profile_steps(place: Place, num_steps: int) -> dict[str, float]:
     """Return the time and calls of the replacements within a few steps, and how many torch modes tax every call."""
     import cProfile

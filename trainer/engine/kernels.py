@@ -10,12 +10,14 @@ import queue
 from collections.abc import Iterator
 
 from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from parallel.platform.base import Platform
 from parallel.replaced_names import NamePatch, replace_names
 from trainer.losses.cross_entropy import find_largest_logits
 from trainer.model.fewer_passes import rms_norm, swiglu, weighted_swiglu
 from trainer.model.linears import copy_to_tp, forward_without_gradients, reduce_over_tp
+from trainer.model.new_tokens import forward_new_tokens
 from trainer.model.rotate import angles_of_this_rank, compile_rotation, rotate_documents, rotate_rows
 from trainer.model.weight_gradients import WeightGradients
 from trainer.optim.adam import GroupStepAdamW, has_fused_adam
@@ -24,6 +26,7 @@ from trainer.optim.grad_norm import compute_l2_norm, compute_l2_norm_at_once, sc
 _LINEARS = "megatron.core.tensor_parallel.layers"
 _EMBEDDINGS = "megatron.core.models.common.embeddings"
 _ROTATION = f"{_EMBEDDINGS}.rope_utils"
+_LAYER = "megatron.core.transformer.transformer_layer"
 _MLP = "megatron.core.transformer.mlp"
 _LOSS = "megatron.core.tensor_parallel.cross_entropy"
 _OPTIMIZER = "megatron.core.optimizer"
@@ -53,6 +56,9 @@ def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
         yield NamePatch(f"{_LINEARS}:{layer.__name__}._forward_impl", multiply, why)
     yield NamePatch(f"{_LINEARS}:reduce_from_tensor_model_parallel_region", reduce_over_tp, why)
     yield NamePatch(f"{_LINEARS}:copy_to_tensor_model_parallel_region", copy_to_tp, why)
+    why = "its own takes as long as the modules of a layer where each row has one new token"
+    forward = forward_new_tokens(TransformerLayer.forward)
+    yield NamePatch(f"{_LAYER}:TransformerLayer.forward", forward, why)
     yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_thd", rotate_documents, "its own asks the host twice a layer")
     why = "its own copies an index from the host to a CUDA device in every pass"
     for module in ("rotary_pos_embedding", "yarn_rotary_pos_embedding"):

@@ -31,6 +31,7 @@ from trainer.generate.sampling import Sampling, check_keys, draw_tokens, row_ran
 from trainer.generate.stops import Decode, find_stop_string
 from trainer.model.attention.cache import CachedTokens, KeyValueCache
 from trainer.model.build import attending_with_cache
+from trainer.model.packed_weights import packing_weights
 
 MAX_ROWS = 64
 _PROMPT_TOKENS = 8192  # of the prompts that are computed in one pass: its activations
@@ -119,8 +120,12 @@ class EngineGenerator:
         if self._cache_bytes is not None:
             num_slots = min(num_slots, rows_that_fit(model.config, self._cache_bytes, longest))
         cache = KeyValueCache(num_slots, slot_length(longest))
-        with attending_with_cache(model.chunks, model.config, model.mesh):
-            generation = _Generation(model, rows, cache, sampling, self._decode, on_token)
+        pack = model.mesh.platform.pack_weight
+        with (
+            attending_with_cache(model.chunks, model.config, model.mesh),
+            packing_weights(model.chunks, pack) as see_tokens,
+        ):
+            generation = _Generation(model, rows, cache, sampling, self._decode, on_token, see_tokens)
             generation.run()
         return ReplicaReport(
             replica,
@@ -166,7 +171,8 @@ def _expected(limits: Sequence[int], expected_lengths: Sequence[float] | None) -
     wrong = next((number for number, one in enumerate(expected_lengths) if not one >= 0), None)
     if wrong is not None:
         raise BadInput(
-            f"expected_lengths: {expected_lengths[wrong]} for prompt {wrong} is no number of tokens; 0 or more would work"
+            f"expected_lengths: {expected_lengths[wrong]} for prompt {wrong} is no number of tokens; a value that "
+            "would work: 0"
         )
     return [min(limit, expected) for limit, expected in zip(limits, expected_lengths, strict=True)]
 
@@ -182,9 +188,11 @@ class _Generation:
         sampling: Sampling,
         decode: Decode | None,
         on_token: OnToken | None,
+        see_tokens: Callable[[int], None],
     ) -> None:
         self._model, self._mesh, self._sampling = model, model.mesh, sampling
         self._decode, self._on_token, self._cache = decode, on_token, cache
+        self._see_tokens = see_tokens
         self._slots = Slots(rows, cache.num_slots)
         self._stops = frozenset(sampling.stop_tokens)
         self._first_logits: dict[int, torch.Tensor] = {}
@@ -214,9 +222,9 @@ class _Generation:
         if num_running:
             parts = num_microbatches(num_running, self._mesh)
             old = self._slots.active[:num_old]
-            logits.append(
-                self._compute(token_pass(old, self._cache, self._mesh, num_parts=parts, multiple=self._multiple))
-            )
+            passes = token_pass(old, self._cache, self._mesh, num_parts=parts, multiple=self._multiple)
+            self._see_tokens(len(passes[0].ids))
+            logits.append(self._compute(passes))
         if num_new:
             parts = num_microbatches(num_new, self._mesh)
             passes = prompt_pass(new, self._cache, self._mesh, num_parts=parts, multiple=self._multiple)

@@ -17,6 +17,7 @@ from configs.errors import BadInput
 
 _LARGEST_UNIFORM = 1 - 1e-12  # so that rounding draws nothing beyond the last token
 _END_OF_WORDS = 2**32  # numpy's seeds are made of such
+_BLOCK = 256  # ids of which a draw first knows the probability together
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Sampling:
 
 
 def row_random(sampling: Sampling, key: Sequence[int], sample: int) -> np.random.Generator:
-    """Return the random numbers of one answer to the prompt of this key: those of seed [sampling.seed, *key, sample]."""
+    """Return the random numbers of an answer to the prompt of this key, whose seed is [sampling.seed, *key, sample]."""
     return np.random.default_rng([sampling.seed, *key, sample])
 
 
@@ -95,22 +96,45 @@ def draw_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor
     the likeliest token has all of it, log-probabilities are those of softmax(logits).
     """
     if sampling.temperature == 0:
-        tokens = logits.argmax(dim=-1)
-        log_probs = _log_probs(logits, tokens)
+        largest, tokens = logits.max(dim=-1)  # of equal ones the first, in a fraction of argmax's time on a CPU
+        log_probs = largest - logits.logsumexp(dim=-1)
         return Drawn(tokens, log_probs, log_probs)
-    whole = logits / sampling.temperature
+    whole = logits if sampling.temperature == 1 else logits / sampling.temperature
     scaled, ids = whole, None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         ids = scaled.topk(sampling.top_k, dim=-1).indices.sort(dim=-1).values
         scaled = scaled.gather(-1, ids)
     if sampling.top_p < 1:
         scaled = scaled.masked_fill(~_nucleus(scaled, sampling.top_p), -torch.inf)
-    distribution = torch.softmax(scaled, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    wanted = uniforms.clamp(max=_LARGEST_UNIFORM).unsqueeze(-1) * distribution[:, -1:]
-    chosen = torch.searchsorted(distribution, wanted, right=True).squeeze(-1)
+    chosen, log_probs = _draw(scaled, uniforms)
     tokens = chosen if ids is None else ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    log_probs = _log_probs(scaled, chosen)
-    return Drawn(tokens, log_probs, log_probs if scaled is whole else _log_probs(whole, tokens))
+    if scaled is whole:
+        return Drawn(tokens, log_probs, log_probs)
+    full = whole.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - whole.logsumexp(dim=-1)
+    return Drawn(tokens, log_probs, full)
+
+
+def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each row of `logits [rows, n]` where softmax's distribution function exceeds its number, and log p.
+
+    Sums of blocks say in which block that is, so that the function itself, in fp64, is made within that block alone.
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    num_rows, size = logits.shape
+    weights = logits.new_zeros(num_rows, -(-size // _BLOCK) * _BLOCK)
+    torch.sub(logits, largest, out=weights[:, :size])
+    weights[:, :size].exp_()
+    blocks = weights.unflatten(-1, (-1, _BLOCK))  # [rows, blocks, ids]
+    of_blocks = blocks.sum(dim=-1).double()
+    up_to = of_blocks.cumsum(dim=-1)
+    wanted = uniforms.clamp(max=_LARGEST_UNIFORM).unsqueeze(-1) * up_to[:, -1:]
+    block = torch.searchsorted(up_to, wanted, right=True)  # [rows, 1]
+    within = blocks.take_along_dim(block.unsqueeze(-1), dim=1).squeeze(1).double().cumsum(dim=-1)
+    rest = (wanted - up_to.gather(-1, block) + of_blocks.gather(-1, block)).clamp_(min=0.0)
+    rest = torch.minimum(rest, within[:, -1:] * _LARGEST_UNIFORM)  # the block's sum was rounded otherwise
+    chosen = block * _BLOCK + torch.searchsorted(within, rest, right=True)
+    log_probs = logits.gather(-1, chosen) - largest - up_to[:, -1:].log()
+    return chosen.squeeze(-1), log_probs.squeeze(-1)
 
 
 def _nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -120,8 +144,3 @@ def _nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
     is_kept = before < top_p
     is_kept[:, 0] = True
     return torch.zeros_like(is_kept).scatter(-1, order, is_kept)
-
-
-def _log_probs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    picked = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    return picked - logits.logsumexp(dim=-1)

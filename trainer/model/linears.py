@@ -1,4 +1,5 @@
-"""Linear layers of Megatron-Core without what only a backward pass or several ranks need. Bit for bit the same.
+"""Linear layers of Megatron-Core without what only a backward pass or several ranks need. Bit for bit the same,
+but for weights that generation has packed.
 
 With one new token a row, as in generation, the wrappers around a multiplication take as long as it does.
 """
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import layers
+
+from trainer.model.packed_weights import multiply_packed
 
 _sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _reduce, _copy = layers.reduce_from_tensor_model_parallel_region, layers.copy_to_tensor_model_parallel_region
@@ -25,7 +28,9 @@ def forward_without_gradients(forward: Callable[..., torch.Tensor]) -> Callable[
     def multiply(layer: Any, input: torch.Tensor, weight: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         if torch.is_grad_enabled() or args or options.get("sequence_parallel") or weight.dtype != input.dtype:
             return forward(layer, input, weight, *args, **options)
-        output = torch.matmul(input, weight.t())
+        output = multiply_packed(input, weight)
+        if output is None:
+            output = torch.nn.functional.linear(input, weight)
         bias = options.get("bias")
         return output if bias is None else output + bias
 

@@ -38,6 +38,7 @@ def generate_much(place: Place, config: Any) -> dict[str, Any]:
         found["other keys"] = generator.generate(PROMPTS[:1], sampling, keys=[[0, 7]])
         found["report"] = generator.last_report
         found["outlives"] = memory_that_outlives(generator, sampling)
+        found["otherwise"] = answers_on_other_paths(engine, sampling)
         found["full errors"] = errors_of_full_logprobs(engine, generator)
         found["told"] = told
         spelled = decode(found["together"][0].token_ids)
@@ -80,6 +81,37 @@ def memory_that_outlives(generator: Any, sampling: Any) -> list[int]:
         left = sum(one() is not None for one in kept)
         gc.enable()
     return [len(kept), left]
+
+
+def answers_on_other_paths(engine: Any, sampling: Any) -> dict[str, Any]:
+    """Return answers by Megatron-Core's way through a layer alone, and those with packed weights; what was packed."""
+    import weakref
+
+    from trainer.generate.generator import EngineGenerator
+    from trainer.model import new_tokens, packed_weights
+
+    platform, packed, calls = engine.mesh.platform, [], []
+    pack_weight, attend, found = platform.pack_weight, new_tokens._attend, {}
+
+    def pack(weight: Any, num_tokens: int) -> Any:
+        multiply = pack_weight(weight, num_tokens) or (lambda inputs: inputs @ weight.t())  # without MKL
+        packed.append(weakref.ref(multiply))
+        return multiply
+
+    def count(*args: Any) -> Any:
+        calls.append(len(args[1]))
+        return attend(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(platform), "pack_weight", lambda _, *args: pack(*args))
+        patched.setattr(new_tokens, "_attend", count)
+        found["packed"] = EngineGenerator(engine, max_rows=16).generate(PROMPTS, sampling)
+        found["calls"] = calls
+        patched.setattr(new_tokens, "_is_plain", lambda layer: False)
+        patched.setattr(type(platform), "pack_weight", lambda *args: None)
+        found["megatron"] = EngineGenerator(engine, max_rows=16).generate(PROMPTS, sampling)
+    found["weights"] = [len(packed), sum(one() is not None for one in packed), len(packed_weights._products)]
+    return found
 
 
 def errors_of_full_logprobs(engine: Any, generator: Any) -> list[float]:
@@ -166,8 +198,8 @@ def test_what_a_model_cannot_take_is_refused(found):
         "prompt 1: 128 tokens; with model.max_position_embeddings=128 a prompt has 1 to 127",
         f"prompt 0: token {VOCAB_SIZE} is not one of the model's, 0 to {VOCAB_SIZE - 1}",
         "stop_strings: need a tokenizer to be found with; give stop_tokens, or a tokenizer",
-        "cache_bytes: 1000 hold no row of 62 tokens, prompt and answer, which takes 6.2e-05 GiB on a rank; a value that "
-        "would work: 66560",
+        "cache_bytes: 1000 hold no row of 62 tokens, prompt and answer, which takes 6.2e-05 GiB on a rank; a value "
+        "that would work: 66560",
     ]
 
 
@@ -179,6 +211,17 @@ def test_log_probabilities_of_all_ids_are_those_of_a_whole_pass(found):
 def test_the_cache_is_freed_when_the_call_returns(found):
     there, left = found["outlives"]
     assert there > 0 and left == 0
+
+
+def test_new_tokens_take_the_same_way_as_all_others_in_fewer_steps(found):
+    """Passes of new tokens by themselves, and products with packed weights, are those of Megatron-Core's layers."""
+    otherwise = found["otherwise"]
+    assert otherwise["calls"] == [16] * 4 * 19  # rows, in each layer of every pass but the prompts'
+    # four linears a layer and the output layer, packed once, freed with the call
+    assert otherwise["weights"] == [4 * 4 + 1, 0, 0]
+    for ours, theirs in zip(otherwise["packed"], otherwise["megatron"], strict=True):
+        assert ours.token_ids == theirs.token_ids
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-6)
 
 
 def test_a_report_counts_what_the_call_took(found):

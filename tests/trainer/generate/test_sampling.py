@@ -53,6 +53,32 @@ def test_draws_follow_the_distribution(settings, expected):
     assert (full_log_probs is log_probs) == (not sampling.leaves_out)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 700}, {"top_p": 0.9}])
+def test_a_draw_finds_the_token_in_a_large_vocabulary(settings):
+    """As numpy does in fp64 by the distribution function of all ids; the smallest and the largest number too."""
+    sampling, generator = Sampling(1, **settings), torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 1000, generator=generator)
+    uniforms = torch.rand(200, dtype=torch.float64, generator=generator)
+    uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
+    scaled = logits.double().numpy() / sampling.temperature
+    if sampling.top_k is not None:
+        scaled[scaled < np.sort(scaled)[:, -sampling.top_k, None]] = -np.inf
+    chances = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
+    if sampling.top_p < 1:
+        order = np.argsort(-chances)
+        before = np.take_along_axis(chances, order, axis=1).cumsum(axis=1)
+        kept = np.roll(before, 1, axis=1) < sampling.top_p
+        kept[:, 0] = True
+        np.put_along_axis(chances, order, np.where(kept, np.take_along_axis(chances, order, axis=1), 0), axis=1)
+        chances /= chances.sum(axis=1, keepdims=True)
+    function = chances.cumsum(axis=1)
+    wanted = uniforms.numpy().clip(max=1 - 1e-12)[:, None] * function[:, -1:]
+    expected = (function <= wanted).sum(axis=1)
+    tokens, log_probs, _ = draw_tokens(logits, sampling, uniforms)
+    assert tokens.tolist() == expected.tolist()
+    np.testing.assert_allclose(log_probs, np.log(chances[range(200), expected]), atol=1e-5)
+
+
 def test_greedy_takes_the_first_of_the_likeliest():
     logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
     tokens, log_probs, full_log_probs = draw_tokens(logits, Sampling(1, temperature=0.0, top_k=1), torch.empty(0))

@@ -95,8 +95,7 @@ class SdpaCoreAttention(MegatronModule):
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("SdpaCoreAttention takes document boundaries, not attention masks or biases")
         causal = (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
-        # As a slice of the projection's output it would keep all of that, queries and keys, for the backward pass.
-        value = value.contiguous()
+        is_cached = isinstance(packed_seq_params, CachedTokens)
         if isinstance(packed_seq_params, CachedTokens):
             packed_seq_params.cache.write(self._layer_number, key, value, packed_seq_params.places)
             if packed_seq_params.slots is not None:
@@ -104,7 +103,9 @@ class SdpaCoreAttention(MegatronModule):
                 return attend_cached(
                     query, self._layer_number, packed_seq_params, scale, self._window, self.softmax_offset
                 )
-        elif self._method is not None:
+        # As a slice of the projection's output it would keep all of that, queries and keys, for the backward pass.
+        value = value.contiguous()
+        if not is_cached and self._method is not None:
             return self._attend_over_ranks(query, key, value, packed_seq_params)
         if self._hides(query, key, packed_seq_params):
             if not causal and len(query) > 1:
