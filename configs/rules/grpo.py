@@ -80,7 +80,9 @@ def _check_method(config: GrpoConfig) -> Iterator[str]:
 def _check_length_of_run(config: GrpoConfig) -> Iterator[str]:
     train = config.train
     reason = "in reinforcement learning, whose data grows with every step"
-    yield from check_unused(train, "train", ("batch_ramp", "patience", "eval_num_samples"), reason)
+    yield from check_unused(train, "train", ("batch_ramp", "patience"), reason)
+    reason = "in reinforcement learning, which is validated on grpo.num_validation_prompts"
+    yield from check_unused(train, "train", ("eval_num_samples",), reason)
     if train.num_epochs is not None:
         yield (
             "train.num_epochs: a step of reinforcement learning takes as many prompts as have something to teach; a "

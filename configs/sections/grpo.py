@@ -75,7 +75,7 @@ class GrpoSection(Section):
     kl: KlSection = KlSection()
     """The penalty for leaving the reference."""
     entropy_bonus: NonNegativeFloat = 0.0
-    """What the mean entropy of a token is multiplied by and taken from the loss."""
+    """What the entropy of each token is multiplied by and taken from the loss, weighed as `normalisation` says."""
     importance_cap: PositiveFloat | None = None
     """Weigh tokens by the ratio of the training forward pass's probability to that of generation, truncated at this
     (truncated importance sampling; 2 is usual); null for no weights."""
@@ -142,7 +142,8 @@ _ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
         "advantage": "group_mean_batch", "normalisation": "token_mean", "kl_coefficient": 0.01, "kl_estimator": "k2",
     },
 }  # fmt: skip
-"""What each paper uses; DAPO's refills are at most 10 as in its authors' code, CISPO has no lower bound."""
+"""What each paper uses; DAPO's refills are at most 10 as in its authors' code, CISPO has no lower bound, and where a
+paper leaves the divergence's coefficient open (RLOO, REINFORCE++) it is that of TRL and OpenRLHF."""
 
 
 def _either(value: Any, default: Any) -> Any:

@@ -50,9 +50,9 @@ def describe_rewards(rollouts: Sequence[Rollout], divergences: Values | None, co
 
 
 def describe_work(
-    rollouts: Sequence[Rollout], seconds: Mapping[str, float], reports: Sequence[GenerationReport]
+    num_trained: int, seconds: Mapping[str, float], reports: Sequence[GenerationReport]
 ) -> dict[str, float]:
-    """Return what a step's phases took and yielded.
+    """Return what a step's phases took and yielded; `num_trained` are the tokens of all its updates.
 
     The idle share is that of the replicas' time in generation, in which a replica waits for the slowest.
     """
@@ -70,7 +70,7 @@ def describe_work(
         "timing_s/update_actor": update,
         "timing_s/step": sum(seconds.values()),
         "perf/generated_tokens_per_second": num_drawn / seconds["generate"] if seconds["generate"] else 0.0,
-        "perf/trained_tokens_per_second": sum(one.num_sampled for one in rollouts) / update if update else 0.0,
+        "perf/trained_tokens_per_second": num_trained / update if update else 0.0,
         **idle,
     }
 

@@ -100,7 +100,7 @@ class GrpoStage:
                 **describe_rewards(
                     everything if divergences is None else rollouts, divergences, config.grpo.method.kl_coefficient
                 ),
-                **describe_work(rollouts, phases, seconds.reports),
+                **describe_work(result.num_tokens, phases, seconds.reports),
                 "rollout/num_prompts_too_long": float(self._reader.num_too_long),
             },
             phase_seconds={"data": rest, **phases},

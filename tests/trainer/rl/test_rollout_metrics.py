@@ -74,7 +74,7 @@ def test_phases_and_idle_time_are_those_of_the_calls():
         return GenerationReport(tuple(ReplicaReport(rank, 7, 10 * (rank + 1), 3, 4, 100, took) for rank, took in parts))
 
     seconds = {"generate": 6.0, "reward": 1.0, "score": 2.0, "forward_backward": 3.0, "optimizer": 1.0}
-    figures = describe_work(ROLLOUTS, seconds, [report(2.0, 4.0), report(2.0, 1.0)])
+    figures = describe_work(29, seconds, [report(2.0, 4.0), report(2.0, 1.0)])
     assert figures["timing_s/generate_sequences"] == 6 and figures["timing_s/reward"] == 1
     assert figures["timing_s/score"] == 2 and figures["timing_s/update_actor"] == 4 and figures["timing_s/step"] == 13
     # Two calls of 30 tokens; each waits for its slowest, 4 and 2 seconds, of which the replicas worked 4 and 5.
