@@ -28,9 +28,9 @@ def forward_new_tokens(forward: Forward) -> Forward:
 
     def compute(layer: Any, *args: Any, **options: Any) -> tuple[torch.Tensor, Any]:
         tokens, angles = options.get("packed_seq_params"), options.get("rotary_pos_emb")
-        if not isinstance(tokens, CachedTokens) or tokens.slots is None:
+        if not isinstance(tokens, CachedTokens) or tokens.slots is None or angles is None:
             return forward(layer, *args, **options)
-        if angles is None or args or torch.is_grad_enabled() or not _is_plain(layer):
+        if args or torch.is_grad_enabled() or not _is_plain(layer):
             return forward(layer, *args, **options)
         hidden = options["hidden_states"]
         output, bias = _attend(layer.self_attention, layer.input_layernorm(hidden), angles, tokens)
