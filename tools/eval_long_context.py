@@ -43,6 +43,10 @@ class Result:
     data: str
     layout: dict[str, int]
     seed: int
+    digits: int
+    """Of a passkey."""
+    keys: int
+    """Passkeys asked in each cell."""
     perplexity: list[Bucket]
     passkeys: list[Cell]
 
@@ -111,11 +115,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if lengths[0] < maker.shortest:
         raise BadInput(f"--lengths: {lengths[0]} tokens are too few to hide a passkey in; at least {maker.shortest}")
     documents = read_long_documents(dataset, lengths[-1], arguments.documents)
+    if environment.rank == 0:
+        _make_directory(arguments.out)
+        if len(documents) < arguments.documents:
+            print(f"{arguments.data}: {len(documents)} documents have more than {lengths[-1]} tokens, all are taken")
     with open_model(config, arguments.model, environment) as model:
         result = _measure(model, documents, maker, arguments)
     if environment.rank == 0:
         _show(result)
         _write(result, Path(arguments.out))
+
+
+def _make_directory(out: str) -> None:
+    """Make the directory of the results before anything is measured. Raises BadInput where that cannot be."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"--out {out}: cannot be made ({error.strerror}); a value that would work: runs/demo/evaluation"
+        ) from error
 
 
 def _measure(
@@ -136,7 +154,16 @@ def _measure(
         for place, (length, depth) in enumerate(pairs):
             cells.append(measure_passkeys(model, maker, length, depth, arguments.keys, arguments.seed))
             show(first + sum(costs[: place + 1]))
-    return Result(str(arguments.model), arguments.data, model.mesh.sizes(), arguments.seed, buckets, cells)
+    return Result(
+        str(arguments.model),
+        arguments.data,
+        model.mesh.sizes(),
+        arguments.seed,
+        arguments.digits,
+        arguments.keys,
+        buckets,
+        cells,
+    )
 
 
 @contextlib.contextmanager
@@ -151,18 +178,23 @@ def _progress(total: float, model: ShardedModel) -> Iterator[Callable[[float], N
 
 def _show(result: Result) -> None:
     """Print both tables."""
-    print(f"{result.model} on {result.layout['world']} ranks, text of {result.data}")
+    ranks = result.layout["world"]
+    print(f"{result.model} on {ranks} rank{'s' if ranks > 1 else ''}, text of {result.data}")
     print("positions            perplexity     loss    tokens")
     for one in result.perplexity:
         span = f"{one.first} to {one.end - 1}"
         print(f"{span:<18} {one.perplexity:12.2f} {one.loss:8.3f} {one.num_tokens:9d}")
     depths = sorted({cell.depth for cell in result.passkeys})
-    print("passkeys found at depth " + " ".join(f"{depth:5.0%}" for depth in depths) + "   loss of the answer")
+    print(
+        f"passkeys of {result.digits} digits found at depth "
+        + " ".join(f"{depth:5.0%}" for depth in depths)
+        + "   loss of the answer"
+    )
     for length in sorted({cell.length for cell in result.passkeys}):
         row = [cell for cell in result.passkeys if cell.length == length]
         mean_loss = sum(cell.loss for cell in row) / len(row)
         shares = " ".join(f"{cell.accuracy:5.0%}" for cell in sorted(row, key=lambda cell: cell.depth))
-        print(f"{length:>16} tokens  {shares}   {mean_loss:.3f}")
+        print(f"{length:>28} tokens  {shares}   {mean_loss:.3f}")
 
 
 def _write(result: Result, directory: Path) -> None:
@@ -170,7 +202,6 @@ def _write(result: Result, directory: Path) -> None:
     from tools.long_context_figures import draw_passkeys, draw_perplexity
     from trainer.report.sinks import TensorBoard
 
-    directory.mkdir(parents=True, exist_ok=True)
     draw_passkeys(result.passkeys, directory / "passkeys.png")
     draw_perplexity(result.perplexity, directory / "perplexity.png")
     events = TensorBoard(directory / "tensorboard", 0)

@@ -20,15 +20,16 @@ from tools.paths import path_text
 
 
 def make_passkeys(text: str, tokenizer_directory: str, out: str, arguments: argparse.Namespace) -> None:
-    """Write `<out>.bin` and `<out>.idx`: documents of up to `arguments.longest` tokens, `arguments.tokens` in all.
+    """Write a dataset at `out`: documents of up to `arguments.longest` tokens, `arguments.tokens` in all.
 
     An octave of lengths has half the tokens of the one below it: finding the key is learnt on short texts, many to a
     sample, and stretched by the long ones. The key lies at any depth. Raises BadInput.
     """
     import numpy as np
 
+    from trainer.data.dataset_files import DatasetMeta
     from trainer.data.indexed import TokenDataset, check_tokenizer
-    from trainer.data.making.parts import write_dataset
+    from trainer.data.making.parts import hash_file, write_dataset
     from trainer.data.making.workers import token_dtype
     from trainer.data.tokenizer import load_tokenizer
     from trainer.evaluate.passkey import PasskeyMaker
@@ -50,7 +51,22 @@ def make_passkeys(text: str, tokenizer_directory: str, out: str, arguments: argp
             num_tokens += len(documents[-1])
             progress.show(num_tokens)
     lengths = np.array([len(document) for document in documents], dtype=np.int32)
-    write_dataset(Path(out), np.concatenate(documents).astype(token_dtype(tokenizer.vocab_size)), lengths)
+    dtype = token_dtype(tokenizer.vocab_size)
+    write_dataset(Path(out), np.concatenate(documents).astype(dtype), lengths)
+    DatasetMeta(
+        vocabulary_hash=tokenizer.vocabulary_hash,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        dtype=np.dtype(dtype).name,
+        num_documents=len(documents),
+        num_tokens=num_tokens,
+        num_empty_documents=0,
+        fingerprint=f"passkeys/{arguments.digits}/{arguments.longest}/{arguments.tokens}/{arguments.seed}",
+        bin_sha256=hash_file(Path(f"{out}.bin")),
+        idx_sha256=hash_file(Path(f"{out}.idx")),
+        eod_token=tokenizer.eod_token,
+        bos_id=tokenizer.bos_id,
+    ).write(Path(f"{out}.meta.json"))
     print(f"{out}: {len(documents):,} documents, {num_tokens:,} tokens")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -172,6 +173,15 @@ def describe_new_use(before: ModelConfig, trained_len: int, config: Config) -> t
             f"train.seq_len is {seq_len}, it was {trained_len}, and model.rope has met no positions beyond; a value to "
             f"try: model.rope.base={base:.0f}"
         )
+    rope = config.model.rope
+    if rope.scaling == "yarn":
+        reach = int(rope.factor * rope.original_max_position_embeddings)
+        if reach < seq_len:
+            changes.append(
+                f"model.rope reaches {reach} positions (factor times original_max_position_embeddings) and "
+                f"train.seq_len is {seq_len}; a value to try: model.rope.factor="
+                f"{math.ceil(seq_len / rope.original_max_position_embeddings)}"
+            )
     return tuple(changes)
 
 
@@ -207,6 +217,12 @@ def _all_changes(manifest: Manifest, config: Config) -> tuple[str, ...]:
         compute_learning_rate(step, one.train.num_steps, one.optimizer, one.schedule) for one in (saved, config)
     )
     changes = describe_changes(manifest.config, resolved_dict(config))
+    for name in ("init_from", "init_from_hf"):
+        was, is_now = manifest.config["checkpoint"].get(name), getattr(config.checkpoint, name)
+        if is_now is not None and was is not None and was != is_now:
+            changes.append(
+                f"checkpoint.{name} is {is_now}, it was {was}, and is not read again; another run.name begins there"
+            )
     if before != after:
         changes.append(f"so the learning rate of step {step + 1} is {after:.3g}, it would have been {before:.3g}")
     return tuple(changes)

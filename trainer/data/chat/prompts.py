@@ -80,7 +80,7 @@ class PromptFile:
             )
 
     def read(self, number: int) -> Prompt | None:
-        """Return a row as a prompt, None where it is too long, or, with a warning, where the template cannot write it."""
+        """Return a row as a prompt; None where it is too long or, with a warning, the template cannot write it."""
         try:
             ids = self._encode(number)
         except BadRow as error:
