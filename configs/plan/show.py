@@ -22,7 +22,8 @@ from configs.plan.derive import (
 )
 from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
 from configs.plan.flops import flops_per_step
-from configs.stages import STAGE_CONFIGS, Config, RftConfig, Split
+from configs.plan.kv_cache import plan_cache
+from configs.stages import STAGE_CONFIGS, Config, GrpoConfig, RftConfig, Split
 
 _MIB, _GIB = 2**20, 2**30
 _DEVICE_GB = (24, 40, 48, 80, 141, 180)
@@ -113,7 +114,15 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     for kind in ("weights", "gradients", "optimizer", "activations"):
         if getattr(memory, kind):
             yield f"  {kind}", _size_text(getattr(memory, kind))
-    yield "fits in", _fitting_device(memory.total)
+    needed = memory.total
+    if isinstance(config, GrpoConfig):
+        num_rows, cache = plan_cache(config)
+        answers = f"{num_rows} of up to {config.train.seq_len + 1:,} tokens at once on each of {layout.dp * layout.cp}"
+        yield "cache of answers", f"{_size_text(cache)} while answers are drawn: {answers} replicas of the model"
+        if config.grpo.method.kl_coefficient and config.lora is None and not isinstance(config, RftConfig):
+            yield "reference", f"{_size_text(memory.weights)} of the host's memory for each rank"
+        needed += max(0, cache - memory.activations)  # which are not there at the same time
+    yield "fits in", _fitting_device(needed)
     batch = config.train.global_batch_size
     if model.window_size is not None:
         windowed = sum(window is not None for window in layer_windows(model))

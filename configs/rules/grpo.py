@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from configs.errors import BadInput
+from configs.plan.kv_cache import bytes_of_token, slot_length
 from configs.rules.model import check_unused
 from configs.stages import Config, GrpoConfig, RftConfig
 
@@ -14,6 +16,7 @@ def check_grpo(config: Config) -> Iterator[str]:
         return
     yield from _check_groups(config)
     yield from _check_lengths(config)
+    yield from _check_cache(config)
     if not isinstance(config, RftConfig):
         yield from _check_comparison(config)
         yield from _check_method(config)
@@ -56,6 +59,21 @@ def _check_lengths(config: GrpoConfig) -> Iterator[str]:
         yield (
             f"rollout.max_new_tokens: {new} leaves no room for a prompt in train.seq_len={seq_len}; a value that would "
             f"work: {max(seq_len // 2, 1)}"
+        )
+
+
+def _check_cache(config: GrpoConfig) -> Iterator[str]:
+    if config.rollout.cache_gib is None:
+        return
+    try:
+        each = bytes_of_token(config)
+    except BadInput:
+        return  # of the layout, which has rules of its own
+    needed = (slot_length(config.train.seq_len + 1) + 1) * each / 2**30
+    if config.rollout.cache_gib < needed:
+        yield (
+            f"rollout.cache_gib: {config.rollout.cache_gib:g} hold no answer of train.seq_len={config.train.seq_len} "
+            f"tokens with its prompt, which takes {needed:.3g} GiB on a rank; a value that would work: {8 * needed:.2g}"
         )
 
 

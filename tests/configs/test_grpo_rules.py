@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from configs.plan.kv_cache import plan_cache
 from configs.rules.check import check_config
 from configs.sections.grpo import GrpoSection, PolicyMethod
 from configs.stages import GrpoConfig
@@ -55,6 +56,15 @@ def test_every_algorithm_is_accepted_as_it_is(algorithm):
 def test_what_cannot_be_is_refused(grpo, rollout, sentence):
     (problem,) = problems_of(grpo, rollout)
     assert re.match(sentence, problem), problem
+
+
+def test_a_cache_without_room_for_an_answer_is_refused_and_the_plan_tells_the_bytes():
+    [problem] = problems_of(rollout={"cache_gib": 1e-6})
+    assert re.search(r"rollout\.cache_gib: 1e-06 hold no answer of train\.seq_len=64 .* takes ([\d.e-]+) GiB", problem)
+    assert problems_of(rollout={"cache_gib": 0.01}) == []
+    fields: dict[str, Any] = FIXED | {"train": TRAIN, "rollout": {"max_rows": 8}, "precision": {"compute": "fp32"}}
+    # 8 answers in slots of 128, and the spare place: keys and values of 2 heads of 4 numbers, 4 bytes each
+    assert plan_cache(GrpoConfig.model_validate(fields)) == (8, (8 * 128 + 1) * 2 * 2 * 4 * 4)
 
 
 def test_what_has_a_reason_is_allowed():

@@ -50,9 +50,9 @@ def score(engine: Any, prompt: list[int], ids: list[int]) -> list[float]:
 
 def generate_as(place: Place, config: Any, start: str, is_hf: bool) -> tuple[Any, Any, list[float]]:
     """Return greedy answers, drawn ones, and the largest errors of their log-probabilities against a whole forward."""
+    from configs.plan.kv_cache import bytes_of_token
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
-    from trainer.generate.cache_size import bytes_of_token
     from trainer.generate.generator import EngineGenerator
     from trainer.generate.sampling import Sampling
     from trainer.hf.source import HfModel

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import BadInput
+from configs.plan.kv_cache import rows_that_fit, slot_length
 from parallel.collectives import (
     from_first_tp_rank,
     from_last_pp_stage,
@@ -23,7 +24,6 @@ from parallel.collectives import (
 )
 from trainer.data.batch import copy_to
 from trainer.engine.sharded_model import ShardedModel
-from trainer.generate.cache_size import rows_that_fit, slot_length
 from trainer.generate.passes import num_microbatches, prompt_pass, token_pass
 from trainer.generate.report import GenerationReport, ReplicaReport
 from trainer.generate.rows import Completion, Row, Slots, deal

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from configs.errors import BadInput
+from configs.plan.kv_cache import rows_that_fit, slot_length
 from tests.small_runs import small_config
-from trainer.generate.cache_size import rows_that_fit, slot_length
 from trainer.generate.rows import deal
 from trainer.generate.sampling import Sampling, check_keys, draw_tokens, row_random
 from trainer.generate.stops import cut_at_stop, find_stop_string

@@ -1,12 +1,11 @@
-"""Bytes of the key-value cache <-> rows in it: arithmetic on the config, which comes out alike on every rank."""
+"""Bytes of the key-value cache of generation <-> rows in it; alike on every rank. Torch-free."""
 
 from __future__ import annotations
 
 from configs.errors import BadInput
 from configs.plan.context_bytes import head_sizes
 from configs.plan.derive import layers_per_pp_stage
-from configs.stages import Config
-from parallel.precision import DTYPES
+from configs.stages import Config, GrpoConfig
 
 _LENGTH_MULTIPLE = 64  # so that caches of about one length have tables of angles of one length
 _GIB = 2**30
@@ -24,7 +23,19 @@ def bytes_of_token(config: Config) -> int:
     """
     sizes = head_sizes(config.model, config.parallel.tp)
     layers = max(layers_per_pp_stage(config.model, config.parallel))
-    return layers * sizes.groups * 2 * sizes.dim * DTYPES[config.precision.compute].itemsize
+    return layers * sizes.groups * 2 * sizes.dim * (4 if config.precision.compute == "fp32" else 2)
+
+
+def plan_cache(config: GrpoConfig) -> tuple[int, int]:
+    """Return how many answers a replica draws at once, and the bytes on a rank that their cache takes.
+
+    Raises BadInput where `rollout.cache_gib` holds not one.
+    """
+    rollout, longest = config.rollout, config.train.seq_len + 1
+    num_rows = rollout.max_rows
+    if rollout.cache_gib is not None:
+        num_rows = min(num_rows, rows_that_fit(config, int(rollout.cache_gib * _GIB), longest))
+    return num_rows, (num_rows * slot_length(longest) + 1) * bytes_of_token(config)
 
 
 def rows_that_fit(config: Config, cache_bytes: int, longest: int) -> int:
