@@ -52,6 +52,9 @@ def check_sizes(prefix: str) -> IndexHeader:
     idx, data = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (data, idx):
         if not file.is_file():
+            plain = prefix.removesuffix(".bin").removesuffix(".idx")
+            if plain != prefix and Path(plain + ".bin").is_file():
+                raise BadInput(f"data {prefix}: both of its files have one name; a value that would work: {plain}")
             raise BadInput(f"data {file}: no such file; {MAKE_AGAIN} --out {prefix}")
     header = read_header(idx)
     check_size(data, header.num_tokens * header.itemsize)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 
 from rich.progress import BarColumn, Progress, TextColumn
@@ -24,7 +23,6 @@ class LiveLine:
         self._first_step = start_step + 1
         self._step_seconds: float | None = None
         self._tokens_per_second: float | None = None
-        self._last_time = time.monotonic()
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=30 if self._is_wide else 8),
@@ -39,10 +37,8 @@ class LiveLine:
     def update(self, row: Mapping[str, float]) -> None:
         """Show one step's row."""
         step = int(row["step"])
-        now = time.monotonic()
-        elapsed, self._last_time = now - self._last_time, now
-        # Smoothed over about ten steps: one slow step (a checkpoint, an evaluation) must not swing the estimate.
-        self._step_seconds = _smooth(self._step_seconds, elapsed)
+        # Of steps alone, without validations, which come seldom; smoothed, so that one slow step does not swing it.
+        self._step_seconds = _smooth(self._step_seconds, row["seconds"])
         self._tokens_per_second = _smooth(self._tokens_per_second, row["tokens_per_second"])
         left = format_duration(self._step_seconds * (self._num_steps - step))
         more = f"grad norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "

@@ -73,6 +73,12 @@ def test_a_whole_dataset_opens(prefix):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_in_the_place_of_a_prefix_says_what_would_work(prefix, suffix):
+    with pytest.raises(BadInput, match=rf"data{suffix}: both of its files have one name; .*: {prefix}$"):
+        TokenDataset(prefix + suffix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_missing_file_is_named(prefix, suffix):
     Path(prefix + suffix).unlink()
     with pytest.raises(BadInput, match=f"data{suffix}: no such file"):

@@ -192,3 +192,11 @@ def test_attempts_count_on(tmp_path):
     for name in ("attempt_1", "attempt_12", "attempt_x"):
         (tmp_path / "logs" / name).mkdir(parents=True)
     assert next_attempt(tmp_path) == 13
+
+
+def test_what_is_left_is_of_steps_alone_whatever_lay_between_them(caplog):
+    with caplog.at_level(logging.INFO, logger="trainer.report.live"):
+        line = LiveLine(1001)
+        line.update(row(1) | {"seconds": 2.0})
+        line.close()
+    assert "33m20s left" in caplog.messages[0]
