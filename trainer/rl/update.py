@@ -59,7 +59,8 @@ class PolicyUpdates:
 
         Where all advantages of a rollout are 0, as in a group of one score, its gradient is 0 too, unless there is a
         divergence or an entropy in the loss, or routers are balanced by its tokens. It costs no forward pass then, and
-        what the loss is divided by, which counts it no longer, is made good in the advantages of the others.
+        what the loss is divided by, which counts it no longer, is made good in the advantages of the others. Several
+        minibatches are then dealt of the rollouts that stay, and figures of an update are means over these.
         """
         method, model = self.method, self._config.model
         if method.kl_coefficient or method.entropy_bonus or model.moe is not None:
