@@ -31,7 +31,7 @@ LAYOUTS = {
 class RandomDocuments:
     """Documents of random tokens, none of which ends them."""
 
-    prefix = identity = "made-up"
+    prefix = origin = identity = "made-up"
     meta = None
 
     def __init__(self, lengths: Sequence[int] = LENGTHS) -> None:

@@ -134,18 +134,19 @@ def test_a_file_of_any_form_of_fine_tuning_is_asked(tmp_path, suffix, row, expec
 
 
 def test_a_run_is_asked_with_the_template_it_was_tuned_with(monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
     import trainer.checkpoint.layout
     import trainer.checkpoint.manifest
     from tools.open_model import read_template_of
 
     assert read_template_of(tmp_path) is None
-    saved = {"sft": {"template": "chatml"}}
+    saved: dict[str, dict] = {}
+    manifest = trainer.checkpoint.manifest.Manifest(1, {}, {}, {}, saved, {}, {})
     monkeypatch.setattr(trainer.checkpoint.layout, "resolve_checkpoint", lambda place: place)
-    monkeypatch.setattr(trainer.checkpoint.manifest, "read_manifest", lambda place: SimpleNamespace(config=saved))
-    assert read_template_of(tmp_path) == "chatml"
-    del saved["sft"]
+    monkeypatch.setattr(trainer.checkpoint.manifest, "read_manifest", lambda place: manifest)
+    for stage in ("sft", "grpo"):
+        saved[stage] = {"template": "chatml"}
+        assert read_template_of(tmp_path) == "chatml"
+        del saved[stage]
     assert read_template_of(tmp_path) is None
 
 
