@@ -26,6 +26,8 @@ def check_grpo(config: Config) -> Iterator[str]:
     top_k = config.rollout.top_k
     if top_k is not None and top_k > config.model.vocab_size:
         yield f"rollout.top_k: {top_k} exceeds model.vocab_size={config.model.vocab_size}; a value that would work: 50"
+    if "" in config.rollout.stop_strings:
+        yield "rollout.stop_strings: an empty text would stop every answer at once; a value that would work: []"
     if config.grpo.environment is None:
         yield from check_unused(config.grpo, "grpo", ("max_turns",), "without grpo.environment")
 

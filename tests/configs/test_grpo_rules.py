@@ -38,6 +38,7 @@ def test_every_algorithm_is_accepted_as_it_is(algorithm):
     [
         ({"group_size": 5}, {}, r"grpo\.group_size: 5 does not divide the 16 answers .* a value that would work: 4$"),
         ({"group_size": 24, "num_minibatches": 2}, {}, r"grpo\.group_size: 24 does not divide the 32 .* work: 16$"),
+        ({}, {"stop_strings": ("",)}, r"rollout\.stop_strings: an empty text .* work: \[\]$"),
         ({"group_size": 1}, {}, r"grpo\.group_size: a group of one .*grpo\.advantage=group_std"),
         ({"algorithm": "dapo", "group_size": 1, "advantage": "batch"}, {}, r"grpo\.num_refills: a group of one"),
         ({"rewards": []}, {}, r"grpo\.rewards: .*exact_match"),

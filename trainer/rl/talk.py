@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,9 +96,18 @@ def ask(environment: Environment | None, talk: Talk) -> Turn | str:
     if environment is None:
         return Turn((said,), None, is_done=True)
     try:
-        return environment.answer(talk.prompt.columns, talk.messages, talk.texts[-1])
+        turn = environment.answer(talk.prompt.columns, talk.messages, talk.texts[-1])
     except Exception as error:  # an environment is the user's code: its failure is this conversation's alone
         return f"{type(error).__name__}: {in_one_line(error)}"
+    return turn if is_turn(turn) else f"answered {repr(turn)[:80]}, which is no Turn of messages and a finite reward"
+
+
+def is_turn(turn: object) -> bool:
+    """Return whether what an environment gave is a turn: messages, the reply first, and a finite reward or None."""
+    if not isinstance(turn, Turn) or not isinstance(turn.messages, list | tuple) or not turn.messages:
+        return False
+    is_number = isinstance(turn.reward, int | float) and math.isfinite(turn.reward)
+    return all(isinstance(one, Mapping) for one in turn.messages) and (turn.reward is None or is_number)
 
 
 def begin_conversation(
@@ -105,7 +115,9 @@ def begin_conversation(
 ) -> Conversation:
     """Return what the policy answers first in an environment. Raises BadRow for a row that it cannot use."""
     try:
-        turns = environment.begin(row, seed + number)
+        turns = [dict(turn) for turn in environment.begin(row, seed + number)]
     except BadInput as error:
         raise BadRow(str(error)) from error
-    return Conversation(tuple(parse_turn(dict(turn), {}, {}) for turn in turns), tuple(environment.tools), path, number)
+    except Exception as error:
+        raise BadRow(f"grpo.environment cannot begin: {type(error).__name__}: {in_one_line(error)}") from error
+    return Conversation(tuple(parse_turn(turn, {}, {}) for turn in turns), tuple(environment.tools or ()), path, number)

@@ -23,6 +23,7 @@ from trainer.run.signals import StopSignals
 from trainer.stages.base import Stage
 
 log = logging.getLogger(__name__)
+_SHARES = ("validation_accuracy/", "validation_exact_answers/")
 
 
 class Hooks:
@@ -151,10 +152,10 @@ class Hooks:
         for name, value in values.items():
             if name.startswith(VALIDATION_LOSS):
                 log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))
-            elif name.startswith(VALIDATION_SCORE):
-                log.info("step %d: %s %.4f", state.step, name, value)
-            elif not name.startswith(VALIDATION_PERPLEXITY):
+            elif name.startswith(_SHARES):
                 log.info("step %d: %s %.1f %%", state.step, name, 100 * value)
+            elif not name.startswith(VALIDATION_PERPLEXITY):
+                log.info("step %d: %s %.4g", state.step, name, value)
         return values
 
     def _report_skip(self, state: TrainState, result: StepResult) -> None:

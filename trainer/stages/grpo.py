@@ -82,6 +82,7 @@ class GrpoStage:
         config, step = self._config, state.step + 1
         prompts, rollouts, replaced = self._collect(step, seconds)
         everything = [*rollouts, *replaced]
+        _tell_failures(step, everything)
         scoring = time.perf_counter()
         minibatches, columns, advantages, divergences = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
@@ -234,6 +235,15 @@ class GrpoStage:
         drawn = advantages[rollout.key][rollout.trained()] if rollout.key in advantages else None
         prompt = self._collector.spell(prompts[rollout.group].token_ids)
         return rollout.record(step, prompt, None if drawn is None else float(drawn.mean()))
+
+
+def _tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
+    """Warn of answers without a score, with the first reason."""
+    failed = [rollout for rollout in rollouts if rollout.score is None]
+    if failed:
+        reasons = [f"{name}: {fault}" for rollout in failed for name, fault in rollout.faults.items()]
+        why = reasons[0] if reasons else "no reward applies to them"
+        log.warning("step %d: %d of %d answers have no score (%s)", step, len(failed), len(rollouts), why)
 
 
 def build_grpo_stage(context: StageContext) -> GrpoStage:
