@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from trainer.data.tokenizer import Tokenizer
     from trainer.engine.sharded_model import ShardedModel
     from trainer.generate.prompts import ChatPrompts, RawPrompts
-    from trainer.generate.rows import Completion
     from trainer.generate.sampling import Sampling
 
 
@@ -170,7 +169,7 @@ def _answer(
     lines = [
         json.dumps(
             one.told({
-                "answer": tokenizer.decode(_spoken(completion)),
+                "answer": tokenizer.decode(completion.answer_ids),
                 "finish": completion.finish,
                 "num_tokens": len(completion.token_ids),
             }),
@@ -184,11 +183,6 @@ def _answer(
         return
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{out}: {len(lines)} answers")
-
-
-def _spoken(completion: Completion) -> list[int]:
-    """Return the tokens of an answer but the one that stopped it."""
-    return completion.token_ids[:-1] if completion.finish == "stop_token" else completion.token_ids
 
 
 def _talk(
@@ -216,7 +210,7 @@ def _talk(
         messages.append(Message("user", text))
         show = _streamer(tokenizer, sampling.stop_tokens) if is_speaking else None
         (completion,) = generator.generate([prompts.encode(messages)], sampling, show)
-        messages.append(Message("assistant", tokenizer.decode(_spoken(completion))))
+        messages.append(Message("assistant", tokenizer.decode(completion.answer_ids)))
         if is_speaking:
             print(flush=True)
 

@@ -21,12 +21,6 @@ def run_hf(config: Config, platform_name: PlatformName, clock: StepClock) -> Non
     """Train a Llama of the config's sizes for the clock's steps, alone in this process, in fp32."""
     import transformers
 
-    class Tick(transformers.TrainerCallback):
-        """Ticks at the start of each optimizer step."""
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            clock.tick()
-
     with tempfile.TemporaryDirectory() as scratch:
         arguments = transformers.TrainingArguments(
             **training_arguments(config, platform_name, clock.total_steps, scratch)
@@ -35,9 +29,22 @@ def run_hf(config: Config, platform_name: PlatformName, clock: StepClock) -> Non
             model=build_llama(config.model),
             args=arguments,
             train_dataset=_read_samples(config, clock.total_steps),
-            callbacks=[Tick()],
+            callbacks=[ticking(clock)],
         )
         trainer.train()
+
+
+def ticking(clock: StepClock) -> Any:
+    """Return the callback by which a trainer of Hugging Face's kind ticks at the start of each optimizer step."""
+    import transformers
+
+    class Tick(transformers.TrainerCallback):
+        """Ticks."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+            clock.tick()
+
+    return Tick()
 
 
 def training_arguments(config: Config, platform_name: PlatformName, num_steps: int, output_dir: str) -> dict[str, Any]:

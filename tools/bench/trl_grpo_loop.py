@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from configs.stages import Config, GrpoConfig
 from parallel.platform import PlatformName
 from tools.bench.chats import TAGGED_CHATML
-from tools.bench.hf_loop import build_llama, training_arguments
+from tools.bench.hf_loop import build_llama, ticking, training_arguments
 from tools.bench.vowel_reward import count_vowels
 
 if TYPE_CHECKING:
@@ -28,12 +28,6 @@ def run_trl_grpo(config: Config, platform_name: PlatformName, clock: StepClock) 
     import trl
 
     assert isinstance(config, GrpoConfig)
-
-    class Tick(transformers.TrainerCallback):
-        """Ticks at the start of each optimizer step."""
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            clock.tick()
 
     class Counting(trl.GRPOTrainer):
         """Counts the tokens of answers."""
@@ -67,7 +61,7 @@ def run_trl_grpo(config: Config, platform_name: PlatformName, clock: StepClock) 
             args=arguments,
             train_dataset=datasets.Dataset.from_list(_read_prompts(Path(config.grpo.prompts[0].path))),
             processing_class=tokenizer,
-            callbacks=[Tick()],
+            callbacks=[ticking(clock)],
         )
         trainer.train()
 

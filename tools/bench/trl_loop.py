@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.stages import Config, SftConfig
 from parallel.platform import PlatformName
-from tools.bench.hf_loop import build_llama, training_arguments
+from tools.bench.hf_loop import build_llama, ticking, training_arguments
 
 if TYPE_CHECKING:
     from tools.bench.clock import StepClock
@@ -24,12 +24,6 @@ def run_trl(config: Config, platform_name: PlatformName, clock: StepClock) -> No
     import trl
 
     assert isinstance(config, SftConfig)
-
-    class Tick(transformers.TrainerCallback):
-        """Ticks at the start of each optimizer step."""
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            clock.tick()
 
     class Counting(trl.SFTTrainer):
         """Counts what the loss sees: every token but the first of each sample, which nothing predicts."""
@@ -53,7 +47,7 @@ def run_trl(config: Config, platform_name: PlatformName, clock: StepClock) -> No
             args=arguments,
             train_dataset=_read_samples(config),
             processing_class=transformers.AutoTokenizer.from_pretrained(str(config.data.tokenizer)),
-            callbacks=[Tick()],
+            callbacks=[ticking(clock)],
         )
         trainer.train()
 

@@ -31,6 +31,11 @@ class Completion:
     finish: Finish
     """What ended it; "length" is the limit of new tokens or the model's context."""
 
+    @property
+    def answer_ids(self) -> list[int]:
+        """The tokens of the answer, without the one that stopped it."""
+        return self.token_ids[:-1] if self.finish == "stop_token" else self.token_ids
+
 
 @dataclass
 class Row:

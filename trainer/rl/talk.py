@@ -85,8 +85,7 @@ class Talk:
 
 def spoken(completion: Completion, spell: Any, stop_strings: Sequence[str]) -> str:
     """Return the text of an answer without what stopped it."""
-    ids = completion.token_ids[:-1] if completion.finish == "stop_token" else completion.token_ids
-    text: str = spell(ids)
+    text: str = spell(completion.answer_ids)
     return cut_at_stop(text, stop_strings) if completion.finish == "stop_string" else text
 
 
