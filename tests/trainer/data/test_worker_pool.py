@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 
 import pytest
 
@@ -40,3 +41,19 @@ def test_an_error_waits_for_its_turn():
     finally:
         pool.close()
     assert found == list(range(7))
+
+
+class Asleep:
+    """An executor whose processes never begin anything."""
+
+    def submit(self, *unused) -> Future:
+        return Future()
+
+    def shutdown(self, **unused) -> None:
+        pass
+
+
+def test_what_no_process_has_begun_is_done_here_also_where_it_is_the_next(monkeypatch):
+    pool = WorkerPool(make, 2, 2, num_workers=2)
+    monkeypatch.setattr(pool, "_pool", Asleep())
+    assert [result for _, (_, result) in pool.in_order(double, range(7))] == [0, 2, 4, 6, 8, 10, 12]

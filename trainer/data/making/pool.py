@@ -57,8 +57,8 @@ class WorkerPool:
             item, future = running[0]
             if future is None:
                 future = self._do_here(task, item, *arguments)
-            while not future.done() and self._take_over(task, running, *arguments):
-                pass
+            elif not future.done() and self._take_over(task, running, *arguments):
+                continue  # it may have been the first, whose place then has another future
             running.popleft()
             result = future.result()
             for following in islice(source, 1):
