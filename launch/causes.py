@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from configs.errors import in_one_line
-from configs.stages import Config, RftConfig
+from configs.stages import Config, GrpoConfig, RftConfig
 from parallel.failures import error_chain
 
 _GIB = 2**30
@@ -74,8 +74,9 @@ def _memory_sentence(error: BaseException, config: Config, world_size: int) -> s
 
     needed = estimate_memory(config, derive_layout(config, world_size)).total
     said = f" ({in_one_line(error)})" if str(error).strip() else ""
+    answers = "rollout.max_rows, rollout.cache_gib, " if isinstance(config, GrpoConfig) else ""
     return (
         f"memory ran out{said}: by estimate a rank takes {needed / _GIB:,.1f} GiB or more; more ranks with a larger "
-        "parallel.tp or parallel.pp would take less each, so would a smaller train.micro_batch_size or train.seq_len, "
-        "and train.recompute.granularity=full"
+        f"parallel.tp or parallel.pp would take less each, so would a smaller {answers}train.micro_batch_size or "
+        "train.seq_len, and train.recompute.granularity=full"
     )

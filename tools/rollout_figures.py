@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +100,12 @@ def number_text(value: float | None, sign: str = "") -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
+
+
+def turns_of(rollout: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yield the turns behind a rollout's prompt in order: the text, and whether the policy wrote it."""
+    for answer, observation in zip_longest(rollout["answers"], rollout.get("observations", [])):
+        if answer is not None:
+            yield str(answer), True
+        if observation is not None:
+            yield str(observation), False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.html_page import draw_table, write_page
-from tools.rollout_figures import StepFigures, head, number_text, reward_names
+from tools.rollout_figures import StepFigures, head, number_text, reward_names, turns_of
 
 _WIDTH, _HEIGHT, _LEFT, _TOP = 760, 220, 60, 20
 _LINES = (("score", "#1a7f37"), ("length", "#0969da"))
@@ -93,10 +93,12 @@ def _draw_sample(one: Mapping[str, Any]) -> str:
     way = "up" if advantage > 0 else "down" if advantage < 0 else ""
     score = "" if one["score"] is None else f"{one['score']:g}"
     faults = "".join(f"<p class=fault>{html.escape(f'{name}: {text}')}" for name, text in one["faults"].items())
-    answers = "".join(f"<pre class='{way}'>{html.escape(str(text))}</pre>" for text in one["answers"])
+    turns = "".join(
+        f"<pre class='{way if is_answer else 'prompt'}'>{html.escape(text)}</pre>" for text, is_answer in turns_of(one)
+    )
     return (
         f"<article data-step={one['step']} data-score='{score}'><h3>{html.escape(title_of(one))}</h3>"
-        f"<pre class=prompt>{html.escape(one['prompt'])}</pre>{answers}{faults}</article>"
+        f"<pre class=prompt>{html.escape(one['prompt'])}</pre>{turns}{faults}</article>"
     )
 
 

@@ -21,7 +21,7 @@ from configs.errors import BadInput
 from tools.console import end_process, run_command
 from tools.outputs import check_file
 from tools.paths import path_argument
-from tools.rollout_figures import ORDERS, StepFigures, choose, describe, head, read_steps, reward_names
+from tools.rollout_figures import ORDERS, StepFigures, choose, describe, head, read_steps, reward_names, turns_of
 from tools.rollout_page import title_of, write_rollout_page
 
 _PAGE_SAMPLES = 1000
@@ -178,8 +178,8 @@ def _print(found: View) -> None:
         console.print(Text(_visible(title_of(one)), style="underline"))
         advantage = one["advantage"] or 0.0
         style = "green" if advantage > 0 else "red" if advantage < 0 else ""
-        for text in one["answers"]:
-            console.print(Text(_visible(str(text)), style=style))
+        for text, is_answer in turns_of(one):
+            console.print(Text(_visible(text), style=style if is_answer else "dim"))
         for name, fault in one["faults"].items():
             console.print(Text(_visible(f"{name}: {fault}"), style="yellow"))
         console.print()

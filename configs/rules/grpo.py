@@ -29,7 +29,8 @@ def check_grpo(config: Config) -> Iterator[str]:
     if "" in config.rollout.stop_strings:
         yield "rollout.stop_strings: an empty text would stop every answer at once; a value that would work: []"
     if config.grpo.environment is None:
-        yield from check_unused(config.grpo, "grpo", ("max_turns",), "without grpo.environment")
+        names = ("max_turns", "environment_time_limit")
+        yield from check_unused(config.grpo, "grpo", names, "without grpo.environment")
 
 
 def _check_groups(config: GrpoConfig) -> Iterator[str]:

@@ -9,7 +9,10 @@ from configs.sections.base import Section
 from configs.stages import Config, RftConfig
 
 _REASON = "in rejection sampling, which trains nothing"
-_READ_OF_GRPO = {"template", "prompts", "rewards", "environment", "num_reward_workers", "group_size", "kl", "max_turns"}
+_READ_OF_GRPO = {
+    "template", "prompts", "rewards", "environment", "environment_time_limit", "num_reward_workers", "group_size", "kl",
+    "max_turns",
+}  # fmt: skip
 _READ_OF_TRAIN = {"num_steps", "seq_len", "global_batch_size", "recompute"}
 
 

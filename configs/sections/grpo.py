@@ -49,8 +49,11 @@ class GrpoSection(Section):
     """Who the policy talks to over several turns: calculator, or module:Class; null for one answer a prompt."""
     max_turns: Count = 4
     """Answers of the policy in one conversation with an environment, at most."""
+    environment_time_limit: PositiveFloat = 10.0
+    """Seconds that the environment may take to answer; beyond that the conversation counts as failed."""
     num_reward_workers: Count | None = None
-    """Processes that score on each rank that does; null for one a core of the host, shared by its ranks."""
+    """Processes that score, and as many in which the environment answers, on each rank that does; null for one a core
+    of the host, shared by its ranks."""
     group_size: Count = 8
     """Answers to each prompt."""
     num_minibatches: Count = 1

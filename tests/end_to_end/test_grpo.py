@@ -41,7 +41,7 @@ def questions(tmp_path_factory) -> Path:
 def grpo(questions, train, tmp_path):
     """Return a function that reinforces seed weights: `grpo(world, name, *overrides) -> rows of metrics`.
 
-    With a `fault` that kills the ranks, or a sentence by which the run must be `refused`.
+    With a `fault` that kills the ranks, or a sentence by which the run must be `refused` with an exit `code`.
     """
     seed = tmp_path / "seed"
     tokenizer = f"data.tokenizer={questions / 'tokenizer'}"
@@ -57,12 +57,17 @@ def grpo(questions, train, tmp_path):
     )  # fmt: skip
 
     def run(
-        world: int, name: str, *overrides: str, fault: str | None = None, refused: str | None = None
+        world: int,
+        name: str,
+        *overrides: str,
+        fault: str | None = None,
+        refused: str | None = None,
+        code: ExitCode = ExitCode.BAD_INPUT,
     ) -> list[dict[str, Any]]:
         run_dir = tmp_path / name
         if refused is not None:
-            code, said = train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo")
-            assert code == ExitCode.BAD_INPUT and "\n" not in said and re.search(refused, said), said
+            ended, said = train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo")
+            assert ended == code and "\n" not in said and re.search(refused, said), said
         elif fault is None:
             assert train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo") == (ExitCode.DONE, "")
         else:
@@ -127,6 +132,33 @@ def test_a_run_reports_keeps_and_goes_on_after_kills(grpo, tmp_path):
     again = grpo(2, "killed")
     assert [without_times(row) for row in again] == [without_times(row) for row in rows]
     assert rollouts_of(tmp_path / "killed") == whole
+
+
+def test_an_environment_answers_and_its_words_are_not_trained(grpo, tmp_path):
+    environment = "tests.trainer.environments.odd_environment:Odd"
+    fixed = (
+        f"grpo.environment={environment}", "grpo.max_turns=2", "grpo.rewards=[]", "train.num_steps=1",
+        "rollout.max_new_tokens=5", "rollout.stop_strings=[a,e,i,o,n,r,s,t,l,d]", "grpo.num_minibatches=1",
+        "train.global_batch_size=16",
+    )  # fmt: skip
+    (row,), (other,) = (grpo(2, name, *fixed, f"parallel.tp={tp}") for name, tp in (("dp2", 1), ("tp2", 2)))
+    kept = rollouts_of(tmp_path / "dp2")[1]
+    assert kept == rollouts_of(tmp_path / "tp2")[1] and max(len(one["answers"]) for one in kept) == 2
+    for one in kept:
+        answer = 2 * one["row"]
+        assert one["observations"] == [
+            f"<|im_end|>\n<|im_start|>user\n{answer}, {1 + 2 * turn}<|im_end|>\n<|im_start|>assistant\n"
+            for turn in range(len(one["answers"]) - 1)
+        ]
+        assert one["score"] == one["rewards"]["environment"] == len(one["answers"])
+    assert row["num_tokens"] == sum(one["num_sampled_tokens"] for one in kept), "what it says is trained"
+    assert row["rollout/logprob_difference"] < 1e-4 and row["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
+
+
+def test_rewards_beyond_all_measure_are_named(grpo, tmp_path):
+    huge = "grpo.rewards=[{function: regex, options: {pattern: '[aeo]'}, weight: 1e36}]"
+    fixed = ("grpo.algorithm=dr_grpo", "train.max_nonfinite_steps=1", "train.num_steps=1")
+    grpo(1, "huge", huge, *fixed, refused="lower the weights of grpo.rewards", code=ExitCode.NON_FINITE)
 
 
 def test_layouts_give_the_same_rollouts(grpo, tmp_path):

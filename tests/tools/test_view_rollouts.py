@@ -34,7 +34,16 @@ def run(tmp_path):
     second = [rollout(2, 1, sample, 0.25 * sample, num_sampled_tokens=sample + 1) for sample in range(5)]
     second += [
         rollout(2, 0, 0, 1.0, answers=[NASTY], prompt=NASTY, finish="length", num_sampled_tokens=20),
-        rollout(2, 0, 1, None, faults={"exact": "ValueError: no"}, num_sampled_tokens=5, answers=["turn 1", "turn 2"]),
+        rollout(
+            2,
+            0,
+            1,
+            None,
+            faults={"exact": "ValueError: no"},
+            num_sampled_tokens=5,
+            answers=["turn 1", "turn 2"],
+            observations=["<tool> 3"],
+        ),
         rollout(2, 0, 2, 1.0, num_sampled_tokens=0),
     ]
     write_rollouts(tmp_path, 2, second)
@@ -75,7 +84,11 @@ def test_a_row_is_followed_over_the_steps(run, capsys):
     assert [line.split("  group")[0] for line in lines if line.startswith("step ") and "sample" in line] == [
         "step 1  train:7", "step 1  train:7", "step 2  train:7", "step 2  train:7",
     ]  # fmt: skip
-    assert lines.count("<|im_start|>question 1.0") == 1 and "turn 1" in lines and "exact: ValueError: no" in lines
+    assert (
+        lines.count("<|im_start|>question 1.0") == 1
+        and "turn 1,<tool> 3,turn 2" in ",".join(lines)
+        and "exact: ValueError: no" in lines
+    )
     assert not any("\x1b" in line for line in lines) and any("\\x1b[31mred" in line for line in lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +42,14 @@ class Environment(Protocol):
     def answer(self, row: Mapping[str, Any], messages: Sequence[Message], reply: str) -> Turn:
         """Return what follows a reply, its text without the end-of-turn token, to the messages so far."""
         ...
+
+
+def is_turn(turn: object) -> bool:
+    """Return whether what an environment gave is a turn: messages, the reply first, and a finite reward or None."""
+    if not isinstance(turn, Turn) or not isinstance(turn.messages, list | tuple) or not turn.messages:
+        return False
+    is_number = isinstance(turn.reward, int | float) and math.isfinite(turn.reward)
+    return all(isinstance(one, Mapping) for one in turn.messages) and (turn.reward is None or is_number)
 
 
 _BUILT_IN = {"calculator": "trainer.environments.calculator:Calculator"}

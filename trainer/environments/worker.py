@@ -1,4 +1,4 @@
-"""A process that scores answers: it imports the reward functions once and sends back one message a reward.
+"""A process that scores or answers replies: it imports rewards or an environment once, and sends a message for each.
 
 Started by process.py. Never imports torch by itself.
 """
@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from configs.errors import BadInput, in_one_line
+from trainer.environments.environment import Environment, is_turn, load_environment
 from trainer.environments.rewards.registry import LoadedReward, load_reward
 from trainer.environments.rewards.reply import Reply
 
@@ -30,14 +31,16 @@ class Order:
     function: str
     options: Mapping[str, Any]
     time_limit: float
+    is_environment: bool = False
+    """`function` names an environment, which answers replies."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one reward made of one reply."""
+    """What one reward, or the environment, made of one reply."""
 
-    value: float | None
-    """None where it does not apply, or failed."""
+    value: Any
+    """A number, None where the reward does not apply or failed; a `Turn` of an environment."""
     fault: str | None = None
     is_refusal: bool = False
     """It refused its options, not this reply."""
@@ -71,17 +74,17 @@ def main(descriptor: int, parent: int) -> None:
         connection.send(time.monotonic())
         for reply in replies:
             for reward, order in zip(loaded, orders, strict=True):
-                part = score_part(reward, reply, order.time_limit)
+                part = work_out_part(reward, reply, order.time_limit, _turn if order.is_environment else _number)
                 if os.getpid() != process:  # a copy of this process that the function has made and not ended
                     os._exit(0)
                 connection.send((part, time.monotonic()))
 
 
-def score_part(reward: LoadedReward, reply: Reply, time_limit: float) -> Part:
-    """Return a reward's value for a reply; whatever it raises, or returns beside numbers, is a fault."""
+def work_out_part(reward: LoadedReward, reply: Reply, time_limit: float, read: Callable[[Any], Part]) -> Part:
+    """Return a reward's value for a reply as `read` takes it; whatever it raises, or returns besides, is a fault."""
     began = time.monotonic()
     try:
-        value = _number(reward.function(reply, **reward.options))
+        value = read(reward.function(reply, **reward.options))
     except BadInput as error:
         return Part(None, " ".join(str(error).split()), is_refusal=True)
     except BaseException as error:  # of a user's function, also SystemExit and KeyboardInterrupt
@@ -107,6 +110,13 @@ def _number(value: Any) -> Part:
     return Part(number)
 
 
+def _turn(value: Any) -> Part:
+    """Return what an environment answered as a part."""
+    if is_turn(value):
+        return Part(value)
+    return Part(None, f"answered {repr(value)[:80]}, which is no Turn of messages and a finite reward")
+
+
 def _describe(error: BaseException) -> str:
     try:
         text = in_one_line(error)
@@ -120,10 +130,22 @@ def _load(orders: Sequence[Order], place: str) -> list[LoadedReward] | str:
     loaded, wrong = [], []
     for number, order in enumerate(orders):
         try:
-            loaded.append(load_reward(order.function, order.options, f"{place}[{number}]"))
+            if order.is_environment:
+                loaded.append(_load_answers(load_environment(order.function, place)))
+            else:
+                loaded.append(load_reward(order.function, order.options, f"{place}[{number}]"))
         except BadInput as error:
             wrong.append(str(error))
     return "\n".join(wrong) if wrong else loaded
+
+
+def _load_answers(environment: Environment) -> LoadedReward:
+    """Return what an environment answers as a function of a reply."""
+
+    def answer(reply: Reply) -> Any:
+        return environment.answer(reply.row, reply.messages, reply.text)
+
+    return LoadedReward(answer, {}, column=None, seconds=None)
 
 
 def _die_with(parent: int) -> None:

@@ -17,7 +17,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "answers": (list,), "score": (*_NUMBER, type(None)), "rewards": (dict,), "faults": (dict,),
     "advantage": (*_NUMBER, type(None)), "finish": (str,), "num_prompt_tokens": (int,), "num_sampled_tokens": (int,),
 }  # fmt: skip
-"""What `trainer.rl.rollout.Rollout.record` has, and the types of it."""
+"""What `trainer.rl.rollout.Rollout.record` has, and the types of it; `observations`, a list too, came later."""
 
 
 def write_rollouts(run_dir: Path, step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:

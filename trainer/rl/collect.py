@@ -6,8 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -16,7 +15,7 @@ from parallel.collectives import gather_objects, on_all_ranks
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import Prompt
 from trainer.engine.sharded_model import ShardedModel
-from trainer.environments.environment import Environment
+from trainer.environments.answering import EnvironmentPool
 from trainer.environments.rewards.reply import Reply
 from trainer.environments.scoring import RewardPool, Score
 from trainer.generate.generator import EngineGenerator
@@ -25,7 +24,9 @@ from trainer.generate.report import GenerationReport
 from trainer.generate.rows import Completion
 from trainer.generate.sampling import Sampling
 from trainer.rl.rollout import Rollout
-from trainer.rl.talk import Talk, ask, spoken
+from trainer.rl.talk import Talk, spoken
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -48,9 +49,9 @@ class Collector:
         model: ShardedModel,
         encoder: ChatEncoder,
         pool: RewardPool | None,
-        environment: Environment | None = None,
+        environment: EnvironmentPool | None = None,
     ) -> None:
-        """`pool` scores on the ranks of which `scores_here` is true; the others have none."""
+        """`pool` and `environment` work on the ranks of which `scores_here` is true; the others have none."""
         self._config, self._model, self._encoder = config, model, encoder
         self._pool, self._environment = pool, environment
         cache = config.rollout.cache_gib
@@ -92,9 +93,10 @@ class Collector:
         return self._collect(prompts, sampling, 0, 0, Seconds())
 
     def close(self) -> None:
-        """End the processes that score."""
-        if self._pool is not None:
-            self._pool.close()
+        """End the processes that score and answer."""
+        for pool in (self._pool, self._environment):
+            if pool is not None:
+                pool.close()
 
     def spell(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones spelled out."""
@@ -140,41 +142,45 @@ class Collector:
         seconds.generate += answered - started
         if self._generator.last_report is not None:
             seconds.reports.append(self._generator.last_report)
-        turns = self._shared([partial(ask, self._environment, talk) for talk in talks])
+        self._answer(talks, sampling)
+        seconds.reward += time.perf_counter() - answered
+
+    def _answer(self, talks: Sequence[Talk], sampling: Sampling) -> None:
+        """Add what follows the last replies: what the environment says, or nothing."""
+        if self._config.grpo.environment is None:
+            for talk in talks:
+                talk.end()
+            return
+        turns = self._shared(talks, sampling, None if self._environment is None else self._environment.answer)
         room = self._config.longest_prompt
         for talk, turn in zip(talks, turns, strict=True):
             talk.add_turn(turn, self._encoder, self._end_id, room)
-        seconds.reward += time.perf_counter() - answered
 
     def _text_of(self, completion: Completion) -> str:
         return spoken(completion, self.spell, self._config.rollout.stop_strings)
 
-    def _shared(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Return what each task returns, done by the first rank of one replica. Collective: all ranks of the world."""
-        if self._environment is None:
-            return [task() for task in tasks]
-        mine = self._share(len(tasks))
-        done = [(number, tasks[number]()) for number in mine] if scores_here(self._model) else []
-        found = dict(pair for part in gather_objects(done) for pair in part)
-        return [found[number] for number in range(len(tasks))]
-
-    def _share(self, num_tasks: int) -> range:
-        group = self._model.mesh.dp_cp_group
-        return range(dist.get_rank(group), num_tasks, dist.get_world_size(group))
-
     def _score(self, talks: Sequence[Talk], sampling: Sampling) -> list[Score]:
-        """Score conversations, each on the first rank of one replica. Collective: all ranks of the world must call."""
         if not self._config.grpo.rewards:
             return [Score(0.0, {}) for _ in talks]
-        mine = self._share(len(talks))
+        return self._shared(talks, sampling, None if self._pool is None else self._pool.score)
 
-        def score() -> list[tuple[int, Score]]:
-            if self._pool is None:
+    def _shared(
+        self, talks: Sequence[Talk], sampling: Sampling, work: Callable[[list[Reply]], list[Result]] | None
+    ) -> list[Result]:
+        """Return what `work` makes of the last replies, each on the first rank of one replica; the others have none.
+
+        Collective: all ranks of the world must call this.
+        """
+        group = self._model.mesh.dp_cp_group
+        mine = range(dist.get_rank(group), len(talks), dist.get_world_size(group))
+
+        def share() -> list[tuple[int, Result]]:
+            if work is None:
                 return []
-            replies = [_reply(talks[number], sampling) for number in mine]
-            return list(zip(mine, self._pool.score(replies), strict=True))
+            replies = [talks[number].as_reply(sampling.max_new_tokens) for number in mine]
+            return list(zip(mine, work(replies), strict=True))
 
-        found = dict(pair for part in gather_objects(on_all_ranks(score)) for pair in part)
+        found = dict(pair for part in gather_objects(on_all_ranks(share)) for pair in part)
         return [found[number] for number in range(len(talks))]
 
 
@@ -187,17 +193,6 @@ def count_cores() -> int:
     """Return this rank's share of the cores of its host, for the processes that score: at least one."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, len(os.sched_getaffinity(0)) // local)
-
-
-def _reply(talk: Talk, sampling: Sampling) -> Reply:
-    return Reply(
-        text=talk.texts[-1],
-        row=talk.prompt.columns,
-        messages=talk.messages[: talk.num_asked],
-        num_tokens=len(talk.log_probs),
-        max_new_tokens=sampling.max_new_tokens,
-        is_cut=talk.finish == "length",
-    )
 
 
 def _rollout(talk: Talk, score: Score) -> Rollout:

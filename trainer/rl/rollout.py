@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -64,11 +65,16 @@ class Rollout:
         column[self.trained()] = values
         return column
 
-    def record(self, step: int, prompt: str, advantage: float | None) -> dict[str, Any]:
-        """Return what is kept of it in `rollouts/step_*.jsonl`."""
+    def record(self, step: int, spell: Callable[[Sequence[int]], str], advantage: float | None) -> dict[str, Any]:
+        """Return what is kept of it in `rollouts/step_*.jsonl`; `spell` gives the text of tokens.
+
+        The observations are what the policy saw between its answers, with the tokens that begin and end turns.
+        """
+        runs = groupby(zip(self.is_sampled, self.token_ids, strict=True), key=lambda pair: pair[0])
+        prompt, *observations = [spell([token for _, token in run]) for is_sampled, run in runs if not is_sampled]
         return {
             "step": step, "source": self.source, "row": self.row, "group": self.group, "sample": self.sample,
-            "prompt": prompt, "answers": list(self.texts), "score": self.score, "rewards": dict(self.rewards),
-            "faults": dict(self.faults), "advantage": advantage, "finish": self.finish,
+            "prompt": prompt, "answers": list(self.texts), "observations": observations, "score": self.score,
+            "rewards": dict(self.rewards), "faults": dict(self.faults), "advantage": advantage, "finish": self.finish,
             "num_prompt_tokens": self.is_sampled.index(True), "num_sampled_tokens": self.num_sampled,
         }  # fmt: skip

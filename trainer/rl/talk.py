@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from trainer.data.chat.messages import CallForm, to_openai
 from trainer.data.chat.prompts import Prompt
 from trainer.data.chat.turn_forms import parse_turn
 from trainer.environments.environment import Environment, Turn
+from trainer.environments.rewards.reply import Reply
 from trainer.generate.rows import Completion
 from trainer.generate.stops import Finish, cut_at_stop
 
@@ -56,6 +56,22 @@ class Talk:
         self.num_asked = len(self.messages)
         self.finish = completion.finish
 
+    def as_reply(self, max_new_tokens: int) -> Reply:
+        """Return the last reply with what it answers, as rewards and environments are given it."""
+        return Reply(
+            text=self.texts[-1],
+            row=self.prompt.columns,
+            messages=self.messages[: self.num_asked],
+            num_tokens=len(self.log_probs),
+            max_new_tokens=max_new_tokens,
+            is_cut=self.finish == "length",
+        )
+
+    def end(self) -> None:
+        """End a conversation that nothing answers."""
+        self.messages.append({"role": "assistant", "content": self.texts[-1]})
+        self.is_over = True
+
     def add_turn(self, turn: Turn | str, encoder: ChatEncoder, end_id: int, room: int) -> None:
         """Add what the environment made of the last reply, or its fault; over is what has no room for another.
 
@@ -87,26 +103,6 @@ def spoken(completion: Completion, spell: Any, stop_strings: Sequence[str]) -> s
     """Return the text of an answer without what stopped it."""
     text: str = spell(completion.answer_ids)
     return cut_at_stop(text, stop_strings) if completion.finish == "stop_string" else text
-
-
-def ask(environment: Environment | None, talk: Talk) -> Turn | str:
-    """Return what answers the last reply, or in words what went wrong. Without an environment nothing answers it."""
-    said = {"role": "assistant", "content": talk.texts[-1]}
-    if environment is None:
-        return Turn((said,), None, is_done=True)
-    try:
-        turn = environment.answer(talk.prompt.columns, talk.messages, talk.texts[-1])
-    except Exception as error:  # an environment is the user's code: its failure is this conversation's alone
-        return f"{type(error).__name__}: {in_one_line(error)}"
-    return turn if is_turn(turn) else f"answered {repr(turn)[:80]}, which is no Turn of messages and a finite reward"
-
-
-def is_turn(turn: object) -> bool:
-    """Return whether what an environment gave is a turn: messages, the reply first, and a finite reward or None."""
-    if not isinstance(turn, Turn) or not isinstance(turn.messages, list | tuple) or not turn.messages:
-        return False
-    is_number = isinstance(turn.reward, int | float) and math.isfinite(turn.reward)
-    return all(isinstance(one, Mapping) for one in turn.messages) and (turn.reward is None or is_number)
 
 
 def begin_conversation(

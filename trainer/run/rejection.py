@@ -92,7 +92,7 @@ def _sample(
     run_dir = Path(str(config.run.dir))
     model = build_models({POLICY: ModelPlan(config, is_trained=False)}, mesh)[POLICY]
     try:
-        collector = on_all_ranks(lambda: open_collector(config, model, encoder, rounds.files, None))
+        collector = on_all_ranks(lambda: open_collector(config, model, encoder, rounds.files))
         try:
             load_weights(model, sampling["weights"]["path"])
             details = describe_environment(config, mesh, has_te=has_transformer_engine())
@@ -138,10 +138,7 @@ class _Rounds:
         prompts, seconds = self._next, Seconds()
         rollouts = collector.collect(prompts, 0, self._num_done, seconds)
         self._number += 1
-        records = [
-            one.record(self._number, collector.spell(prompts[one.group - self._num_done].token_ids), None)
-            for one in rollouts
-        ]
+        records = [one.record(self._number, collector.spell, None) for one in rollouts]
         on_rank_zero(lambda: self._write(records))
         self._num_done += len(prompts)
         self._next = self._read()

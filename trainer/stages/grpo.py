@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.stages import GrpoConfig, Split
 from trainer.data.chat.encode import ChatEncoder
-from trainer.data.chat.prompts import Prompt, PromptFile, PromptReader
+from trainer.data.chat.prompts import PromptFile, PromptReader
 from trainer.data.chat.template import load_template
 from trainer.data.corpus import Corpus
 from trainer.engine.build import POLICY
@@ -21,6 +21,7 @@ from trainer.engine.parts import Checkpointed
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.sharded_state import RandomGenerators
 from trainer.engine.state import StepResult, TrainState
+from trainer.environments.answering import EnvironmentPool
 from trainer.environments.environment import Environment, load_environment
 from trainer.environments.scoring import RewardPool
 from trainer.evaluate.answers import ScoredAnswer
@@ -37,6 +38,9 @@ from trainer.rl.update import Minibatch, PolicyUpdates
 from trainer.stages.base import StageContext
 
 log = logging.getLogger(__name__)
+
+_HUGE = 1e6
+"""Advantages of rewards that anyone means to give are far below this."""
 
 
 class GrpoStage:
@@ -70,6 +74,8 @@ class GrpoStage:
                 parts["reference"] = self._reference
         self.parts: Mapping[str, Checkpointed] = parts
         self._is_through_gate = False
+        self._largest_advantage = 0.0
+        """Of the last step, by its absolute value."""
 
     def start(self, state: TrainState) -> None:
         """Remember the weights that the policy is held to, unless a checkpoint has brought them. Collective."""
@@ -80,12 +86,13 @@ class GrpoStage:
         """Answer, score and update. Collective: all ranks of the world must call this."""
         started, seconds = time.perf_counter(), Seconds()
         config, step = self._config, state.step + 1
-        prompts, rollouts, replaced = self._collect(step, seconds)
+        rollouts, replaced = self._collect(step, seconds)
         everything = [*rollouts, *replaced]
         _tell_failures(step, everything)
         scoring = time.perf_counter()
         minibatches, columns, advantages, divergences = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
+        self._largest_advantage = max((float(abs(one).max()) for one in advantages.values()), default=0.0)
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
         result = self._update(minibatches, columns, rate)
         phases = {
@@ -105,7 +112,7 @@ class GrpoStage:
                 "rollout/num_prompts_too_long": float(self._reader.num_too_long),
             },
             phase_seconds={"data": rest, **phases},
-            rollouts=[self._record(step, one, prompts, advantages) for one in everything],
+            rollouts=[self._record(step, one, advantages) for one in everything],
         )
 
     def evaluate(self) -> Evaluation:
@@ -130,7 +137,10 @@ class GrpoStage:
 
     def describe_fault(self) -> str:
         """Return what made the last step non-finite. Collective: all ranks of the world must call this."""
-        return self._engine.describe_fault()
+        found = self._engine.describe_fault()
+        if self._largest_advantage < _HUGE:
+            return found
+        return f"{found}; its advantages reach {self._largest_advantage:.2g}: lower the weights of grpo.rewards"
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the cursor of the prompts; everything else of a step follows from its number."""
@@ -149,29 +159,31 @@ class GrpoStage:
         """Whether some update of a step meets a policy that is not the one that gave the answers."""
         return self._config.grpo.num_epochs * self._config.grpo.num_minibatches > 1
 
-    def _collect(self, step: int, seconds: Seconds) -> tuple[dict[int, Prompt], list[Rollout], list[Rollout]]:
-        """Return a step's prompts by group and all their rollouts.
+    def _collect(self, step: int, seconds: Seconds) -> tuple[list[Rollout], list[Rollout]]:
+        """Return a step's rollouts, and those of groups that were replaced, which are not trained.
 
-        Groups of equal scores are replaced as often as `num_refills` says; those of the last round stay. The third are
-        the rollouts of groups that were replaced, which are trained no more.
+        Groups of equal scores are replaced as often as `num_refills` says; those of the last round stay.
         """
         wanted, refills = self._config.prompts_per_step, self._config.grpo.method.num_refills
-        prompts: dict[int, Prompt] = {}
+        num_groups = 0
         kept: list[Rollout] = []
         replaced: list[Rollout] = []
         num_missing = wanted
         for refill in range(refills + 1):
-            first = len(prompts)
-            drawn = self._reader.draw(num_missing)
-            prompts |= dict(enumerate(drawn, first))
-            rollouts = self._collector.collect(drawn, step, first, seconds)
-            useful = find_useful_groups(rollouts) if refill < refills else set(range(first, len(prompts)))
+            rollouts = self._collector.collect(self._reader.draw(num_missing), step, num_groups, seconds)
+            is_last = refill == refills
+            useful = {one.group for one in rollouts} if is_last else find_useful_groups(rollouts)
+            num_groups += num_missing
             kept += [rollout for rollout in rollouts if rollout.group in useful]
             replaced += [rollout for rollout in rollouts if rollout.group not in useful]
             num_missing -= len(useful)
             if not num_missing:
                 break
-        return prompts, kept, replaced
+            if not is_last:
+                log.info(
+                    "step %d: %d of %d groups teach nothing (equal scores), and are replaced", step, num_missing, wanted
+                )
+        return kept, replaced
 
     def _prepare(
         self, rollouts: Sequence[Rollout]
@@ -229,12 +241,9 @@ class GrpoStage:
                 break
         return combine(results)
 
-    def _record(
-        self, step: int, rollout: Rollout, prompts: Mapping[int, Prompt], advantages: Values
-    ) -> Mapping[str, Any]:
+    def _record(self, step: int, rollout: Rollout, advantages: Values) -> Mapping[str, Any]:
         drawn = advantages[rollout.key][rollout.trained()] if rollout.key in advantages else None
-        prompt = self._collector.spell(prompts[rollout.group].token_ids)
-        return rollout.record(step, prompt, None if drawn is None else float(drawn.mean()))
+        return rollout.record(step, self._collector.spell, None if drawn is None else float(drawn.mean()))
 
 
 def _tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
@@ -256,7 +265,7 @@ def build_grpo_stage(context: StageContext) -> GrpoStage:
     files = open_prompts(config, "train", encoder, environment)
     validation = open_prompts(config, "validation", encoder, environment)
     reader = PromptReader(files, [source.weight for source in grpo.prompts], config.run.seed)
-    collector = open_collector(config, engine, encoder, (*files, *validation), environment)
+    collector = open_collector(config, engine, encoder, (*files, *validation))
     return GrpoStage(config, engine, reader, validation, collector)
 
 
@@ -284,11 +293,14 @@ def open_collector(
     model: ShardedModel,
     encoder: ChatEncoder,
     files: Sequence[PromptFile],
-    environment: Environment | None,
 ) -> Collector:
-    """Return what answers prompts, with the rewards running where this rank scores. Raises BadInput for these."""
-    grpo, pool = config.grpo, None
+    """Return what answers prompts, with rewards and environment running where this rank scores. Raises BadInput."""
+    grpo, pool, environment = config.grpo, None, None
+    num_workers = grpo.num_reward_workers or count_cores()
     if grpo.rewards and scores_here(model):
-        pool = RewardPool(grpo.rewards, grpo.num_reward_workers or count_cores())
+        pool = RewardPool(grpo.rewards, num_workers)
         pool.check([row for file in files for _, row in file.rows], config.rollout.max_new_tokens)
+    if grpo.environment is not None and scores_here(model):
+        environment = EnvironmentPool(grpo.environment, grpo.environment_time_limit, num_workers)
+        environment.load()
     return Collector(config, model, encoder, pool, environment)
