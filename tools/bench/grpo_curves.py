@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     default_out = ROOT / "tools" / "bench" / "results"
     parser.add_argument("--out", type=path_argument, default=default_out, metavar="FOLDER", help="for the results")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 1:
-        parser.error("--steps must be at least 1, for example --steps 200")
+    if arguments.steps < 6:
+        parser.error("--steps must be at least 6, for example --steps 200")
 
     def command() -> None:
         load_before, runs = os.getloadavg()[0], []
