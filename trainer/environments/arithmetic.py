@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -28,26 +29,27 @@ def work_out(expression: str) -> str:
     if len(expression) > _MOST_CHARACTERS:
         raise BadExpression(f"the expression is longer than {_MOST_CHARACTERS} characters; split it")
     try:
-        tree = ast.parse(expression.translate(_SPELLINGS).strip(), mode="eval")
+        text = expression.translate(_SPELLINGS).strip()
+        tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise BadExpression("this is no arithmetic; write it like (12 + 3) * 4") from None
-    return _write(_value(tree.body))
+    return _write(_value(tree.body, text))
 
 
-def _value(node: ast.expr) -> Fraction:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        try:
-            return _bounded(Fraction(repr(node.value)))
-        except ValueError:
-            raise BadExpression("a number is too large") from None
+def _value(node: ast.expr, text: str) -> Fraction:
+    """Return the value of a node of the tree of a text."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return _bounded(Fraction(node.value))
+    if isinstance(node, ast.Constant) and type(node.value) is float:
+        return _bounded(_decimal(node.value, ast.get_source_segment(text, node) or ""))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
-        value = _value(node.operand)
+        value = _value(node.operand, text)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.Tuple):
         raise BadExpression("write numbers without commas, such as 12000")
     if not isinstance(node, ast.BinOp):
         raise BadExpression("only numbers, + - * / // % ** and parentheses can be worked out")
-    left, right = _value(node.left), _value(node.right)
+    left, right = _value(node.left, text), _value(node.right, text)
     if isinstance(node.op, ast.Pow):
         return _power(left, right)
     if type(node.op) not in _OPERATIONS:
@@ -55,6 +57,17 @@ def _value(node: ast.expr) -> Fraction:
     if right == 0 and isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod):
         raise BadExpression("division by zero")
     return _bounded(Fraction(_OPERATIONS[type(node.op)](left, right)))
+
+
+def _decimal(rounded: float, written: str) -> Fraction:
+    """Return what is written, of which Python has made a rounded number: exactly that, and no endless exponent."""
+    if math.isinf(rounded):
+        raise BadExpression("a number is too large")
+    if rounded == 0:
+        if any(digit in "123456789" for digit in written.lower().partition("e")[0]):
+            raise BadExpression("a number is too close to 0")
+        return Fraction(0)
+    return Fraction(written)
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,7 @@ _TOOLS: tuple[Mapping[str, Any], ...] = (
         },
     },
 )
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 _MOST_CALLS = 4
 
 
@@ -68,11 +67,13 @@ class Calculator:
 
 
 def _calls_in(reply: str) -> list[str]:
-    """Return the JSON of each call in a reply, as it is written."""
-    calls = _CALL.findall(reply)
-    rest = _CALL.sub("", reply)
-    if "<tool_call>" in rest:
-        calls.append(rest.partition("<tool_call>")[2])
+    """Return the JSON of each call in a reply, as it is written; one that is not closed reaches to the end."""
+    calls = []
+    _, is_open, rest = reply.partition(_OPENING)
+    while is_open and len(calls) <= _MOST_CALLS:  # one more tells that there are too many
+        call, _, rest = rest.partition(_CLOSING)
+        calls.append(call)
+        _, is_open, rest = rest.partition(_OPENING)
     if not calls and reply.lstrip().startswith("{") and '"name"' in reply:
         calls.append(reply)
     return calls

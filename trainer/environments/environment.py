@@ -49,7 +49,8 @@ def is_turn(turn: object) -> bool:
     if not isinstance(turn, Turn) or not isinstance(turn.messages, list | tuple) or not turn.messages:
         return False
     is_number = isinstance(turn.reward, int | float) and math.isfinite(turn.reward)
-    return all(isinstance(one, Mapping) for one in turn.messages) and (turn.reward is None or is_number)
+    is_said = all(isinstance(one, Mapping) for one in turn.messages) and turn.messages[0].get("role") == "assistant"
+    return is_said and (turn.reward is None or is_number)
 
 
 _BUILT_IN = {"calculator": "trainer.environments.calculator:Calculator"}

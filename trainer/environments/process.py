@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from trainer.environments.worker import Order
 _PROGRAM = "import sys; from trainer.environments.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 _START_SECONDS = 300.0
 _END_SECONDS = 1.0
+_STALL_SECONDS = 60  # in the middle of a message, which a worker that is stopped, or half dead, leaves unfinished
 
 
 @dataclass
@@ -42,6 +45,7 @@ class WorkerProcess:
     def __init__(self, orders: Sequence[Order], place: str) -> None:
         """Start it, in a session of its own, which Ctrl-C does not reach and which can be killed as one."""
         self.connection, other = multiprocessing.Pipe()
+        _limit_stalls(self.connection.fileno())
         self._folder = tempfile.mkdtemp(prefix="shardwright_rewards_")
         path = [entry or os.getcwd() for entry in sys.path]
         environment = os.environ | {
@@ -86,7 +90,7 @@ class WorkerProcess:
         try:
             while self.connection.poll():
                 found.append(self.connection.recv())
-        except Exception:  # gone; or something that is no worker wrote into the connection
+        except Exception:  # gone, or stalled; or something that is no worker wrote into the connection
             found.append(None)
         return found
 
@@ -99,10 +103,7 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             pass
         self.connection.close()
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        self._kill()
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
         return how
@@ -110,8 +111,22 @@ class WorkerProcess:
     def _send(self, message: Any) -> None:
         try:
             self.connection.send(message)
-        except OSError:
-            pass  # it has gone, which the next look at its messages tells
+        except OSError:  # it has gone, or takes nothing in: the next look at its messages tells
+            self._kill()
+
+    def _kill(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def _limit_stalls(descriptor: int) -> None:
+    """Have reads and writes of a socket fail that wait for its other end for too long."""
+    limit = struct.pack("ll", _STALL_SECONDS, 0)
+    with socket.socket(fileno=os.dup(descriptor)) as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _describe_exit(code: int) -> str:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import pickle
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from configs.errors import BadInput, in_one_line
-from trainer.environments.environment import Environment, is_turn, load_environment
+from trainer.environments.environment import Environment, Turn, is_turn, load_environment
 from trainer.environments.rewards.registry import LoadedReward, load_reward
 from trainer.environments.rewards.reply import Reply
 
@@ -111,10 +112,17 @@ def _number(value: Any) -> Part:
 
 
 def _turn(value: Any) -> Part:
-    """Return what an environment answered as a part."""
-    if is_turn(value):
-        return Part(value)
-    return Part(None, f"answered {repr(value)[:80]}, which is no Turn of messages and a finite reward")
+    """Return what an environment answered as a part; numpy's numbers and such are rewards too."""
+    if isinstance(value, Turn) and (reward := _number(value.reward)).fault is None:
+        value = replace(value, reward=reward.value)
+    if not is_turn(value):
+        what = "no Turn of messages, the assistant's reply first, and a finite reward"
+        return Part(None, f"answered {repr(value)[:80]}, which is {what}")
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        return Part(None, f"answered a Turn that cannot be sent to the trainer ({_describe(error)})")
+    return Part(value)
 
 
 def _describe(error: BaseException) -> str:

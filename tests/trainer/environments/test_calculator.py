@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from fractions import Fraction
 
 import pytest
@@ -30,6 +31,10 @@ ROW = {"messages": [{"role": "user", "content": "What is 48213 times 907?"}], "a
         ("0 ** 0", "1"),
         ("6 \u00d7 7 \u00f7 2", "21"),
         ("1e3 + 1", "1001"),
+        ("1_000.5e1", "10005"),
+        ("1234567890123456.7 + 0", "1234567890123456.7"),
+        ("(0.1\n + 12345678901234567.8) * 10", "123456789012345679"),
+        ("0e999999999", "0"),
         ("2 ** 1000", str(2**1000)),
     ],
 )
@@ -46,6 +51,8 @@ def test_arithmetic(expression, value):
         ("2 ** 1030", "too large"),
         ("10 ** 300 * 10 ** 300", "too large"),
         ("1e999", "too large"),
+        ("1e-999999999", "too close to 0"),
+        ("1.5e-323", "too large"),
         ("2 ** 0.5", "whole exponents"),
         ("1,234 + 1", "without commas"),
         ("__import__('os').system('ls')", "only numbers"),
@@ -113,6 +120,13 @@ def test_faulty_calls_are_answered(reply, results):
     written = [message["content"] for message in turn.messages[1:]]
     assert len(written) == len(results)
     assert all(one.startswith(start) for one, start in zip(written, results, strict=True)), written
+
+
+@pytest.mark.parametrize("reply", ["<tool_call>" * 100_000, "<tool_call>{</tool_call>" * 100_000, "<tool_call>{" * 9])
+def test_a_policy_that_repeats_a_call_without_end_is_answered_at_once(reply):
+    began = time.process_time()
+    turn = Calculator().answer(ROW, ROW["messages"], reply)
+    assert time.process_time() - began < 1 and "the call is no JSON" in turn.messages[1]["content"]
 
 
 def test_tasks_are_right_and_their_worked_conversations_too():

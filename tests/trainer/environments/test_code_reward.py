@@ -101,8 +101,11 @@ for number in range(1, 65):
 while True:
     pass""",
         "import ctypes\nctypes.string_at(0)",
+        RIGHT + "\nimport os\nif os.fork():\n    os.wait()",
+        "import builtins\nbuiltins.compile = lambda *_: '0'\ndef add(a, b):\n    return 0",
+        "import json\njson.dumps = lambda _: '[true, true]'\ndef add(a, b):\n    return 0",
     ],
-    ids=["exit", "SystemExit", "forged", "scribbles", "allocates", "prints", "loops", "crashes"],
+    ids="exit SystemExit forged scribbles allocates prints loops crashes forks compiles dumps".split(),
 )
 def test_what_is_no_solution_is_wrong_within_its_time(code):
     began = time.monotonic()

@@ -25,15 +25,16 @@ def run():
     for descriptor in range(3):
         os.dup2(null, descriptor)
     answer = sys.modules["answer"] = types.ModuleType("answer")
+    make, execute, spell, write, leave = compile, exec, json.dumps, os.write, os._exit  # before the code changes them
     def passes(text, name):
         try:
-            exec(compile(text, name, "exec"), answer.__dict__)
+            execute(make(text, name, "exec"), answer.__dict__)
         except BaseException:
             return False
         return True
     passed = passes(job["code"], "answer.py") and [passes(test, "test.py") for test in job["tests"]]
-    os.write(report, (job["word"] + json.dumps(passed)).encode())
-    os._exit(0)
+    write(report, (job["word"] + spell(passed)).encode())
+    leave(0)
 run()
 """
 
@@ -83,7 +84,10 @@ def _run_statements(code: str, tests: list[str], limits: Limits) -> list[bool]:
     text = outcome.output.decode(errors="replace")
     if outcome.ended != "exit" or not text.startswith(word):
         return [False] * len(tests)
-    passed = json.loads(text.removeprefix(word)) or [False] * len(tests)
+    try:
+        passed = json.loads(text.removeprefix(word)) or [False] * len(tests)
+    except ValueError:  # the code made copies of its process, and each has written
+        passed = [False] * len(tests)
     return [one is True for one in passed]
 
 
