@@ -28,6 +28,16 @@ _HALF_CHARACTER = (
 )
 _NOT_A_SECTION = ("model_type", "model_attributes_type", "dict_type")
 
+_NAMES_IN_OTHERS = {
+    "num_generations": "grpo.group_size", "n": "grpo.group_size", "reward_funcs": "grpo.rewards",
+    "custom_reward_function": "grpo.rewards", "max_completion_length": "rollout.max_new_tokens",
+    "max_response_length": "rollout.max_new_tokens", "num_iterations": "grpo.num_epochs",
+    "ppo_epochs": "grpo.num_epochs", "beta": "grpo.kl.coefficient", "kl_loss_coef": "grpo.kl.coefficient",
+    "epsilon": "grpo.clip_low", "epsilon_high": "grpo.clip_high", "loss_type": "grpo.algorithm",
+    "adv_estimator": "grpo.algorithm", "loss_agg_mode": "grpo.normalisation",
+}  # fmt: skip
+"""What TRL's and verl's trainers call fields that are here under another name (configs/README.md)."""
+
 
 class _HalfCharacter(yaml.MarkedYAMLError):
     """Text that no file and no terminal could be given."""
@@ -317,6 +327,8 @@ def _suggestion(location: tuple[str | int, ...], stage: str) -> str:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return f"did you mean {siblings[close[0]]}?"
+    if _NAMES_IN_OTHERS.get(name) in known:
+        return f"what it is in TRL or verl is {_NAMES_IN_OTHERS[name]} here"
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
     if elsewhere:
         return f"did you mean {difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0)[0]}?"

@@ -43,7 +43,7 @@ class StepFigures:
 
 def head(names: Sequence[str]) -> list[str]:
     """Return the columns of `StepFigures.row`."""
-    return ["step", "rollouts", "score", *names, "length", "cut", "groups", "equal", "failed"]
+    return ["step", "rollouts", "score", *names, "tokens", "cut", "groups", "equal", "failed"]
 
 
 def reward_names(figures: Sequence[StepFigures]) -> list[str]:

@@ -82,6 +82,9 @@ def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
         answers = f"{config.prompts_per_step} prompts x {config.grpo.group_size} answers"
         yield "a round", f"{answers}, which are then written down"
         return
+    if isinstance(config, GrpoConfig):
+        yield from _update_rows(config, layout)
+        return
     sizes = ramp_batch_sizes(train)
     if len(sizes) > 1 and train.batch_ramp is not None:
         ramp = train.batch_ramp
@@ -94,6 +97,28 @@ def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
         yield "length", f"{train.num_epochs:g} epochs; the start of a run counts their steps when the data is open"
     else:
         yield "total tokens", f"{tokens_after(train, train.num_steps):,} in {train.num_steps:,} steps"
+
+
+def _update_rows(config: GrpoConfig, layout: Layout) -> Iterable[tuple[str, str]]:
+    """Say what a step of reinforcement learning takes, and the method with everything that its algorithm decides."""
+    grpo, method = config.grpo, config.grpo.method
+    count = grpo.num_epochs * grpo.num_minibatches
+    updates = f"{count} update{'s' if count > 1 else ''}"
+    answers = f"{config.prompts_per_step} prompts x {grpo.group_size} answers"
+    batch = config.train.global_batch_size
+    yield "a step", f"{answers}, {updates} of {batch} answers; {config.train.num_steps:,} steps"
+    most = num_microbatches(config, layout, batch)
+    size = f"{config.train.micro_batch_size} x {config.train.seq_len} tokens"
+    yield "microbatches per update", f"{most} of {size} at most; answers are packed"
+    held = f"divergence {method.kl_coefficient:g} x {method.kl_estimator} in the {method.kl_place}"
+    clip = f"{method.surrogate} of {method.ratio} ratios below {1 - method.clip_low:g}, above {1 + method.clip_high:g}"
+    yield (
+        "method",
+        (
+            f"advantages {method.advantage}; {clip}; {method.normalisation}; "
+            f"{held if method.kl_coefficient else 'no divergence'}; {method.num_refills} refills"
+        ),
+    )
 
 
 def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
@@ -129,7 +154,7 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
         yield "sliding window", f"{model.window_size:,} keys in {windowed} of {model.num_layers} layers"
     if not isinstance(config, RftConfig):
         yield (
-            "model TFLOPs per step",
+            f"model TFLOPs per {'update' if isinstance(config, GrpoConfig) else 'step'}",
             f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}",
         )
 

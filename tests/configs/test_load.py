@@ -98,6 +98,24 @@ def test_overrides_set_lists_maps_and_whole_sections(tiny: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("grpo.num_generations=8", "grpo.group_size"),
+        ("rollout.n=8", "grpo.group_size"),
+        ("grpo.beta=0.1", "grpo.kl.coefficient"),
+        ("rollout.max_completion_length=64", "rollout.max_new_tokens"),
+        ("grpo.epsilon=0.1", "grpo.clip_low"),
+    ],
+)
+def test_names_of_other_trainers_of_policies_lead_to_ours(override: str, field: str, tiny: str) -> None:
+    with pytest.raises(BadInput, match=f"unknown field; what it is in TRL or verl is {field} here$"):
+        load_config(tiny, [override], "grpo")
+    with pytest.raises(BadInput, match="unknown field|belongs to the stage") as refusal:
+        load_config(tiny, [override])
+    assert "TRL" not in str(refusal.value), "pretraining has no such field"
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("train.num_stepss=5", "train.num_stepss: unknown field; did you mean train.num_steps?"),

@@ -102,3 +102,16 @@ def test_a_dry_run_of_epochs_counts_no_steps_and_names_the_conversations(tmp_pat
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in derived.strip().splitlines()}
     assert rows["sft.train"] == f"{chats}: found, 0.0 MiB"
     assert rows["sft.validation"] == f"{gone}: not on this machine"
+
+
+def test_a_plan_of_reinforcement_says_what_a_step_takes_and_what_the_algorithm_means() -> None:
+    words = ["grpo.algorithm=dapo", "grpo.num_minibatches=3", "grpo.num_epochs=2", "grpo.clip_low=0.1"]
+    config = load_config(str(ROOT / "configs" / "demo" / "grpo.yaml"), words, "grpo")
+    _, _, derived = describe(config, derive_layout(config, 2)).partition("# What follows from it")
+    rows = {line[:28].strip(): line[28:].strip() for line in derived.strip().splitlines()}
+    assert rows["a step"] == "96 prompts x 8 answers, 6 updates of 256 answers; 200 steps"
+    assert rows["microbatches per update"] == "64 of 2 x 256 tokens at most; answers are packed"
+    assert rows["method"] == (
+        "advantages group_std; clip of token ratios below 0.9, above 1.28; token_mean; no divergence; 10 refills"
+    )
+    assert "tokens per step" not in rows and "model TFLOPs per update" in rows

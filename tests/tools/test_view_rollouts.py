@@ -59,7 +59,7 @@ def see(capsys, *words: object) -> list[str]:
 def test_figures_of_each_step_are_those_of_a_hand(run, capsys):
     lines = see(capsys, run)
     table = [line.split() for line in lines[-4:]]
-    assert table[0] == ["step", "rollouts", "score", "exact", "length", "cut", "groups", "equal", "failed"]
+    assert table[0] == ["step", "rollouts", "score", "exact", "tokens", "cut", "groups", "equal", "failed"]
     assert table[1] == ["1", "2", "0.000", "0.000", "3.0", "0%", "1", "1", "0"]
     assert table[2] == ["2", "8", "0.643", "0.643", "5.0", "12%", "2", "1", "1"]  # (0 + .25 + .5 + .75 + 3) / 7, 40 / 8
     assert table[3] == ["4", "1", "1.000", "1.000", "3.0", "0%", "1", "1", "0"]

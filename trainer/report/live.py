@@ -11,9 +11,12 @@ from trainer.report.log import console
 
 log = logging.getLogger(__name__)
 
+_SCORE = "critic/score/mean"
+"""What reinforcement learning is watched by; its loss says little."""
+
 
 class LiveLine:
-    """The line a person watches: step, loss, tokens/s, time left; off a terminal, plain lines."""
+    """The line a person watches: step, loss or score, tokens/s, time left; off a terminal, plain lines."""
 
     def __init__(self, num_steps: int, *, start_step: int = 0, log_every: int = 1) -> None:
         """Show progress from `start_step` to `num_steps`; off a terminal, the first step and every `log_every`."""
@@ -41,11 +44,13 @@ class LiveLine:
         self._step_seconds = _smooth(self._step_seconds, row["seconds"])
         self._tokens_per_second = _smooth(self._tokens_per_second, row["tokens_per_second"])
         left = format_duration(self._step_seconds * (self._num_steps - step))
-        more = f"grad norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-        text = (
-            f"loss {row['loss']:.4f}  {more if self._is_wide or not console.is_terminal else ''}"
-            f"{self._tokens_per_second:,.0f} tokens/s  {left} left"
-        )
+        shown = [f"score {row[_SCORE]:.3f}"] if _SCORE in row else []
+        has_room = self._is_wide or not console.is_terminal
+        if has_room or not shown:
+            shown.append(f"loss {row['loss']:.4f}")
+        if has_room:
+            shown += [f"grad norm {row['grad_norm']:.3f}", f"lr {row['lr']:.2e}"]
+        text = "  ".join([*shown, f"{self._tokens_per_second:,.0f} tokens/s", f"{left} left"])
         if console.is_terminal:
             self._progress.update(self._task, completed=step, description=text)
         elif step % self._log_every == 0 or step in (self._first_step, self._num_steps):

@@ -64,3 +64,13 @@ def choosy(reply, level: int):
 
 
 text = "no function"
+
+
+def trl(prompts, completions, **columns):
+    """Is what TRL's trainer calls, with lists."""
+    return [1.0 for _ in completions]
+
+
+def has_no_return(reply):
+    """Forget to return its value."""
+    len(reply.text)

@@ -177,7 +177,9 @@ def test_options_are_text_until_the_function_says_what_they_are():
         ("tests.trainer.environments.odd_rewards:odds", {}, "has no function odds; its functions are: odd, "),
         ("tests.trainer.environments.odd_rewards:text", {}, "has no function text"),
         ("numeric", {"tol": 1}, r"r\[1\].options.tol: .*no such parameter; it takes column, tolerance, after"),
-        ("numeric", {"tolerance": "small"}, r"r\[1\].options.tolerance=small: input should be a valid number"),
+        ("numeric", {"tolerance": "small"}, r"r\[1\].options.tolerance=small: .* valid number.*; a value that would"),
+        ("rewards/mine.py:polite", {}, "put its folder rewards into PYTHONPATH, and write mine:polite"),
+        ("tests.trainer.environments.odd_rewards:trl", {}, "takes completions, as rewards of TRL and verl do"),
         ("length", {}, r"r\[1\].options: lacks buffer"),
     ],
 )

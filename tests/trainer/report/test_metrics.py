@@ -90,24 +90,27 @@ def test_tensorboard_hides_what_a_resume_trains_again(tmp_path):
     assert "step" not in events.Tags()["scalars"]
 
 
-def test_the_live_line_fits_a_narrow_terminal(monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"critic/score/mean": 0.484375}])
+def test_the_live_line_fits_a_narrow_terminal(monkeypatch, more):
     narrow = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr("trainer.report.live.console", narrow)
     line = LiveLine(100_000, start_step=99_000)
-    line.update(row(99_001) | {"tokens_per_second": 1_234_567.0})
+    line.update(row(99_001) | {"tokens_per_second": 1_234_567.0} | more)
     shown = line._progress.get_renderable()
     text = narrow.render_lines(shown, pad=False)
     line.close()
     assert len(text) == 1
-    assert "left" in "".join(segment.text for segment in text[0])
+    said = "".join(segment.text for segment in text[0])
+    assert "left" in said and ("score 0.484" if more else "loss 2.0000") in said
 
 
 def test_off_a_terminal_the_live_line_is_a_plain_line_for_the_first_and_every_log_every_steps(caplog):
     with caplog.at_level(logging.INFO, logger="trainer.report.live"):
         line = LiveLine(10, log_every=4)
         for step in range(1, 11):
-            line.update(row(step))
+            line.update(row(step, **({"critic/score/mean": 0.25} if step > 4 else {})))
         line.close()
+    assert "score" not in caplog.messages[1] and "score 0.250  loss 2.0000  grad norm" in caplog.messages[2]
     assert [re.match(r"step +(\d+)/10", message).group(1) for message in caplog.messages] == ["1", "4", "8", "10"]
     assert "loss 2.0000" in caplog.messages[0] and "10 tokens/s" in caplog.messages[0]
     assert "0s left" in caplog.messages[-1]

@@ -72,11 +72,18 @@ class PromptFile:
             content.update(json.dumps(row, sort_keys=True, default=str).encode())
         self.identity = content.hexdigest()
         """What the data is: the order of its rows depends on it."""
-        shortest = min(len(self._try(number)) for number in range(min(len(self.rows), _NUM_CHECKED)))
+        lengths = [len(self._try(number)) for number in range(min(len(self.rows), _NUM_CHECKED))]
+        shortest, num_longer = min(lengths), sum(length > longest for length in lengths)
         if shortest > longest:
             raise BadInput(
                 f"{field}: no prompt of {source.path} has at most the {longest} tokens that train.seq_len less "
                 f"rollout.max_new_tokens leaves; the shortest has {shortest}"
+            )
+        if num_longer:
+            log.warning(
+                "%s: %d of the first %d prompts of %s have more than the %d tokens that train.seq_len less "
+                "rollout.max_new_tokens leaves, and are left out",
+                *(field, num_longer, len(lengths), source.path, longest),
             )
 
     def read(self, number: int) -> Prompt | None:

@@ -12,6 +12,7 @@ import json
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput, in_one_line
@@ -29,6 +30,8 @@ BUILT_IN: Mapping[str, str] = {
     "reasoning_gym": f"{_HOME}.gym:gym_score",
     "small_tasks": f"{_HOME}.small_answers:right_small_answer",
 }
+_OF_OTHERS = ("completions", "solution_str")
+"""Parameters that rewards of TRL and verl have."""
 _PACKAGES = {"math_verify": "math-verify[antlr4_13_2]", "reasoning_gym": "reasoning-gym"}
 
 
@@ -72,7 +75,7 @@ def _import(name: str, field: str) -> Callable[..., Any]:
             package = _PACKAGES[error.name]
             raise BadInput(f"{field}: needs a package that is not installed; run pip install '{package}'") from error
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            advice = "it is looked for where the command runs and in PYTHONPATH"
+            advice = _advise_module(module_name, attribute)
             raise BadInput(f"{field}: there is no module {error.name}; {advice}") from error
         raise BadInput(f"{field}: its module does not import ({in_one_line(error)}); install what it needs") from error
     except BaseException as error:  # whatever a user's module does when it is imported, also SystemExit
@@ -85,6 +88,14 @@ def _import(name: str, field: str) -> Callable[..., Any]:
     return function
 
 
+def _advise_module(module_name: str, attribute: str) -> str:
+    """Return where a module that is not there is looked for; of the path of a file, what to write in its stead."""
+    if "/" not in module_name and not module_name.endswith(".py"):
+        return "it is looked for where the command runs and in PYTHONPATH"
+    path = Path(module_name)
+    return f"it is a path; put its folder {path.parent} into PYTHONPATH, and write {path.stem}:{attribute}"
+
+
 def _convert_options(function: Callable[..., Any], options: Mapping[str, Any], place: str) -> dict[str, Any]:
     parameters = dict(list(inspect.signature(function).parameters.items())[1:])  # the first one is the reply
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -94,6 +105,12 @@ def _convert_options(function: Callable[..., Any], options: Mapping[str, Any], p
         if name not in taken and not takes_all:
             known = f"it takes {', '.join(taken)}" if taken else "it takes none; leave it out"
             raise BadInput(f"{place}.options.{name}: the function has no such parameter; {known}")
+    foreign = [name for name in _OF_OTHERS if name in inspect.signature(function).parameters]
+    if foreign:
+        raise BadInput(
+            f"{place}.function: takes {foreign[0]}, as rewards of TRL and verl do; here it must be function(reply, "
+            "**options), where reply.text is one answer and reply.row its row of the data, and return a number"
+        )
     missing = [name for name in taken if name not in options and parameters[name].default is inspect.Parameter.empty]
     if missing:
         raise BadInput(f"{place}.options: lacks {missing[0]}, which it needs; try options: {{{missing[0]}: ...}}")
@@ -118,7 +135,9 @@ def _convert(value: Any, name: str, parameters: Mapping[str, Any], hints: Mappin
         return adapter.validate_python(value)
     except ValidationError as error:
         what = error.errors()[0]["msg"]
-        raise BadInput(f"{place}.options.{name}={value}: {what[0].lower()}{what[1:]}") from error
+        default = parameters[name].default if name in parameters else inspect.Parameter.empty
+        works = "" if default is inspect.Parameter.empty else f"; a value that would work: {default}"
+        raise BadInput(f"{place}.options.{name}={value}: {what[0].lower()}{what[1:]}{works}") from error
 
 
 def _leaves(value: Any) -> Any:

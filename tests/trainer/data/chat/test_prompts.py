@@ -148,10 +148,12 @@ def test_sources_are_drawn_by_weight_or_by_size(open_file):
     assert [source for source, _ in places(read(files, weights=[1.0, 4.0]).draw(40))].count("a") == 8
 
 
-def test_what_is_too_long_is_left_out_and_counted(open_file):
+def test_what_is_too_long_is_left_out_told_and_counted(open_file, caplog):
     lengths = [len(prompt.token_ids) for prompt in open_file().first(NUM_ROWS)]
     assert sorted(set(lengths)) == lengths
+    assert not caplog.messages
     reader = read([open_file(longest=lengths[3])])
+    assert "grpo.prompts[0]: 3 of the first 7 prompts" in caplog.messages[0] and str(lengths[3]) in caplog.messages[0]
     assert {prompt.row for prompt in reader.draw(8)} == {0, 1, 2, 3}
     assert reader.num_too_long in (3, 4, 5, 6)
     assert [prompt.row for prompt in open_file(longest=lengths[1]).first(5)] == [0, 1]
