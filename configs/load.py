@@ -22,7 +22,12 @@ from configs.stages import STAGE_CONFIGS, Config
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _IMPLICIT_TAGS = ("tag:yaml.org,2002:null", _MERGE_TAG)
 _NULL_WORDS = ("", "null", "Null", "NULL", "~")
-_BOUNDS = {"greater_than_equal": "at least", "greater_than": "above", "less_than_equal": "at most"}
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "greater_than": "above",
+    "less_than_equal": "at most",
+    "less_than": "below",
+}
 _HALF_CHARACTER = (
     "half a character (a surrogate without its other half), or bytes that are not UTF-8 text; write it whole"
 )

@@ -112,6 +112,8 @@ def _chat(arguments: argparse.Namespace) -> None:
     questions = None if arguments.prompts is None else list(_read_questions(arguments.prompts, arguments))
     if arguments.out is not None:
         check_file(arguments.out)
+        if arguments.out.exists() and arguments.out.samefile(arguments.prompts):
+            raise BadInput(f"--out {arguments.out}: is what --prompts reads; a value that would work: answers.jsonl")
     with open_model(config, arguments.model, environment) as model:
         if questions is None:
             _talk(model, tokenizer, prompts, sampling, arguments.system)

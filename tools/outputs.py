@@ -21,11 +21,11 @@ def check_directory(out: str, example: str) -> None:
         raise BadInput(f"--out {out}: a file, and a directory is needed; a value that would work: {example}")
 
 
-def check_file(out: Path) -> None:
+def check_file(out: Path, option: str = "--out") -> None:
     """Refuse a result file's path that is a directory, or that lies in none."""
     if out.is_dir():
-        works = out / "results.json"
-        raise BadInput(f"--out {out}: a directory, and a file is needed; a value that would work: {works}")
+        works = out / ("page.html" if option == "--html" else "results.json")
+        raise BadInput(f"{option} {out}: a directory, and a file is needed; a value that would work: {works}")
     if not out.parent.is_dir():
         raise BadInput(
             f"{out}: cannot be written, as there is no directory {out.parent}; make it, or name another file"

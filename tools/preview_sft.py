@@ -166,9 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--show: {arguments.show} is less than 0; a value that would work: 3")
 
     def command() -> None:
-        for path in (arguments.html, arguments.json):
+        for option, path in (("--html", arguments.html), ("--json", arguments.json)):
             if path is not None:
-                check_file(path)
+                check_file(path, option)
+        if arguments.html is not None and arguments.html == arguments.json:
+            raise BadInput(
+                f"--json {arguments.json}: is the file of --html too; a value that would work: samples.jsonl"
+            )
         preview(arguments)
 
     return run_command(command)

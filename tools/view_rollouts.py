@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         if arguments.html is not None:
-            check_file(arguments.html)
+            check_file(arguments.html, "--html")
         view(arguments)
 
     return run_command(command)

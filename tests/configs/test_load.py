@@ -145,6 +145,7 @@ def test_names_of_other_trainers_of_policies_lead_to_ours(override: str, field: 
         ("parallel.pp=0", "parallel.pp: 0 must be at least 1; a value that would work: 1"),
         ("parallel.sp=maybe", "parallel.sp: 'maybe' is not true or false; a value that would work: false"),
         ("optimizer.lr=nan", "optimizer.lr: 'nan' is not a finite number; a value that would work: 0.0003"),
+        ("schedule.warmup_fraction=1", "schedule.warmup_fraction: 1 must be below 1.0; a value that would work: 0"),
         ("optimizer.beta1=2", "optimizer.beta1: 2 must be at most 1.0; a value that would work: 0.9"),
         ("run.name=null", "run.name: null is not text; a value that would work: run"),
         (

@@ -138,6 +138,11 @@ def test_the_checkpoint_of_the_lowest_validation_loss_outlives_retention(sft, ch
     assert (folder / "best").resolve().name == "step_00000002"
     code, said, _ = sft(1, "second", f"checkpoint.init_from={folder / 'best'}", "train.num_steps=1")
     assert code == 0, said
+    other = ("optimizer.lr=1e-30", "optimizer.min_lr=0", "train.eval_num_samples=1")
+    code, said, rows = sft(1, "run", *fixed, "train.num_steps=9", *other)
+    assert code == 0, said
+    assert [row["step"] for row in rows][4:] == [5, 6, 7], "losses of other samples say nothing of these"
+    assert (folder / "best").resolve().name == "step_00000005"
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,11 @@ def test_typed_lines_are_answered_and_forgotten_on_demand(chat):
     "name, text, sentence",
     [
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "error: --prompts: input {path}:2: not valid JSON ("),
-        ("a.json", '[{"question": "x"}]', "--prompts: row 0 of {path}: nothing to answer in its columns question; exp"),
+        (
+            "a.json",
+            '[{"question": "x"}]',
+            "instruction; call yours prompt, or name it in a recipe: columns: {prompt: question}",
+        ),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "holds no turn to answer; end with"),
         ("a.txt", "\n", "a.txt: holds no prompts"),
     ],
@@ -176,6 +180,13 @@ def test_a_bad_file_is_one_sentence(chat, tmp_path, name, text, sentence):
     assert (code, said) == (2, "")
     sentence = sentence.format(path=tmp_path / name) if "{path}" in sentence else sentence
     assert told.startswith("error: ") and sentence in told and told.count("\n") == 1
+
+
+def test_a_file_of_prompts_is_not_written_over(chat, tmp_path):
+    (tmp_path / "a.txt").write_text("x\n")
+    ((code, _, told),) = chat("--template", "alpaca", "--prompts", tmp_path / "a.txt", "--out", tmp_path / "a.txt")
+    assert code == 2 and "a.txt: is what --prompts reads; a value that would work: answers.jsonl" in told
+    assert (tmp_path / "a.txt").read_text() == "x\n"
 
 
 def test_a_tokenizer_without_a_template_says_what_would_work(chat):

@@ -71,6 +71,8 @@ def test_every_token_is_shown_and_written_with_its_mask(recipe, tmp_path, capsys
             ["--json", "nowhere/samples.json"],
             "nowhere/samples.json: cannot be written, as there is no directory nowhere",
         ),
+        (["--html", "."], "--html .: a directory, and a file is needed; a value that would work: page.html"),
+        (["--html", "a", "--json", "a"], "--json a: is the file of --html too; a value that would work: samples.jsonl"),
     ],
 )
 def test_what_cannot_be_shown_is_one_sentence(recipe, capsys, words, named):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -58,7 +59,24 @@ def resume(config: Config, mesh: Mesh, stage: Stage, checkpoint: Path) -> TrainS
         exactly = "dropout draws new random numbers, all else continues" if has_dropout else "all continues"
         log.info("the layout changed since %s: %s", checkpoint, exactly)
     stage.load_state_dict(manifest.stage["state"])
-    return replace(TrainState(**manifest.state), num_nonfinite_in_a_row=0)  # a new start gets the full patience
+    state = replace(TrainState(**manifest.state), num_nonfinite_in_a_row=0)  # a new start gets the full patience
+    return _compare_alike(state, type(config).model_validate(manifest.config), config)
+
+
+def _compare_alike(state: TrainState, before: Config, config: Config) -> TrainState:
+    """Return the state without losses that those of the next validations cannot be compared with."""
+    changed = [config.source_field("validation")] if _validated(before) != _validated(config) else []
+    changed += ["train.eval_num_samples"] if before.train.eval_num_samples != config.train.eval_num_samples else []
+    if not changed or state.lowest_validation_loss is None:
+        return state
+    if config.train.patience is not None:
+        log.info("%s has changed: the lowest validation loss is looked for anew (train.patience)", ", ".join(changed))
+    return state.without_validations()
+
+
+def _validated(config: Config) -> list[dict[str, Any]]:
+    """Return what the validation sources are; each is evaluated on its own, so that weights change nothing."""
+    return [source.model_dump(exclude={"weight"}) for source in config.sources("validation")]
 
 
 def warm_start(model: ShardedModel, checkpoint: Path) -> None:

@@ -134,13 +134,14 @@ class Blend:
         if state["seq_len"] != seq_len:
             raise BadInput(
                 f"train.seq_len: {seq_len} differs from the {state['seq_len']} of the checkpoint, whose data order "
-                f"cannot go on; use {state['seq_len']}, or begin anew from its weights with checkpoint.init_from"
+                f"cannot go on; use {state['seq_len']}, or begin under another run.name from its weights with "
+                "checkpoint.init_from"
             )
         packing, packed = self.sources[0].packing, state.get("packing", "concat")
         if packed != packing:
             raise BadInput(
                 f"data.packing: {packing} differs from the {packed} of the checkpoint, whose data order cannot go on; "
-                f"use {packed}, or begin anew from its weights with checkpoint.init_from"
+                f"use {packed}, or begin under another run.name from its weights with checkpoint.init_from"
             )
         known = {**state["retired"], **state["sources"]}
         before = {entry["identity"]: entry for entry in known.values()}
@@ -151,8 +152,8 @@ class Blend:
                 made = path != source.dataset.prefix  # of conversations
                 rules = " (its rows, or the template, tokenizer or rules that make samples of them)" if made else ""
                 raise BadInput(
-                    f"{path} is not what the checkpoint read there{rules}; put new data elsewhere, or begin anew from "
-                    "its weights with checkpoint.init_from"
+                    f"{path} is not what the checkpoint read there{rules}; put new data elsewhere, or begin under "
+                    "another run.name from its weights with checkpoint.init_from"
                 )
             self._consumed[number] = before.get(identity, {"consumed_samples": 0})["consumed_samples"]
         self.consumed_samples = state["consumed_samples"]
@@ -186,8 +187,8 @@ class Blend:
                 here, there = value_text(threshold), value_text(was)
                 raise BadInput(
                     f"data.train: long_document_tokens={here} of {source.dataset.prefix} differs from the {there} of "
-                    f"the checkpoint, whose data order cannot go on; use {there}, or begin anew from its weights with "
-                    "checkpoint.init_from"
+                    f"the checkpoint, whose data order cannot go on; use {there}, or begin under another "
+                    "run.name from its weights with checkpoint.init_from"
                 )
 
 

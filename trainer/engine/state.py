@@ -93,6 +93,10 @@ class TrainState:
             return replace(self, lowest_validation_loss=loss, best_step=self.step, num_stale_validations=0)
         return replace(self, num_stale_validations=self.num_stale_validations + 1)
 
+    def without_validations(self) -> TrainState:
+        """Return the state as if nothing had been validated: what comes next is measured on other data."""
+        return replace(self, lowest_validation_loss=None, best_step=None, num_stale_validations=0)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
         return asdict(self)

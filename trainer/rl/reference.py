@@ -62,7 +62,8 @@ class ReferenceWeights:
         if saved is not None and not any(key.startswith(_PREFIX) for key in saved.shapes):
             raise BadInput(
                 "grpo.kl.coefficient: the checkpoint that is resumed has no reference, as its run needed none; "
-                "a value that would work: 0 (or begin anew from its weights with checkpoint.init_from)"
+                "a value that would work: 0 (or begin under another run.name from its weights with "
+                "checkpoint.init_from)"
             )
         with self.in_place():
             return copy_model_state(self._engine.chunks, self._engine.mesh, _PREFIX)

@@ -13,7 +13,7 @@ from configs.errors import NonFinite
 from configs.stages import Config
 from parallel.collectives import max_over_ranks
 from parallel.mesh import Mesh
-from trainer.checkpoint.layout import BEST, checkpoints_dir
+from trainer.checkpoint.layout import BEST, best_checkpoint, checkpoints_dir, step_of
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine.state import StepResult, TrainState
 from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY, VALIDATION_SCORE
@@ -131,8 +131,14 @@ class Hooks:
         """Say where the weights with the lowest validation loss are, of a run that keeps them."""
         if self._config.train.patience is None or state.best_step is None:
             return
-        kept = f"kept as {checkpoints_dir(str(self._config.run.dir)) / BEST}"
-        where = kept if state.best_step > 0 else "those that the run began with"
+        run_dir = str(self._config.run.dir)
+        best = best_checkpoint(run_dir)
+        if state.best_step == 0:
+            where = "those that the run began with"
+        elif best is not None and step_of(best) == state.best_step:
+            where = f"kept as {checkpoints_dir(run_dir) / BEST}"
+        else:  # it was reached without train.patience, or the run has gone back to before a better one
+            where = "no longer there: its checkpoint was not kept"
         loss = state.lowest_validation_loss
         log.info("lowest validation loss %.4f after step %d, whose weights are %s", loss, state.best_step, where)
 

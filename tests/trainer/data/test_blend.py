@@ -97,7 +97,7 @@ def test_moved_data_goes_on_and_replaced_data_is_refused(make_source):
     assert draws(after, [1]) == ([0], [5])
     replaced = make_source("a")
     replaced.dataset.identity = "something new"
-    with pytest.raises(BadInput, match="^a is not what the checkpoint read there; put"):
+    with pytest.raises(BadInput, match="^a is not what the checkpoint read there; put .* under another run.name"):
         Blend([replaced], [1]).load_state_dict(blend.state_dict())
 
 

@@ -53,7 +53,9 @@ def test_a_run_that_patience_has_ended_says_so_and_begins_no_step(ranks):
     assert ranks.run(words_at_a_start, 2) == [["step 3: train.patience has ended this run; a larger one lets it go on"]]
 
 
-def calls_after_a_validation(place: Place, losses: list[float], patience: int | None) -> list[list[str]]:
+def calls_after_a_validation(
+    place: Place, losses: list[float], patience: int | None, run_dir: str = "runs/x"
+) -> list[list[str]]:
     """Return what is called of the checkpoints after each of some steps with a validation, and what is said in the end.
 
     No checkpoint is due at any of them.
@@ -65,7 +67,7 @@ def calls_after_a_validation(place: Place, losses: list[float], patience: int | 
 
     calls: list[str] = []
     train, data = {"eval_every": 1, "patience": patience}, {"validation": [{"path": "held-out"}]}
-    made = make_hooks(calls, train=train | {"num_steps": 9}, data=data, run={"dir": "runs/x"})
+    made = make_hooks(calls, train=train | {"num_steps": 9}, data=data, run={"dir": run_dir})
     found, state = [], TrainState().after_validation(2.0)
     with patch.object(hooks, "log") as log, patch.object(hooks, "max_over_ranks", lambda values, device: list(values)):
         for step, loss in enumerate(losses, start=1):
@@ -79,11 +81,17 @@ def calls_after_a_validation(place: Place, losses: list[float], patience: int | 
     return [*found, [sentence for sentence in said if sentence.startswith("lowest")]]
 
 
-def test_with_patience_the_weights_of_the_lowest_validation_loss_are_saved_and_named(ranks):
+def test_with_patience_the_weights_of_the_lowest_validation_loss_are_saved_and_named(ranks, tmp_path):
     told = "lowest validation loss {} after step {}, whose weights are {}"
-    kept = told.format("1.0000", 2, "kept as runs/x/checkpoints/best")
+    checkpoint, best = tmp_path / "checkpoints" / "step_00000002", tmp_path / "checkpoints" / "best"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").touch()
+    best.symlink_to(checkpoint.name)
+    kept = told.format("1.0000", 2, f"kept as {best}")
     saved = ["checkpoints.save"]
-    assert ranks.run(calls_after_a_validation, [1.5, 1.0, 1.0], 3) == [[saved, saved, [], [kept]]]
+    assert ranks.run(calls_after_a_validation, [1.5, 1.0, 1.0], 3, str(tmp_path)) == [[saved, saved, [], [kept]]]
+    gone = told.format("1.0000", 1, "no longer there: its checkpoint was not kept")
+    assert ranks.run(calls_after_a_validation, [1.0, 1.0], 3, str(tmp_path)) == [[saved, [], [gone]]]
     begun = told.format("2.0000", 0, "those that the run began with")
     assert ranks.run(calls_after_a_validation, [2.5], 3) == [[[], [begun]]]
     assert ranks.run(calls_after_a_validation, [1.5], None) == [[[], []]]

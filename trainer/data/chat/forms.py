@@ -125,7 +125,8 @@ def _find_form(row: Mapping[str, Any], columns: Mapping[str, str], *, needs_answ
         texts = [name for name, value in row.items() if isinstance(value, str)]
         raise BadRow(
             f"nothing to answer in its columns {_columns_of(row)}; expected are prompt, or messages, or conversations, "
-            f"or instruction; name yours, e.g. columns: {{prompt: {texts[0] if texts else 'question'}}}"
+            f"or instruction; call yours prompt, or name it in a recipe: columns: "
+            f"{{prompt: {texts[0] if texts else 'question'}}}"
         )
     raise BadRow(
         f"no conversation in its columns {_columns_of(row)}; expected are messages, or conversations, or instruction "
