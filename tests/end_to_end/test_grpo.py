@@ -155,11 +155,15 @@ def test_an_environment_answers_and_its_words_are_not_trained(grpo, tmp_path):
     assert row["rollout/logprob_difference"] < 1e-4 and row["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
 
 
-def test_rewards_that_fail_for_every_answer_end_the_run_before_an_update(grpo, tmp_path):
+def test_rewards_that_fail_for_every_answer_are_told_and_leave_the_run_alone(grpo, tmp_path):
     odd = "grpo.rewards=[{function: 'tests.trainer.environments.odd_rewards:has_no_return'}]"
-    said = r"^grpo\.rewards: none of the 8 answers of step 1 has a score \(no reward applies to them: all return None\)"
-    grpo(1, "failing", odd, "grpo.num_minibatches=1", refused=said)
-    assert not (tmp_path / "failing" / "checkpoints").exists()
+    (row,) = grpo(1, "failing", odd, "grpo.num_minibatches=1", "train.num_steps=1")
+    assert row["reward/num_failed"] == 8 and row["loss"] == row["num_tokens"] == 0
+    (log,) = (tmp_path / "failing" / "logs").rglob("rank*0.log")
+    said = (
+        "8 of 8 answers have no score (no reward applies to them: all return None); nothing can be learnt: grpo.rewards"
+    )
+    assert said in log.read_text()
 
 
 def test_rewards_beyond_all_measure_are_named(grpo, tmp_path):

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from configs.errors import BadInput
 from configs.stages import GrpoConfig, Split
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import PromptFile, PromptReader
@@ -89,7 +88,7 @@ class GrpoStage:
         config, step = self._config, state.step + 1
         rollouts, replaced = self._collect(step, seconds)
         everything = [*rollouts, *replaced]
-        _tell_failures(step, everything, is_through_gate=self._is_through_gate)
+        _tell_failures(step, everything)
         scoring = time.perf_counter()
         minibatches, columns, advantages, divergences = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
@@ -247,22 +246,19 @@ class GrpoStage:
         return rollout.record(step, self._collector.spell, None if drawn is None else float(drawn.mean()))
 
 
-def _tell_failures(step: int, rollouts: Sequence[Rollout], *, is_through_gate: bool) -> None:
-    """Warn of answers without a score, with the first reason. Raises BadInput where none has one before any update."""
+def _tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
+    """Warn of answers without a score, with the first reason, and where none has one, with what would work."""
     failed = [rollout for rollout in rollouts if rollout.score is None]
-    if failed:
-        reasons = [f"{name}: {fault}" for rollout in failed for name, fault in rollout.faults.items()]
-        why = reasons[0] if reasons else "no reward applies to them: all return None"
-        if len(failed) == len(rollouts) and not is_through_gate:
-            is_of_environment = "environment" in failed[0].faults
-            field = "grpo.environment" if is_of_environment else "grpo.rewards"
-            works = (
-                "answer(row, messages, reply) must return a Turn within grpo.environment_time_limit"
-                if is_of_environment
-                else "function(reply) must return a number, such as 1.0, within its time_limit"
-            )
-            raise BadInput(f"{field}: none of the {len(failed)} answers of step {step} has a score ({why}); {works}")
-        log.warning("step %d: %d of %d answers have no score (%s)", step, len(failed), len(rollouts), why)
+    if not failed:
+        return
+    reasons = [f"{name}: {fault}" for rollout in failed for name, fault in rollout.faults.items()]
+    why = reasons[0] if reasons else "no reward applies to them: all return None"
+    works = ""
+    if len(failed) == len(rollouts):
+        works = "; nothing can be learnt: grpo.rewards need function(reply) that returns a number within its time_limit"
+        if "environment" in failed[0].faults:
+            works = "; nothing can be learnt: grpo.environment must return a Turn within grpo.environment_time_limit"
+    log.warning("step %d: %d of %d answers have no score (%s)%s", step, len(failed), len(rollouts), why, works)
 
 
 def build_grpo_stage(context: StageContext) -> GrpoStage:
