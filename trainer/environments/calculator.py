@@ -68,7 +68,7 @@ class Calculator:
 
 def _calls_in(reply: str) -> list[str]:
     """Return the JSON of each call in a reply, as it is written; one that is not closed reaches to the end."""
-    calls = []
+    calls: list[str] = []
     _, is_open, rest = reply.partition(_OPENING)
     while is_open and len(calls) <= _MOST_CALLS:  # one more tells that there are too many
         call, _, rest = rest.partition(_CLOSING)
