@@ -61,7 +61,9 @@ def train(name: str, num_steps: int, run_dir: Path) -> dict[str, Any]:
         raise RunFailed(f"{name}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     drawn = [row[_DRAWN] for row in rows if _DRAWN in row]
-    held_out = {row["step"]: row[_HELD_OUT] for row in rows if _HELD_OUT in row}
+    first = (run_dir / "answers" / "step_00000000.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = {0: sum(json.loads(line)["rewards"]["small_tasks"] for line in first) / len(first)}
+    held_out |= {row["step"]: row[_HELD_OUT] for row in rows if _HELD_OUT in row}
     return {"name": name, "seconds": seconds, "drawn": drawn, "held_out": held_out}
 
 
