@@ -19,7 +19,8 @@ class RolloutSection(Section):
     top_k: Count | None = None
     """Draw from so many likeliest tokens; null for all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of these, draw from the fewest likeliest that together have this probability."""
+    """Of these, draw from the fewest likeliest that together have this probability. Log-probabilities, ratios and the
+    gate are of softmax(logits / temperature) over all ids, whatever top_k and top_p leave to draw from."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end an answer beside the template's end of turn."""
     max_rows: Count = 64
