@@ -56,7 +56,7 @@ demo-grpo: setup  ## reward that model for right answers, from where fine-tuning
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml
 
 demo-calculator: setup  ## teach that model to ask a calculator, and reward it for right answers
-	test -e runs/demo/checkpoints/latest || $(MAKE) pretrain
+	test -e runs/demo_long/checkpoints/latest || $(MAKE) demo-long-context
 	test -e data/calculator || $(PYTHON) tools/make_small_tasks.py --tasks calculator --out data/calculator
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/sft.py configs/demo/calculator_sft.yaml
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/calculator_grpo.yaml
