@@ -118,8 +118,8 @@ class CalculatorTask:
 
 
 def draw_calculator_task(source: random.Random) -> CalculatorTask:
-    """Draw a product, sum, difference or mixed expression of numbers of two digits, which small models can copy."""
-    first, second, third = (source.randrange(12, 100) for _ in range(3))
+    """Draw a product, sum, difference or mixed expression of whole numbers of two to four digits."""
+    first, second, third = (source.randrange(12, 10 ** source.randrange(2, 5)) for _ in range(3))
     kind, expression, question = source.choice((
         ("product", f"{first} * {second}", f"What is {first} times {second}?"),
         ("sum", f"{first} + {second} + {third}", f"What do {first}, {second} and {third} make together?"),
