@@ -14,9 +14,10 @@ from tools.bench import throughput
 from tools.bench.chats import TAGGED_CHATML, write_tokenizer
 from tools.bench.clock import RunReport, StepClock
 from tools.bench.compare import Measure, bootstrap_interval, compare
+from tools.bench.launching import RunFailed
 from tools.bench.report import describe_verdict, write_report
 from tools.bench.sft import SIDES, measure_tokenising
-from tools.bench.throughput import Case, RunFailed, main, measure_case
+from tools.bench.throughput import Case, main, measure_case
 from tools.bench.turns import Conductor, Turns
 from tools.made_up_data import write_made_up_dataset
 from trainer.data.chat.encode import ChatEncoder

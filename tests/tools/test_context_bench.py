@@ -8,8 +8,9 @@ import pytest
 
 from tests import forked
 from tools.bench import context_parallel
-from tools.bench.context_parallel import RunFailed, main, measure_layout, methods_of
+from tools.bench.context_parallel import main, measure_layout, methods_of
 from tools.bench.context_report import LIMIT_LENGTH, collect_complaints, summarize
+from tools.bench.launching import RunFailed
 
 
 def row(cp, method, peaks, seconds, seq_len=LIMIT_LENGTH, **fields):

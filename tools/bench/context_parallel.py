@@ -26,18 +26,15 @@ from configs.plan.derive import derive_layout
 from configs.plan.estimate import estimate_memory
 from parallel.platform import PLATFORM_VARIABLE
 from tools.bench.context_report import collect_complaints, draw, print_table
+from tools.bench.launching import RunFailed, run_bench
 from tools.bench.report import describe_machine
 from tools.bench.throughput import CONFIG, ROOT, SETTINGS
-from tools.console import Progress, end_process, run_command
+from tools.console import Progress, end_process
 from tools.paths import path_argument
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 SIZES = (1, 2, 4)
 NAME = "context_parallel_cpu"
-
-
-class RunFailed(Exception):
-    """A run ended with an error; the message is the last line it wrote."""
 
 
 def methods_of(cp: int) -> list[Method | None]:
@@ -119,11 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(rows, arguments.out / f"{NAME}.svg")
         complaints.extend(collect_complaints(rows))
 
-    try:
-        code = run_command(command)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    code = run_bench(command)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
     return code or int(bool(complaints))

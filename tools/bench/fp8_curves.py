@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.fp8 import RECIPES
-from parallel.platform import PLATFORM_VARIABLE
+from tools.bench.launching import launch_stage, run_bench
 from tools.bench.report import describe_machine
-from tools.console import Progress, end_process, run_command
+from tools.console import Progress, end_process
 from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +31,6 @@ CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
 LIMIT = 0.01
 """Share of bf16's final loss that a recipe may lose."""
 _LAST_STEPS = 10
-
-
-class RunFailed(Exception):
-    """A run ended with an error; the message is the last line it wrote."""
 
 
 def train(recipe: str | None, num_steps: int, run_dir: Path) -> dict[str, Any]:
@@ -47,11 +42,7 @@ def train(recipe: str | None, num_steps: int, run_dir: Path) -> dict[str, Any]:
     ]  # fmt: skip
     if recipe is not None:
         overrides.append(f"precision.fp8={{recipe: {recipe}, backend: emulated}}")
-    environment = {PLATFORM_VARIABLE: "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
-    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", "1", "launch/pretrain.py", str(CONFIG)]
-    done = subprocess.run([*command, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RunFailed(f"{recipe or 'bf16'}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+    launch_stage(recipe or "bf16", "pretrain", 1, str(CONFIG), *overrides)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     (validation,) = [value for key, value in rows[-1].items() if key.startswith("validation_loss/")]
     return {"recipe": recipe or "bf16", "losses": [row["loss"] for row in rows], "validation_loss": validation}
@@ -129,11 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (arguments.out / "fp8_curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         draw(runs, arguments.out / "fp8_curves.svg")
 
-    try:
-        code = run_command(command)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    code = run_bench(command)
     for one in comparisons:
         print(
             f"{one['recipe']:<11} loss {one['last_losses']:.4f} ({one['difference']:+.2%} from bf16), "

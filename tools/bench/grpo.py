@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,12 +21,12 @@ from typing import Any
 if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parallel.platform import PLATFORM_VARIABLE
 from tools.bench.chats import write_chats, write_tokenizer
 from tools.bench.compare import compare
+from tools.bench.launching import launch_stage, run_bench
 from tools.bench.report import PACKAGES, describe_machine, print_report
-from tools.bench.throughput import CONFIG, NUM_WARMUP, ROOT, Case, RunFailed, measure_case
-from tools.console import Progress, end_process, run_command
+from tools.bench.throughput import CONFIG, NUM_WARMUP, ROOT, Case, measure_case
+from tools.console import Progress, end_process
 from tools.outputs import check_file
 from tools.paths import path_argument
 
@@ -51,10 +50,10 @@ def measure_shares(num_steps: int, chats: Path, tokenizer: str, run_dir: Path) -
         "parallel.tp=1", "parallel.pp=1", "data.train=[]", "data.validation=[]", "sample.prompts=[]",
         "train.num_steps=0", "schedule.warmup_steps=0", "train.eval_every=null",
     )  # fmt: skip
-    _launch(1, "pretrain", str(CONFIG), *nothing, tokenizer, f"run.dir={seed}")
+    launch_stage("seed", "pretrain", 1, str(CONFIG), *nothing, tokenizer, f"run.dir={seed}")
     uneven = ("rollout.stop_strings=[k]", f"train.num_steps={NUM_WARMUP + num_steps}")
-    words = Case("dp2", 2, (*_OVERRIDES, tokenizer, *uneven), (), stage="grpo").words(chats, run_dir)
-    _launch(2, *words, f"checkpoint.init_from={seed}")
+    stage, *words = Case("dp2", 2, (*_OVERRIDES, tokenizer, *uneven), (), stage="grpo").words(chats, run_dir)
+    launch_stage("shares of a step", stage, 2, *words, f"checkpoint.init_from={seed}")
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for line in lines if "timing_s/step" in (row := json.loads(line))][NUM_WARMUP:]
     whole = sum(row["timing_s/step"] for row in rows)
@@ -65,14 +64,6 @@ def measure_shares(num_steps: int, chats: Path, tokenizer: str, run_dir: Path) -
         shares[f"idle_dp_{replica}"] = sum(row[name] for row in rows) / len(rows)
     shares["seconds"] = whole / len(rows)
     return shares
-
-
-def _launch(num_ranks: int, stage: str, *words: str) -> None:
-    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", str(num_ranks), f"launch/{stage}.py", *words]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", PLATFORM_VARIABLE: "cpu"} | os.environ
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RunFailed(f"shares of a step: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
 
 
 def print_shares(shares: dict[str, float]) -> None:
@@ -119,11 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
-    try:
-        return run_command(command)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_bench(command)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,9 +19,9 @@ from typing import Any
 if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parallel.platform import PLATFORM_VARIABLE
+from tools.bench.launching import launch_stage, run_bench
 from tools.bench.report import describe_machine
-from tools.console import Progress, end_process, run_command
+from tools.console import Progress, end_process
 from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,10 +38,6 @@ _DRAWN, _HELD_OUT = "reward/small_tasks/mean", "validation_small_tasks/held_out"
 _SPAN = 10  # steps that a share of drawn answers is the mean of
 
 
-class RunFailed(Exception):
-    """A run ended with an error; the message is the last line it wrote."""
-
-
 def train(name: str, num_steps: int, run_dir: Path) -> dict[str, Any]:
     """Train once and return the shares of right answers, drawn in each step and likeliest to held-out questions.
 
@@ -52,13 +47,9 @@ def train(name: str, num_steps: int, run_dir: Path) -> dict[str, Any]:
         *RUNS[name], f"run.dir={run_dir}", f"train.num_steps={num_steps}", f"train.eval_every={max(1, num_steps // 8)}",
         "checkpoint.save_every=null",
     ]  # fmt: skip
-    environment = {PLATFORM_VARIABLE: "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
-    command = [sys.executable, "-m", "launch.local", "--nproc-per-node", "2", "launch/grpo.py", str(CONFIG)]
     started = time.perf_counter()
-    done = subprocess.run([*command, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True)
+    launch_stage(name, "grpo", 2, str(CONFIG), *overrides)
     seconds = time.perf_counter() - started
-    if done.returncode != 0:
-        raise RunFailed(f"{name}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     drawn = [row[_DRAWN] for row in rows if _DRAWN in row]
     first = (run_dir / "answers" / "step_00000000.jsonl").read_text(encoding="utf-8").splitlines()
@@ -121,11 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(runs, arguments.out / "grpo_curves.svg")
         print("\n".join(describe(run) for run in runs))
 
-    try:
-        return run_command(command)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_bench(command)
 
 
 if __name__ == "__main__":

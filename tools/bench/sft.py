@@ -24,9 +24,10 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from tools.bench.chats import write_chats, write_tokenizer
 from tools.bench.compare import Measure, bootstrap_interval, compare
+from tools.bench.launching import RunFailed, run_bench
 from tools.bench.report import PACKAGES, describe_machine, print_report
-from tools.bench.throughput import NUM_WARMUP, ROOT, Case, RunFailed, measure_case
-from tools.console import Progress, end_process, run_command
+from tools.bench.throughput import NUM_WARMUP, ROOT, Case, measure_case
+from tools.console import Progress, end_process
 from tools.outputs import check_file
 from tools.paths import path_argument
 
@@ -146,11 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
-    try:
-        return run_command(command)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_bench(command)
 
 
 if __name__ == "__main__":

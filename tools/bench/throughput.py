@@ -24,9 +24,10 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 from parallel.platform import PLATFORM_VARIABLE, PlatformName
 from tools.bench.clock import RunReport
 from tools.bench.compare import Measure, compare
+from tools.bench.launching import RunFailed, run_bench
 from tools.bench.report import describe_machine, print_report, write_report
 from tools.bench.turns import Conductor
-from tools.console import Progress, end_process, run_command
+from tools.console import Progress, end_process
 from tools.made_up_data import write_made_up_dataset
 from tools.outputs import check_file
 from tools.paths import path_argument
@@ -90,10 +91,6 @@ CASES = (
     # Four microbatches, as the demo has: with one, a stage would only ever wait for the other.
     Case("pp2", 2, ("parallel.tp=1", "parallel.pp=2", "train.micro_batch_size=1"), ("fit", "bare")),
 )
-
-
-class RunFailed(Exception):
-    """A measured run ended with an error; the message is the last line it wrote."""
 
 
 class _Run:
@@ -197,11 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_report(arguments.out, machine, comparisons, [asdict(measure) for measure in measures])
         print_report(machine, comparisons)
 
-    try:
-        return run_command(command)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_bench(command)
 
 
 if __name__ == "__main__":
