@@ -14,7 +14,7 @@ LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrain demo-long-context demo-sft demo-grpo test test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-grpo demo-calculator test test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,13 @@ demo-sft: setup  ## fine-tune that model on small questions, and ask it others b
 demo-grpo: setup  ## reward that model for right answers, from where fine-tuning left it
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml
+
+demo-calculator: setup  ## teach the model of long texts to ask a calculator, and reward it for right answers
+	test -e runs/demo_long/checkpoints/latest || $(MAKE) demo-long-context
+	test -e data/calculator/tokenizer || $(PYTHON) tools/split_digits.py data/stdlib/tokenizer --out data/calculator/tokenizer
+	$(PYTHON) tools/make_small_tasks.py --tasks calculator --digits 2 --out data/calculator
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/sft.py configs/demo/calculator_sft.yaml
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/calculator_grpo.yaml
 
 test: setup  ## run every test
 	$(PYTHON) -m pytest

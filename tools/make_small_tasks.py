@@ -1,6 +1,6 @@
 """Make questions with worked answers as chats, to fine-tune on, and held-out ones to ask.
 
-Run: python tools/make_small_tasks.py --out data/tasks [--tasks calculator] [--rows 20000] [--held-out 200] [--seed 0]
+Run: python tools/make_small_tasks.py --out data/tasks [--tasks calculator] [--digits 4] [--rows 20000] [--held-out 200]
 Writes DIR/train.jsonl and DIR/held_out.jsonl: a row has `messages`, the `answer` that is right, and `tools` if any.
 """
 
@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from trainer.environments.small_tasks import SmallTask
 
 
-def make_small_tasks(out: str, kind: str, num_rows: int, num_held_out: int, seed: int) -> None:
+def make_small_tasks(out: str, kind: str, num_rows: int, num_held_out: int, seed: int, max_digits: int = 4) -> None:
     """Write both files; no question that is held out is among those to train on."""
     from trainer.environments.calculator import draw_calculator_task
     from trainer.environments.small_tasks import draw_task
 
     draw: Callable[[random.Random], SmallTask | CalculatorTask] = draw_task
     if kind == "calculator":
-        draw = draw_calculator_task
+        draw = partial(draw_calculator_task, max_digits=max_digits)
     source = random.Random(seed)
     held_out: dict[str, SmallTask | CalculatorTask] = {}
     while len(held_out) < num_held_out:
@@ -65,15 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("rows", 20_000, "chats to train on"),
         ("held-out", 200, "chats to ask, none of which is trained on"),
         ("seed", 0, "of what is drawn"),
+        ("digits", 4, "most digits of a number that the calculator is for"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
     arguments = parser.parse_args(argv)
     if arguments.rows < 1 or not 1 <= arguments.held_out <= 2000:
         parser.error("--rows and --held-out: must be at least 1, and at most 2000 are held out; try 20000 and 200")
 
+    if not 2 <= arguments.digits <= 9:
+        parser.error("--digits: must be at least 2 and at most 9; try 4")
+
     def command() -> None:
         check_directory(arguments.out, "data/tasks")
-        make_small_tasks(arguments.out, arguments.tasks, arguments.rows, arguments.held_out, arguments.seed)
+        make_small_tasks(
+            arguments.out, arguments.tasks, arguments.rows, arguments.held_out, arguments.seed, arguments.digits
+        )
 
     return run_command(command)
 

@@ -171,6 +171,7 @@ def test_typed_lines_are_answered_and_forgotten_on_demand(chat):
             "instruction; call yours prompt, or name it in a recipe: columns: {prompt: question}",
         ),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "holds no turn to answer; end with"),
+        ("a.jsonl", '{"prompt": " ", "completion": "x"}\n', "the user's, is empty and asks nothing; drop the row"),
         ("a.txt", "\n", "a.txt: holds no prompts"),
     ],
 )

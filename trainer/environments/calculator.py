@@ -117,9 +117,9 @@ class CalculatorTask:
         return {"messages": messages, "tools": list(_TOOLS), "kind": self.kind, "answer": self.answer}
 
 
-def draw_calculator_task(source: random.Random) -> CalculatorTask:
-    """Draw a product, sum, difference or mixed expression of whole numbers of two to four digits."""
-    first, second, third = (source.randrange(12, 10 ** source.randrange(2, 5)) for _ in range(3))
+def draw_calculator_task(source: random.Random, max_digits: int) -> CalculatorTask:
+    """Draw a product, sum, difference or mixed expression of whole numbers of two to `max_digits` digits."""
+    first, second, third = (source.randrange(12, 10 ** source.randrange(2, max_digits + 1)) for _ in range(3))
     kind, expression, question = source.choice((
         ("product", f"{first} * {second}", f"What is {first} times {second}?"),
         ("sum", f"{first} + {second} + {third}", f"What do {first}, {second} and {third} make together?"),

@@ -45,12 +45,12 @@ class Environment(Protocol):
 
 
 def is_turn(turn: object) -> bool:
-    """Return whether what an environment gave is a turn: messages, the reply first, and a finite reward or None."""
+    """Return whether an environment gave a turn: messages, the reply first, and a reward that is finite or None."""
     if not isinstance(turn, Turn) or not isinstance(turn.messages, list | tuple) or not turn.messages:
         return False
     is_number = isinstance(turn.reward, int | float) and math.isfinite(turn.reward)
     is_said = all(isinstance(one, Mapping) for one in turn.messages) and turn.messages[0].get("role") == "assistant"
-    return is_said and (turn.reward is None or is_number)
+    return is_said and isinstance(turn.is_done, bool) and (turn.reward is None or is_number)
 
 
 _BUILT_IN = {"calculator": "trainer.environments.calculator:Calculator"}

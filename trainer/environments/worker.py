@@ -116,7 +116,7 @@ def _turn(value: Any) -> Part:
     if isinstance(value, Turn) and (reward := _number(value.reward)).fault is None:
         value = replace(value, reward=reward.value)
     if not is_turn(value):
-        what = "no Turn of messages, the assistant's reply first, and a finite reward"
+        what = "no Turn of messages, the assistant's reply first, a finite reward, and is_done=True or False"
         return Part(None, f"answered {repr(value)[:80]}, which is {what}")
     try:
         pickle.dumps(value)

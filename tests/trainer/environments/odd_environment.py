@@ -34,6 +34,7 @@ class Odd:
             "none": None, "text": "right", "empty": Turn((), 1.0, True), "letters": Turn(("4",), 1.0, True),  # type: ignore[arg-type]
             "nan": Turn((SAID,), math.nan, True), "word": Turn((SAID,), "1", True),  # type: ignore[arg-type]
             "numpy": Turn((SAID,), np.float32(0.5), True), "without reply": Turn(({"role": "user"},), 1, False),
+            "perhaps": Turn((SAID,), 1.0, "no"),  # type: ignore[arg-type]
             "function": Turn((SAID, {"role": "user", "content": lambda: "4"}), 1.0, False),
         }  # fmt: skip
         if reply == "half a message":  # as where one is killed whose copy lives on

@@ -15,7 +15,7 @@ from trainer.environments.environment import Turn
 from trainer.environments.rewards.reply import Reply
 
 ODD = "tests.trainer.environments.odd_environment:Odd"
-NO_TURN = "which is no Turn of messages, the assistant's reply first, and a finite reward"
+NO_TURN = "which is no Turn of messages, the assistant's reply first, a finite reward, and is_done=True or False"
 
 RIGHT = Turn((SAID, {"role": "user", "content": "4, 1"}), 1, False)
 
@@ -35,6 +35,7 @@ def pool() -> Any:
 def test_every_reply_is_answered_and_faults_are_their_own(pool: EnvironmentPool) -> None:
     asked = {
         "raise": "RuntimeError: boom", "none": f"answered None, {NO_TURN}", "text": f"answered 'right', {NO_TURN}",
+        "perhaps": NO_TURN,
         "nan": NO_TURN, "word": NO_TURN, "empty": NO_TURN, "letters": NO_TURN, "exit": "its process ended with code 3",
         "hang": "took longer than 0.5 s", "without reply": NO_TURN,
     }  # fmt: skip

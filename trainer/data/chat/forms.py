@@ -70,6 +70,8 @@ def parse_prompt(
             answer = turns[-1] if isinstance(turns, list) else turns
     if not messages or messages[-1].role in ("assistant", "system"):
         raise BadRow("holds no turn to answer; end with the user's, or with its answer behind it")
+    if messages[-1].role == "user" and not messages[-1].content.strip():
+        raise BadRow("its last turn, the user's, is empty and asks nothing; drop the row")
     return _as_conversation(row, messages, columns, path, number), answer
 
 
