@@ -277,6 +277,8 @@ def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, A
         example = field.item_example
     elif kind in _NOT_A_SECTION and field is not None and field.section is not None:
         example = f"a mapping of {', '.join(field.section.model_fields)}"
+    elif kind == "literal_error" and field is not None:
+        example = next(iter(difflib.get_close_matches(str(detail["input"]), _choices(field), n=1)), example)
     if kind == "missing":
         if len(location) == 1:
             return f"{path}: missing section; add one, or a base: that has it"
@@ -302,7 +304,7 @@ def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None
     if kind == "string_type":
         return f"{shown} is not text"
     if kind == "literal_error" and field is not None:
-        return f"{shown} is not one of {field.type_text.removeprefix('list of ').replace(' | ', ', ')}"
+        return f"{shown} is not one of {', '.join(_choices(field))}"
     if kind == "tuple_type":
         return f"{shown} is not a list"
     if kind in _NOT_A_SECTION:
@@ -310,6 +312,11 @@ def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None
     if is_bound:
         return f"{shown} must be {_BOUNDS[kind]} {next(iter(detail['ctx'].values()))}"
     return f"{shown} is refused ({detail['msg']})"
+
+
+def _choices(field: SchemaField) -> list[str]:
+    """Return the words that a field takes."""
+    return field.type_text.removeprefix("list of ").split(" | ")
 
 
 def _why_unknown(location: tuple[str | int, ...], stage: str) -> str:

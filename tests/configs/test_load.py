@@ -153,6 +153,10 @@ def test_names_of_other_trainers_of_policies_lead_to_ours(override: str, field: 
             "precision.compute: 'fp8' is not one of bf16, fp16, fp32; a value that would work: bf16",
         ),
         (
+            "schedule.kind=linea",
+            "schedule.kind: 'linea' is not one of cosine, linear, wsd, constant; a value that would work: linear",
+        ),
+        (
             "data.train=[a]",
             "data.train[0]: 'a' is not a section with fields; a value that would work: {path: data/corpus_train}",
         ),
