@@ -61,6 +61,7 @@ class _Pending:
     step: int
     partial: Path
     manifest: dict[str, Any]
+    """Of rank 0, which writes it; empty elsewhere."""
     started: float
     thread: threading.Thread | None = None
     error: BaseException | None = None
@@ -108,7 +109,8 @@ class CheckpointWriter:
         barrier()
         is_copied = self._settings.async_save  # else the ranks wait, and nothing changes what is written
         pieces = collect_pieces(collect(stage.parts, None), self._shares, self._mesh, is_copied=is_copied)
-        pending = _Pending(state.step, partial, self._describe(state, stage), time.perf_counter())
+        described = self._describe(state, stage) if self._mesh.rank == 0 else {}
+        pending = _Pending(state.step, partial, described, time.perf_counter())
         self._check_space(pending, pieces.num_bytes)
         if self._settings.async_save:
             pending.thread = threading.Thread(target=self._write, args=(pending, pieces), name="checkpoint-writer")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from configs.errors import BadInput
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
-from parallel.collectives import first_of_ranks
+from parallel.collectives import first_of_ranks, on_rank_zero
 from trainer.checkpoint.base_weights import BaseWeights, recorded_base
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.checkpoint.manifest import find_damage, read_manifest
-from trainer.checkpoint.stored import open_manifest
 from trainer.checkpoint.tensors import CheckpointTensors
 from trainer.hf.adapters import HfTensors, MergedTensors, StoredAdapters, TensorStore
 from trainer.hf.companions import carried_folder
@@ -59,7 +59,7 @@ def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSourc
     source = describe_source(checkpoint)
     checked: Path | None = checkpoint
     while checked is not None:
-        manifest = open_manifest(checked)
+        manifest = on_rank_zero(partial(read_manifest, checked))
         mine = sorted(manifest.files)[rank::world_size]
         damage = first_of_ranks(next(iter(find_damage(checked, manifest, mine)), None))
         if damage is not None:
