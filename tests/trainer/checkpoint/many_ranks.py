@@ -9,7 +9,6 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
-import functools
 import io
 import os
 import pickle
@@ -51,7 +50,8 @@ class World:
         """What the ranks hand rank 0 next."""
         self.told: list[Any] = []
         """What rank 0 has told the others since they last came."""
-        self._replayed = iter(())
+        self._replayed: Iterator[Any] = iter(())
+        self._tables: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def begin(self, rank: int) -> None:
         """Let the next calls be those of a rank; rank 0 comes first."""
@@ -145,15 +145,16 @@ class World:
 
     def gather_tables(self, table: np.ndarray, group: Any, device: torch.device) -> list[np.ndarray]:
         """Give the ranks of a data-parallel group each other's tables."""
-        tables = self._tables(self.rank % self.tp, self.rank // self.tp // self.dp)
+        place = self.rank % self.tp, self.rank // self.tp // self.dp
+        if place not in self._tables:
+            self._tables[place] = [shares.describe_shards(_tensors(self.state(rank))) for rank in self._group(*place)]
+        tables = self._tables[place]
         assert np.array_equal(table, tables[group.rank()])
         self.received[self.rank] += len(tables) * max(one.nbytes for one in tables)
         return tables
 
-    @functools.cache
-    def _tables(self, tp: int, pp: int) -> list[np.ndarray]:
-        ranks = [(pp * self.dp + dp) * self.tp + tp for dp in range(self.dp)]
-        return [shares.describe_shards(_tensors(self.state(rank))) for rank in ranks]
+    def _group(self, tp: int, pp: int) -> list[int]:
+        return [(pp * self.dp + dp) * self.tp + tp for dp in range(self.dp)]
 
 
 def _tensors(state: dict[str, Any]) -> list[ShardedTensor]:
@@ -171,7 +172,9 @@ def pretend(world: World) -> Iterator[None]:
     choose = shares.choose_writers
 
     def choose_once(tables: Sequence[np.ndarray]) -> Any:
-        return chosen.setdefault(id(tables), None) or chosen.update({id(tables): choose(tables)}) or chosen[id(tables)]
+        if id(tables) not in chosen:
+            chosen[id(tables)] = choose(tables)
+        return chosen[id(tables)]
 
     def counted(name: str, call: Any) -> Any:
         def count(*args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a rank does for a checkpoint does not grow with the number of ranks, and what rank 0 does, not with its square."""
+"""What a rank does for a checkpoint does not grow with the ranks, and what rank 0 does, not with their square."""
 
 from __future__ import annotations
 
