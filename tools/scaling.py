@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
@@ -44,20 +45,22 @@ def run_sweep(sweep: Sweep, sweep_dir: Path, cluster: Path | None, say: Callable
     write_sweep(sweep, points, sweep_dir)
     num_failed = 0
     for number, point in enumerate(points, start=1):
-        place = f"{number} of {len(points)}: {point.name}"
+        tell = partial(_tell, say, f"{number} of {len(points)}: {point.name}")
         if point not in lacking:
-            say(f"{place}: has its {sweep.num_steps} steps")
-            _drop_checkpoints(sweep_dir, point)
+            tell(f"has its {sweep.num_steps} steps")
+            if not _is_queued(sweep_dir, point):  # else its job may be writing the checkpoint now
+                _drop_checkpoints(sweep_dir, point)
         elif _is_queued(sweep_dir, point):
-            say(f"{place}: job {outcome_of(sweep_dir, point)['job']} waits or runs")
+            tell(f"job {outcome_of(sweep_dir, point)['job']} waits or runs")
         elif cluster is not None:
-            num_failed += not _submit(
-                sweep, sweep_dir, point, cluster, lambda text, place=place: say(f"{place}: {text}")
-            )
+            num_failed += not _submit(sweep, sweep_dir, point, cluster, tell)
         else:
-            say(f"{place}: runs")
-            num_failed += not _run(sweep, sweep_dir, point, lambda text, place=place: say(f"{place}: {text}"))
+            num_failed += not _run(sweep, sweep_dir, point, tell)
     return num_failed
+
+
+def _tell(say: Callable[[str], None], place: str, text: str) -> None:
+    say(f"{place}: {text}")
 
 
 def _check(sweep: Sweep, points: Sequence[Point], cluster: Path | None) -> None:
@@ -82,6 +85,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _run(sweep: Sweep, sweep_dir: Path, point: Point, say: Callable[[str], None]) -> bool:
     """Run a point on this machine and return whether it took all its steps."""
+    say("runs")
     command = ["-m", "launch.local", "--nproc-per-node", str(point.num_ranks)]
     command += [str(ROOT / "launch" / f"{sweep.stage}.py"), sweep.recipe, *point.overrides]
     started = time.monotonic()

@@ -48,9 +48,11 @@ def read_pieces(checkpoint: Path, metadata: Metadata, wanted: list[tuple[str, tu
     targets: dict[int, torch.Tensor] = {}
     items: list[ReadItem] = []
     for key, places in by_key.items():
+        entry = metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)  # the caller has looked
         boxes = [ChunkStorageMetadata(torch.Size(offsets), target.shape) for offsets, target in places]
-        for item in create_read_items_for_chunk_list(key, metadata.state_dict_metadata[key], boxes):
-            targets[id(item)] = places[item.dest_index.index][1]
+        for item in create_read_items_for_chunk_list(key, entry, boxes):
+            targets[id(item)] = places[item.dest_index.index or 0][1]
             items.append(item)
     reader = FileSystemReader(checkpoint)
     reader.set_up_storage_reader(metadata, is_coordinator=True)

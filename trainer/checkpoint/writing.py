@@ -39,16 +39,20 @@ COMMON_STATE = "common_state/shard_0_1"
 """Key of what is the same on all ranks, which Megatron-Core asks every checkpoint for."""
 
 
+Span = tuple[str, int, int]
+"""File, first byte and number of bytes there."""
+
+
 @dataclass
 class WrittenPieces:
     """What one rank wrote, as plain and short as can be: rank 0 gets it from every rank."""
 
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
     """Number format and whole shape by key."""
-    pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], str, int, int]] = field(default_factory=list)
-    """Key, offsets in the whole tensor, shape, file, first byte and number of bytes there."""
-    objects: list[tuple[str, str, int, int]] = field(default_factory=list)
-    """Key, file, first byte and number of bytes of what is no tensor."""
+    pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], Span]] = field(default_factory=list)
+    """Key, offsets in the whole tensor, shape, and where it lies."""
+    objects: list[tuple[str, Span]] = field(default_factory=list)
+    """Key of what is no tensor, and where it lies."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Bytes and hash by name."""
 
@@ -81,19 +85,19 @@ class TensorFileWriter:
         begin = stream.tell()
         whole = piece.detach().contiguous()
         _save(whole.clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole, stream)
-        place = (self._name(), begin, stream.tell() - begin)
-        self.written.pieces.append((key, tuple(offsets), tuple(piece.shape), *place))
+        span = (self._name(), begin, stream.tell() - begin)
+        self.written.pieces.append((key, tuple(offsets), tuple(piece.shape), span))
 
     def write_object(self, key: str, content: bytes) -> None:
         """Write what is no tensor."""
         stream = self._open()
-        self.written.objects.append((key, self._name(), stream.tell(), len(content)))
+        self.written.objects.append((key, (self._name(), stream.tell(), len(content))))
         stream.write(content)
 
     def close(self) -> WrittenPieces:
         """Force the last file to disk, hash the files, and return what was written."""
         self._close()
-        names = dict.fromkeys(place[-3] for place in (*self.written.pieces, *self.written.objects))
+        names = {span[0] for *_, span in (*self.written.pieces, *self.written.objects)}
         self.written.files = {name: hash_file(self._directory / name) for name in names}
         return self.written
 
@@ -183,13 +187,13 @@ def merge_pieces(parts: Iterable[WrittenPieces]) -> Metadata:
         for key, (dtype, size) in part.tensors.items():
             if key not in tensors:
                 tensors[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), [])
-        for key, offsets, shape, *place in part.pieces:
+        for key, offsets, shape, span in part.pieces:
             chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
             tensors[key].chunks.append(chunk)
-            places[MetadataIndex(key, chunk.offsets)] = _StorageInfo(*place)
-        for key, *place in part.objects:
+            places[MetadataIndex(key, chunk.offsets)] = _StorageInfo(*span)
+        for key, span in part.objects:
             tensors[key] = BytesStorageMetadata()
-            places[MetadataIndex(key)] = _StorageInfo(*place)
+            places[MetadataIndex(key)] = _StorageInfo(*span)
     for key, entry in tensors.items():
         if isinstance(entry, TensorStorageMetadata):
             check_whole(key, entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
