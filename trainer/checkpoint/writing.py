@@ -97,7 +97,8 @@ class TensorFileWriter:
     def close(self) -> WrittenPieces:
         """Force the last file to disk, hash the files, and return what was written."""
         self._close()
-        names = {span[0] for *_, span in (*self.written.pieces, *self.written.objects)}
+        spans = [piece[-1] for piece in self.written.pieces] + [one[-1] for one in self.written.objects]
+        names = dict.fromkeys(file for file, _, _ in spans)
         self.written.files = {name: hash_file(self._directory / name) for name in names}
         return self.written
 
