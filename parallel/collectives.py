@@ -116,6 +116,14 @@ def gather_tables(table: np.ndarray, group: dist.ProcessGroup, device: torch.dev
     return [part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]
 
 
+def send_to_group(values: torch.Tensor, owner: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Copy a tensor of rank `owner` of the group into those of the others, wherever it lies. Collective: the group."""
+    sent = values.to(device).contiguous()
+    dist.broadcast(sent, group=group, group_src=owner)
+    if sent is not values:
+        values.copy_(sent)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return every rank's picklable value, by rank. Collective: all ranks of the world must call this.
 

@@ -37,12 +37,12 @@ class WriterShares:
         if self._mine is None:
             tables = gather_tables(describe_shards(shards), self._group, self._device)
             self._mine = choose_writers(tables)[self._group.rank()]
-        return [shard for shard in shards if _id_of(shard) in self._mine]
+        return [shard for shard in shards if id_of(shard) in self._mine]
 
 
 def describe_shards(shards: Sequence[ShardedTensor]) -> np.ndarray:
     """Return a row for each shard, `[shards, 3]` int64: what identifies it, its bytes, whether it is the main one."""
-    rows = [(_id_of(shard), _num_bytes(shard), is_main_replica(shard.replica_id)) for shard in shards]
+    rows = [(id_of(shard), _num_bytes(shard), is_main_replica(shard.replica_id)) for shard in shards]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
@@ -73,7 +73,18 @@ def choose_writers(tables: Sequence[np.ndarray]) -> list[frozenset[int]]:
     return [frozenset(one) for one in chosen]
 
 
-def _id_of(shard: Any) -> int:
+def find_shared(tables: Sequence[np.ndarray]) -> dict[int, int]:
+    """Return which rank of a group reads each of the pieces that all of them ask for, in the order of their ids."""
+    asked = [table.copy() for table in tables]
+    for table in asked:
+        table[:, _IS_MAIN] = 1  # else it would be left to another group
+    readers = {one: rank for rank, chosen in enumerate(choose_writers(asked)) for one in chosen}
+    ids, counts = np.unique(np.concatenate(tables)[:, _ID], return_counts=True)
+    return {int(one): readers[int(one)] for one, count in zip(ids, counts, strict=True) if count == len(tables)}
+
+
+def id_of(shard: Any) -> int:
+    """Return what identifies a piece on every rank: a hash of its key and place."""
     digest = blake2b(f"{shard.key} {shard.global_offset}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import pickle
+from collections.abc import Container, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from configs.errors import BadInput
-from parallel.collectives import first_of_ranks, on_rank_zero
+from configs.errors import BadInput, in_one_line
+from parallel.collectives import first_of_ranks, gather_tables, on_all_ranks, on_rank_zero, send_to_group
 from parallel.mesh import Mesh
 from trainer.checkpoint.manifest import Manifest, advise_another, find_damage, read_manifest
+from trainer.checkpoint.shares import describe_shards, find_shared, id_of
 from trainer.checkpoint.tensors import read_bytes, read_metadata, read_pieces
 from trainer.checkpoint.writing import COMMON_STATE
 
@@ -33,6 +35,8 @@ class StoredState:
     metadata: Metadata
     common: dict[str, Any]
     """What was the same on all ranks."""
+    mesh: Mesh
+    """Of the ranks that load it."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -43,15 +47,39 @@ class StoredState:
     def load(self, state: Any) -> Any:
         """Return the state with what the checkpoint holds in place of its shards, tensors where they lie already.
 
-        Every rank reads what it asks for, from the files that have it. Raises BadInput for what is not there.
+        What data-parallel ranks ask for alike, one of them reads and sends to the others; the rest each reads itself.
+        Raises BadInput for what is not there or cannot be read. Collective: all ranks of the world must call this.
         """
         shards, kept, factories = load_preprocess(state)
         loaded = merge(deepcopy(self.common), kept)
         shards, _ = extract_sharded_base(shards)
         tensors = [shard for shard in nested_values(shards) if isinstance(shard, ShardedTensor)]
-        read_pieces(self.path, self.metadata, [self._place(shard) for shard in tensors])
-        dict_list_map_inplace(self._content, shards)
+        shared = self._deal_out(tensors)
+        on_all_ranks(lambda: self._read(shards, tensors, {id(shard) for shard, is_mine, *_ in shared if not is_mine}))
+        for shard, _, reader, group in shared:
+            send_to_group(shard.data, reader, group, self.mesh.device)
+        dict_list_map_inplace(lambda one: one.data if isinstance(one, ShardedTensor) else one, shards)
         return apply_factory_merges(merge(loaded, shards), factories)
+
+    def _deal_out(self, tensors: list[ShardedTensor]) -> list[tuple[ShardedTensor, bool, int, Any]]:
+        """Return what ranks ask for alike, in the same order on all: shard, whether this rank reads it, who does, group."""
+        dealt: list[tuple[ShardedTensor, bool, int, Any]] = []
+        left = {id_of(shard): shard for shard in tensors}
+        for group in (self.mesh.dp_cp_group, self.mesh.expert_dp_group):
+            if group.size() == 1:
+                continue
+            readers = find_shared(gather_tables(describe_shards(list(left.values())), group, self.mesh.device))
+            dealt += [(left.pop(one), reader == group.rank(), reader, group) for one, reader in readers.items()]
+        return dealt
+
+    def _read(self, shards: Any, tensors: list[ShardedTensor], others: Container[int]) -> None:
+        """Read this rank's tensors, but those that `others` read, and what is no tensor."""
+        places = [(shard, self._place(shard)) for shard in tensors]
+        try:
+            read_pieces(self.path, self.metadata, [place for shard, place in places if id(shard) not in others])
+            dict_list_map_inplace(self._content, shards)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise BadInput(f"{self.path}: cannot be read ({in_one_line(error)}); copy the checkpoint again.") from error
 
     def _place(self, shard: ShardedTensor) -> tuple[str, tuple[int, ...], torch.Tensor]:
         """Return the key and offsets of a shard, and the tensor to read into, which it has from then on."""
@@ -70,9 +98,9 @@ class StoredState:
         return shard.key, tuple(shard.global_offset), shard.data[(None,) * shard.prepend_axis_num]
 
     def _content(self, shard: Any) -> Any:
-        """Return what was read of a shard."""
+        """Return a shard of a tensor as it is, and in the place of another what is read of it."""
         if not isinstance(shard, ShardedObject):
-            return shard.data
+            return shard
         try:
             content = read_bytes(self.path, self.metadata, shard.unique_key)
         except KeyError:
@@ -95,7 +123,7 @@ def open_stored(checkpoint: Path, manifest: Manifest, mesh: Mesh) -> StoredState
     if damage is not None:
         raise BadInput(f"{damage}; the checkpoint cannot be trusted: {advise_another(checkpoint)}.")
     metadata, common = on_rank_zero(lambda: _read_shared(checkpoint))
-    return StoredState(checkpoint, manifest, metadata, common)
+    return StoredState(checkpoint, manifest, metadata, common, mesh)
 
 
 def _read_shared(checkpoint: Path) -> tuple[Metadata, Mapping[str, Any]]:

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from parallel import collectives
 from tests.small_runs import small_config
-from trainer.checkpoint import save, shares
+from trainer.checkpoint import save, shares, stored
 from trainer.checkpoint.layout import delete_rest
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.checkpoint.stored import open_manifest, open_stored
@@ -48,6 +48,9 @@ class World:
         self.received: collections.Counter[int] = collections.Counter()
         self.gathered: list[Any] = []
         """What the ranks hand rank 0 next."""
+        self.shared: Iterator[torch.Tensor] = iter(())
+        """What the ranks of a group send each other next."""
+        self.num_sent = 0
         self.told: list[Any] = []
         """What rank 0 has told the others since they last came."""
         self._replayed: Iterator[Any] = iter(())
@@ -68,6 +71,7 @@ class World:
             device=torch.device("cpu"),
             platform=SimpleNamespace(synchronize=lambda: None),
             dp_cp_group=SimpleNamespace(size=lambda: self.dp, rank=lambda: self.rank // self.tp % self.dp),
+            expert_dp_group=SimpleNamespace(size=lambda: 1),
             sizes=lambda: {"world": self.size},
         )
 
@@ -153,6 +157,13 @@ class World:
         self.received[self.rank] += len(tables) * max(one.nbytes for one in tables)
         return tables
 
+    def send_to_group(self, values: torch.Tensor, owner: int, group: Any, device: torch.device) -> None:
+        """Give a rank what another has read: the next of what all of its group ask for."""
+        sent = next(self.shared)
+        if owner != group.rank():
+            values.copy_(sent)
+        self.num_sent += 1
+
     def _group(self, tp: int, pp: int) -> list[int]:
         return [(pp * self.dp + dp) * self.tp + tp for dp in range(self.dp)]
 
@@ -191,7 +202,8 @@ def pretend(world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for target, name, new in (
             (collectives, "dist", world),
-            (shares, "gather_tables", world.gather_tables),
+            *((module, "gather_tables", world.gather_tables) for module in (shares, stored)),
+            (stored, "send_to_group", world.send_to_group),
             (shares, "choose_writers", choose_once),
             (builtins, "open", counted("open", builtins.open)),
             (io, "open", counted("open", io.open)),
@@ -246,13 +258,15 @@ class Rehearsal:
         with pretend(world):
             for rank in ranks:
                 world.begin(rank)
-                stored = open_stored(checkpoint, open_manifest(checkpoint), world.mesh())
+                opened = open_stored(checkpoint, open_manifest(checkpoint), world.mesh())
+                state = world.state(rank)
+                world.shared = iter([weight.data for weight in sorted(state["model"].values(), key=shares.id_of)])
                 state = world.state(rank)
                 expected = {name: shard.data.clone() for name, shard in state["model"].items()}
                 for shard in _tensors(state):
                     shard.data.fill_(-1)
-                loaded = stored.load(state)
-                assert loaded["step"] == 7
+                loaded = opened.load(state)
+                assert loaded["step"] == 7 and next(world.shared, None) is None
                 assert all(torch.equal(loaded["model"][name], value) for name, value in expected.items())
         return self.figures()
 

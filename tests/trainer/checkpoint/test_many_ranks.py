@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from tests.trainer.checkpoint.many_ranks import Rehearsal, World
 from trainer.checkpoint import layout
-from trainer.checkpoint.shares import choose_writers, describe_shards
+from trainer.checkpoint.shares import choose_writers, describe_shards, find_shared, id_of
 from trainer.checkpoint.writing import check_whole
 
 SIZES = (32, 128)
@@ -90,3 +90,14 @@ def test_a_tensor_must_be_whole():
         check_whole("w", (4, 4), halves(1, 2))
     random = np.random.default_rng(0).permutation(10_000)
     check_whole("experts", (10_000, 1), [((int(one), 0), (1, 1)) for one in random])
+
+
+def test_what_all_ask_for_is_read_once():
+    """Three ranks ask for two weights alike, two of them for an expert, each for moments of its own."""
+    tables = []
+    for rank in range(3):
+        asked = [shard(f"w{one}", 10, is_main=False) for one in range(2)] + [shard(f"m{rank}", 5, is_main=True)]
+        tables.append(describe_shards(asked + ([shard("expert", 8, is_main=True)] if rank else [])))
+    readers = find_shared(tables)
+    assert list(readers) == sorted(id_of(shard(f"w{one}", 10, is_main=False)) for one in range(2))
+    assert len(set(readers.values())) == 2  # not one for all
