@@ -62,7 +62,7 @@ class StoredState:
         return apply_factory_merges(merge(loaded, shards), factories)
 
     def _deal_out(self, tensors: list[ShardedTensor]) -> list[tuple[ShardedTensor, bool, int, Any]]:
-        """Return what ranks ask for alike, in the same order on all: shard, whether this rank reads it, who does, group."""
+        """Return what ranks ask for alike, in one order for all: shard, whether this rank reads it, who does, group."""
         dealt: list[tuple[ShardedTensor, bool, int, Any]] = []
         left = {id_of(shard): shard for shard in tensors}
         for group in (self.mesh.dp_cp_group, self.mesh.expert_dp_group):
