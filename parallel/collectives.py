@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -102,11 +103,68 @@ def gather_pieces(
     return whole
 
 
+def gather_tables(table: np.ndarray, group: dist.ProcessGroup, device: torch.device) -> list[np.ndarray]:
+    """Return every rank's table of int64, by rank; they may differ in length. Collective: all ranks of the group."""
+    lengths = torch.zeros(group.size(), dtype=torch.int64, device=device)
+    lengths[group.rank()] = len(table)
+    dist.all_reduce(lengths, group=group)
+    padded = torch.zeros((int(lengths.max()), *table.shape[1:]), dtype=torch.int64, device=device)
+    padded[: len(table)] = torch.from_numpy(table).to(device)
+    tables = padded.new_empty((group.size() * len(padded), *table.shape[1:]))
+    dist.all_gather_into_tensor(tables, padded, group=group)
+    parts = tables.cpu().numpy().reshape(group.size(), *padded.shape)
+    return [part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]
+
+
+def send_to_group(values: torch.Tensor, owner: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Copy a tensor of rank `owner` of the group into those of the others, wherever it lies. Collective: the group."""
+    sent = values.to(device).contiguous()
+    dist.broadcast(sent, group=group, group_src=owner)
+    if sent is not values:
+        values.copy_(sent)
+
+
 def gather_objects(value: Any) -> list[Any]:
-    """Return every rank's picklable value, by rank. Collective: all ranks of the world must call this."""
+    """Return every rank's picklable value, by rank. Collective: all ranks of the world must call this.
+
+    What a rank receives grows with the number of ranks: for what all need, and is small.
+    """
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=control_group())
     return values
+
+
+def gather_to_rank_zero(value: Any) -> list[Any] | None:
+    """Return every rank's picklable value, by rank, on rank 0; None elsewhere. Collective: all ranks of the world."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=control_group())
+    return values
+
+
+def first_of_ranks(value: Any) -> Any:
+    """Return on every rank the picklable value of the first rank that has one; None where all have None.
+
+    Nothing but a number is sent where none has. Collective: all ranks of the world must call this.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return value
+    first = torch.tensor([world_size if value is None else dist.get_rank()], dtype=torch.int64)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=control_group())
+    if int(first) == world_size:
+        return None
+    values = [value]
+    dist.broadcast_object_list(values, src=int(first), group=control_group())
+    return values[0]
+
+
+def sum_over_ranks(value: int) -> int:
+    """Return the sum of a number over all ranks. Collective: all ranks of the world must call this."""
+    if dist.get_world_size() == 1:
+        return value
+    total = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(total, group=control_group())
+    return int(total)
 
 
 def on_rank_zero(compute: Callable[[], Any]) -> Any:
@@ -136,9 +194,9 @@ def on_all_ranks(compute: Callable[[], Any]) -> Any:
         value = compute()
     except ShardwrightError as error:
         problem = error
-    problems = [one for one in gather_objects(problem) if one is not None]
-    if problems:
-        raise problems[0]
+    first = first_of_ranks(problem)
+    if first is not None:
+        raise first
     return value
 
 

@@ -97,7 +97,7 @@ def _export(arguments: argparse.Namespace) -> int:
     with host_ranks() as ranks:
         source = find_export_source(arguments.checkpoint, rank=ranks.rank, world_size=ranks.world_size)
         dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-        total = sum(file.stat().st_size for file in source.checkpoint.glob("*.distcp"))
+        total = sum(file.stat().st_size for file in source.checkpoint.rglob("*.distcp"))
         with _progress("export", total, ranks) as show:
             if arguments.adapter:
                 report = export_adapter(source, arguments.hf_dir, dtype=dtype, rank=ranks.rank)

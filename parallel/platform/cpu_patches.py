@@ -143,8 +143,6 @@ CONSTANT_PATCHES: tuple[ConstantPatch, ...] = (
         f"{_OPTIMIZER}.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups", _TYPE_NAME
     ),
     ConstantPatch("megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.__init__", _LITERAL),
-    ConstantPatch("megatron.core.dist_checkpointing.exchange_utils:_get_empty_tensor_for_exchange", _LITERAL),
-    ConstantPatch("megatron.core.dist_checkpointing.exchange_utils:exchange_loaded_tensors_gather_rounds", _LITERAL),
 )
 
 

@@ -56,17 +56,16 @@ def nan_loss(rank: int) -> Iterator[None]:
 @contextlib.contextmanager
 def full_disk_at_step_4(rank: int) -> Iterator[None]:
     """Let the disk run full (ENOSPC) while rank 1 writes the checkpoint of step 4."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
+    from trainer.checkpoint import writing
     from trainer.checkpoint.save import CheckpointWriter
 
     write = CheckpointWriter._write
 
-    def write_on_full_disk(self, pending, buckets):
+    def write_on_full_disk(self, pending, pieces):
         is_full = pending.step == 4 and rank == 1
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with patch.object(filesystem_async, "_write_item", side_effect=error) if is_full else contextlib.nullcontext():
-            write(self, pending, buckets)
+        with patch.object(writing.torch, "save", side_effect=error) if is_full else contextlib.nullcontext():
+            write(self, pending, pieces)
 
     with patch.object(CheckpointWriter, "_write", write_on_full_disk):
         yield
@@ -79,11 +78,11 @@ def too_small_disk_at_step_4(rank: int) -> Iterator[None]:
 
     check = CheckpointWriter._check_space
 
-    def check_small_disk(self, pending, buckets):
+    def check_small_disk(self, pending, num_bytes):
         space = SimpleNamespace(free=1000)
         is_small = pending.step == 4 and rank == 0
         with patch("shutil.disk_usage", return_value=space) if is_small else contextlib.nullcontext():
-            check(self, pending, buckets)
+            check(self, pending, num_bytes)
 
     with patch.object(CheckpointWriter, "_check_space", check_small_disk):
         yield
@@ -114,15 +113,15 @@ def looking_before_locking(rank: int) -> Iterator[None]:
 @contextlib.contextmanager
 def slow_disk(rank: int) -> Iterator[None]:
     """Let deleting an old checkpoint take longer than a collective may wait."""
-    from trainer.checkpoint import layout
+    from trainer.checkpoint import save
 
-    remove = layout.remove
+    delete = save.delete_rest
 
-    def remove_slowly(checkpoint):
+    def delete_slowly(doomed):
         time.sleep(6)
-        remove(checkpoint)
+        delete(doomed)
 
-    with patch.object(layout, "remove", remove_slowly):
+    with patch.object(save, "delete_rest", delete_slowly):
         yield
 
 
@@ -133,11 +132,11 @@ def moved_while_saving(rank: int) -> Iterator[None]:
 
     publish = CheckpointWriter._publish
 
-    def publish_moved(self, pending, files):
+    def publish_moved(self, pending, parts):
         if pending.step == 6:
             run_dir = self._dir.parent
             run_dir.rename(run_dir.with_name("moved"))
-        publish(self, pending, files)
+        return publish(self, pending, parts)
 
     with patch.object(CheckpointWriter, "_publish", publish_moved):
         yield

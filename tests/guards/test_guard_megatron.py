@@ -19,7 +19,7 @@ EXEMPT = "tools/bench/"
         # the words in which models, optimizers and converters say which shard they hold
         (
             r"megatron\.core\.dist_checkpointing\.(mapping|dict_utils)\b",
-            r"trainer/(checkpoint/(load|save)|engine/(fp8_history|optimizer_state|sharded_state)|hf/shards)\.py",
+            r"trainer/(checkpoint/\w+|engine/(fp8_history|optimizer_state|sharded_state)|hf/shards)\.py",
         ),
         (r"megatron\.core\.distributed\.\w*DistributedDataParallel\b", r"parallel/replicate\.py"),
     ],

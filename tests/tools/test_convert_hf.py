@@ -255,7 +255,7 @@ def run_with_fault(place: Place, fault: str, argv: list[str]) -> tuple[int, str,
     """Run the command with a file system that fails, or a Ctrl-C that comes, while a tensor is written."""
     from unittest.mock import patch
 
-    from trainer.checkpoint.tensors import TensorFileWriter
+    from trainer.checkpoint.writing import TensorFileWriter
 
     class Failing:
         """A file that fails when it is written to."""

@@ -1,7 +1,8 @@
 """Names and order of checkpoint directories under a run. Torch-free; knows nothing of what is inside them.
 
 `<run.dir>/checkpoints/step_00000100/` is whole by construction: it is written under a hidden name and renamed when
-every rank is done. `latest` is a symbolic link, replaced atomically, and so is `best`, where a run keeps one.
+every rank is done. `latest` is a symbolic link, replaced atomically, and so is `best`, where a run keeps one. The files
+of many ranks lie in directories of `FILES_PER_DIRECTORY`, so that none grows with the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ BEST = "best"
 """Link to the checkpoint of the lowest validation loss, of a run with `train.patience`."""
 EXPORT = "hf"
 """Directory, in a checkpoint, of the Hugging Face model that it was exported as."""
+FILES_PER_DIRECTORY = 256
+"""Ranks whose files share a directory of a checkpoint; those of a smaller run lie in the checkpoint itself."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -33,6 +36,18 @@ def checkpoints_dir(run_dir: str | Path) -> Path:
 def checkpoint_name(step: int) -> str:
     """Return the directory name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
+
+
+def part_directories(num_ranks: int) -> list[str]:
+    """Return the directories in a checkpoint for the files of so many ranks; of few it is the checkpoint itself."""
+    if num_ranks <= FILES_PER_DIRECTORY:
+        return ["."]
+    return [f"part_{number:04d}" for number in range(-(-num_ranks // FILES_PER_DIRECTORY))]
+
+
+def part_directory(rank: int, num_ranks: int) -> str:
+    """Return the directory of a checkpoint that a rank writes into."""
+    return part_directories(num_ranks)[rank // FILES_PER_DIRECTORY if num_ranks > FILES_PER_DIRECTORY else 0]
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -85,7 +100,7 @@ def publish(partial: Path, step: int) -> Path:
     parent = partial.parent
     final = parent / checkpoint_name(step)
     if final.exists():
-        remove(final)
+        delete_rest(hide(final))
     link = parent / NEXT_LATEST
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
@@ -114,11 +129,26 @@ def name_best(run_dir: str | Path, step: int | None) -> None:
         link.unlink(missing_ok=True)
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, under a hidden name so that a kill in the middle leaves nothing that looks whole."""
+def hide(checkpoint: Path) -> Path:
+    """Give a checkpoint that is to be deleted a hidden name, so that a kill in the middle leaves nothing that looks
+    whole, and return its new path."""
     doomed = checkpoint.parent / f"{DELETED_PREFIX}{checkpoint.name}"
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
+    return doomed
+
+
+def delete_part(doomed: Path, rank: int, num_ranks: int) -> None:
+    """Delete this rank's share of a hidden checkpoint: a directory of files, if it is the first of those that share it.
+
+    What is left then, a handful of files, is rank 0's to delete with `delete_rest`.
+    """
+    if num_ranks > FILES_PER_DIRECTORY and rank % FILES_PER_DIRECTORY == 0:
+        shutil.rmtree(doomed / part_directory(rank, num_ranks), ignore_errors=True)
+
+
+def delete_rest(doomed: Path) -> None:
+    """Delete what is left of a hidden checkpoint."""
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -152,17 +182,20 @@ def set_aside_after(run_dir: str | Path, step: int) -> list[Path]:
     return moved
 
 
-def apply_retention(published: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints of a run and those at multiples of `keep_every` steps.
+def apply_retention(published: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Hide all but the newest `keep_last` checkpoints of a run and those at multiples of `keep_every` steps.
 
-    What was just published, and what `latest` and `best` name, stays whatever its number.
+    Returns the hidden ones, for deletion. What was just published, and what `latest` and `best` name, stays whatever
+    its number.
     """
     run_dir = published.parent.parent
+    doomed = []
     spared = {published, latest_checkpoint(run_dir), best_checkpoint(run_dir)}
     for checkpoint in list_checkpoints(run_dir)[:-keep_last]:
         is_kept_for_good = keep_every is not None and step_of(checkpoint) % keep_every == 0
         if not is_kept_for_good and checkpoint not in spared and checkpoint.resolve() not in spared:
-            remove(checkpoint)
+            doomed.append(hide(checkpoint))
+    return doomed
 
 
 def _sync_directory(directory: Path) -> None:

@@ -10,25 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from configs.errors import BadInput
 from configs.load import resolved_dict
 from configs.sections.lora import LoraConfig
 from configs.stages import Config
-from parallel.collectives import gather_objects
 from parallel.mesh import Mesh
-from trainer.checkpoint.manifest import (
-    IMPORT_STAGE,
-    Manifest,
-    advise_another,
-    check_architecture,
-    check_continues,
-    find_damage,
-    read_manifest,
-)
+from trainer.checkpoint.manifest import IMPORT_STAGE, check_architecture, check_continues
 from trainer.checkpoint.parts import collect, hand_out
+from trainer.checkpoint.stored import open_manifest, open_stored
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.sharded_state import build_adapter_state, build_model_state
@@ -44,15 +34,11 @@ def resume(config: Config, mesh: Mesh, stage: Stage, checkpoint: Path) -> TrainS
 
     Raises BadInput for a damaged checkpoint, another architecture or another stage.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = open_manifest(checkpoint)
     check_continues(manifest, config, stage.name, checkpoint)
-    _check_files(mesh, checkpoint, manifest)
-    tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    saved = SavedState(
-        shapes={key: tuple(tensor.global_shape) for key, tensor in tensors.items()},
-        is_same_layout=manifest.layout == mesh.sizes(),
-    )
-    hand_out(stage.parts, dist_checkpointing.load(collect(stage.parts, saved), str(checkpoint)))
+    stored = open_stored(checkpoint, manifest, mesh)
+    saved = SavedState(stored.shapes, is_same_layout=manifest.layout == mesh.sizes())
+    hand_out(stage.parts, stored.load(collect(stage.parts, saved)))
     if not saved.is_same_layout:
         model = config.model
         has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
@@ -81,16 +67,16 @@ def _validated(config: Config) -> list[dict[str, Any]]:
 
 def warm_start(model: ShardedModel, checkpoint: Path) -> None:
     """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does."""
-    manifest = read_manifest(checkpoint)
+    manifest = open_manifest(checkpoint)
     check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
-    _check_files(model.mesh, checkpoint, manifest)
+    stored = open_stored(checkpoint, manifest, model.mesh)
     state = build_model_state(model.chunks, model.mesh)
     if manifest.stage["name"] == IMPORT_STAGE:  # Hugging Face models have no state of Transformer Engine
         state = {
             chunk: {name: value for name, value in tensors.items() if not isinstance(value, ShardedObject)}
             for chunk, tensors in state.items()
         }
-    model.load_weights(dist_checkpointing.load(state, str(checkpoint)))
+    model.load_weights(stored.load(state))
     model.weights_loaded()
 
 
@@ -99,20 +85,12 @@ def merge_adapter(model: ShardedModel, checkpoint: Path) -> None:
 
     Raises BadInput as `resume` does.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = open_manifest(checkpoint)
     check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
-    _check_files(model.mesh, checkpoint, manifest)
+    stored = open_stored(checkpoint, manifest, model.mesh)
     lora = LoraConfig.model_validate(manifest.config["lora"])
     adapter = build_adapter(model.chunks, lora, model.config.model, model.mesh, seed=0)
-    loaded = dist_checkpointing.load(build_adapter_state(adapter, model.mesh), str(checkpoint))
+    loaded = stored.load(build_adapter_state(adapter, model.mesh))
     adapter.load([loaded[f"model{index}"] for index in range(len(model.chunks))])
     adapter.merge()
     model.weights_loaded()
-
-
-def _check_files(mesh: Mesh, checkpoint: Path, manifest: Manifest) -> None:
-    """Hash the files, each rank its share. Raises BadInput on all ranks for a damaged one."""
-    mine = sorted(manifest.files)[mesh.rank :: mesh.world_size]
-    problems = [problem for part in gather_objects(find_damage(checkpoint, manifest, mine)) for problem in part]
-    if problems:
-        raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted: {advise_another(checkpoint)}.")

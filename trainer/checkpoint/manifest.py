@@ -201,7 +201,7 @@ def hash_file(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the SHA-256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def find_damage(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
@@ -209,10 +209,13 @@ def find_damage(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> l
     problems = []
     for name in names:
         path, expected = checkpoint / name, manifest.files[name]
-        if not path.is_file():
+        try:
+            num_bytes = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{path}: missing")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes instead of {expected['bytes']}")
+            continue
+        if num_bytes != expected["bytes"]:
+            problems.append(f"{path}: {num_bytes} bytes instead of {expected['bytes']}")
         elif hash_file(path)["sha256"] != expected["sha256"]:
             problems.append(f"{path}: its content has changed since it was written (SHA-256 differs)")
     return problems

@@ -9,24 +9,22 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
 from configs.errors import ShardwrightError
 from configs.load import resolved_dict
 from configs.stages import Config
-from parallel.collectives import barrier, gather_objects
+from parallel.collectives import (
+    barrier,
+    broadcast_object,
+    first_of_ranks,
+    gather_to_rank_zero,
+    sum_over_ranks,
+)
 from parallel.mesh import Mesh
 from trainer.checkpoint.base_weights import BaseWeights
 from trainer.checkpoint.layout import (
@@ -34,11 +32,17 @@ from trainer.checkpoint.layout import (
     apply_retention,
     checkpoint_name,
     checkpoints_dir,
+    delete_part,
+    delete_rest,
     name_best,
+    part_directories,
     publish,
 )
-from trainer.checkpoint.manifest import Manifest, hash_file
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.parts import collect
+from trainer.checkpoint.pieces import Pieces, collect_pieces
+from trainer.checkpoint.shares import WriterShares
+from trainer.checkpoint.writing import TensorFileWriter, WrittenPieces, write_metadata
 from trainer.disk.space import describe_file_limit, find_space_problem, free_bytes
 from trainer.engine.state import TrainState
 from trainer.stages.base import Stage
@@ -56,12 +60,12 @@ class _Pending:
 
     step: int
     partial: Path
-    request: AsyncRequest
     manifest: dict[str, Any]
+    """Of rank 0, which writes it; empty elsewhere."""
     started: float
     thread: threading.Thread | None = None
     error: BaseException | None = None
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    written: WrittenPieces | None = None
 
 
 class CheckpointWriter:
@@ -89,10 +93,7 @@ class CheckpointWriter:
         self._mesh = mesh
         self.last_saved_step = last_saved_step
         self._pending: _Pending | None = None
-        self._is_first = True
-        self._strategy = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy(), mesh.dp_cp_group, do_cache_distribution=True
-        )
+        self._shares = WriterShares(mesh.dp_cp_group, mesh.device)
 
     def save(self, state: TrainState, stage: Stage) -> None:
         """Copy the state to host memory and write it in the background (or at once with `async_save: false`).
@@ -103,31 +104,20 @@ class CheckpointWriter:
         partial = self._dir / f"{PARTIAL_PREFIX}{checkpoint_name(state.step)}"
         if self._mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            for part in part_directories(self._mesh.world_size):
+                (partial / part).mkdir(parents=True)
         barrier()
-        tensors = collect(stage.parts, None)
-        # While the ranks wait for the writing, nothing changes what is written.
-        shards = nested_values(tensors) if self._settings.async_save else ()
-        live = {_storage(shard.data) for shard in shards if _is_tensor(shard)}
-        request = dist_checkpointing.save(
-            tensors,
-            str(partial),
-            self._strategy,
-            validate_access_integrity=self._is_first,
-            async_sharded_save=True,
-            async_strategy="mcore",
-        )
-        self._is_first = False  # which rank holds what does not change
-        pending = _Pending(state.step, partial, request, self._describe(state, stage), time.perf_counter())
-        buckets = _copy_to_host(request, live)
-        self._check_space(pending, buckets)
+        is_copied = self._settings.async_save  # else the ranks wait, and nothing changes what is written
+        pieces = collect_pieces(collect(stage.parts, None), self._shares, self._mesh, is_copied=is_copied)
+        described = self._describe(state, stage) if self._mesh.rank == 0 else {}
+        pending = _Pending(state.step, partial, described, time.perf_counter())
+        self._check_space(pending, pieces.num_bytes)
         if self._settings.async_save:
-            pending.thread = threading.Thread(target=self._write, args=(pending, buckets), name="checkpoint-writer")
+            pending.thread = threading.Thread(target=self._write, args=(pending, pieces), name="checkpoint-writer")
             pending.thread.start()
-            self._pending = pending
         else:
-            self._write(pending, buckets)
-            self._pending = pending
+            self._write(pending, pieces)
+        self._pending = pending
         self.last_saved_step = state.step
 
     @property
@@ -149,25 +139,21 @@ class CheckpointWriter:
         if pending.thread is not None:
             pending.thread.join()
         self._pending = None
-        outcomes = gather_objects((str(pending.error) if pending.error else None, pending.files))
-        failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
-        if failures:
+        error = None if pending.error is None else f"rank {self._mesh.rank}: {pending.error}"
+        failure = first_of_ranks(error)
+        if failure is not None:
             self._discard(pending)
-            raise self._failure(pending, failures[0])
-        for finalize in pending.request.finalize_fns:
-            finalize()
-        if self._mesh.rank == 0:
-            self._publish(pending, {name: info for _, files in outcomes for name, info in files.items()})
-        barrier()
+            raise self._failure(pending, failure)
+        parts = gather_to_rank_zero(pending.written)
+        self._delete(broadcast_object(None if parts is None else self._publish(pending, parts)))
         if self._on_published is not None:
             self._on_published(self._dir / checkpoint_name(pending.step))
 
-    def _check_space(self, pending: _Pending, buckets: Any) -> None:
+    def _check_space(self, pending: _Pending, num_bytes: int) -> None:
         """Raise CheckpointFailed on all ranks if the disk cannot hold what all ranks are about to write."""
-        sizes = [sum(tensor.nbytes for _, tensor in tensor_data) for _, _, (_, tensor_data) in buckets or []]
-        needed = sum(gather_objects(sum(sizes)))
-        problems = gather_objects(find_space_problem(self._dir, needed, max(sizes, default=0)))
-        for problem in filter(None, problems):
+        needed = sum_over_ranks(num_bytes)
+        problem = first_of_ranks(find_space_problem(self._dir, needed, num_bytes))
+        if problem is not None:
             self._discard(pending)
             raise self._failure(pending, problem)
 
@@ -179,34 +165,37 @@ class CheckpointWriter:
             "to another disk, and run the command again."
         )
 
-    def _write(self, pending: _Pending, buckets: Any) -> None:
-        """Write this rank's files and hash them; runs in the background thread and touches no collective."""
-        request = pending.request
+    def _write(self, pending: _Pending, pieces: Pieces) -> None:
+        """Write this rank's file and hash it; runs in the background thread and touches no collective."""
         try:
-            if request.async_fn is not None:
-                rank, _, results = request.async_fn_args
-                request.async_fn(rank, buckets, results)
-                outcome = results.get()
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                results.put(outcome)
-                for _, file_name, _ in buckets:
-                    pending.files[file_name] = hash_file(pending.partial / file_name)
+            pending.written = pieces.write(TensorFileWriter(pending.partial, self._mesh.rank, self._mesh.world_size))
         except BaseException as error:  # handed to `finish`, which raises it on every rank
             pending.error = error
 
-    def _publish(self, pending: _Pending, files: dict[str, dict[str, Any]]) -> None:
-        for path in pending.partial.iterdir():
-            if path.name not in files:
-                files[path.name] = hash_file(path)
-        Manifest(files=dict(sorted(files.items())), **pending.manifest).write(pending.partial)
+    def _publish(self, pending: _Pending, parts: Sequence[WrittenPieces]) -> list[Path]:
+        """Make what all ranks wrote the latest checkpoint and return those that it makes superfluous."""
+        files = write_metadata(pending.partial, parts)
+        Manifest(files=files, **pending.manifest).write(pending.partial)
         final = publish(pending.partial, pending.step)
         if self._config.train.patience is not None and pending.manifest["state"]["best_step"] == pending.step:
             name_best(self._dir.parent, pending.step)
-        apply_retention(final, self._settings.keep_last, self._settings.keep_every)
+        doomed = apply_retention(final, self._settings.keep_last, self._settings.keep_every)
         num_bytes = sum(info["bytes"] for info in files.values())
         seconds = time.perf_counter() - pending.started
         log.info("saved %s (%.1f MB in %.1f s)", final, num_bytes / 1e6, seconds)
+        return doomed
+
+    def _delete(self, doomed: Sequence[Path]) -> None:
+        """Delete hidden checkpoints, whose files are many where ranks are; none goes on before that is done."""
+        if not doomed:
+            return
+        for checkpoint in doomed:
+            delete_part(checkpoint, self._mesh.rank, self._mesh.world_size)
+        barrier()
+        if self._mesh.rank == 0:
+            for checkpoint in doomed:
+                delete_rest(checkpoint)
+        barrier()
 
     def _discard(self, pending: _Pending) -> None:
         if self._mesh.rank == 0:
@@ -226,25 +215,3 @@ class CheckpointWriter:
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
             "base": self._base.as_dict() if self._base is not None else None,
         }
-
-
-def _copy_to_host(request: AsyncRequest, live: Container[int]) -> Any:
-    """Return the write buckets with every tensor in memory of its own, so that training may go on changing weights.
-
-    `live` are the storages of the state; what lies elsewhere Megatron-Core has copied already.
-    """
-    if request.async_fn is None or request.preload_fn is None:
-        return None
-    copied = []
-    for path, name, (bytes_data, tensor_data) in request.preload_fn():
-        tensors = [(item, one.clone() if _storage(one) in live else one) for item, one in tensor_data]
-        copied.append((path, name, (bytes_data, tensors)))
-    return copied
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _is_tensor(shard: Any) -> bool:
-    return isinstance(shard, ShardedTensor | ShardedTensorFactory)

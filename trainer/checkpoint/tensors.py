@@ -1,29 +1,21 @@
-"""Single tensors in and out of a distributed checkpoint, without building a model and within the memory of one tensor.
+"""Single tensors out of a distributed checkpoint, without building a model and within the memory of one tensor.
 
-The format is PyTorch's distributed checkpoint as Megatron-Core writes it: files of saved tensors one after another,
-and `.metadata`, which says for each key what pieces there are and where each lies. Reading goes through PyTorch's own
-reader; its writer keeps every tensor of a file in memory, so writing is done here.
+Reading goes through PyTorch's own reader; `trainer.checkpoint.writing` says what the format is.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import pickle
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
@@ -32,8 +24,47 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from configs.errors import BadInput, in_one_line
 from trainer.checkpoint.places import Place, find_place
 
-_FILE_BYTES = 4 * 2**30
-_COMMON_STATE = "common_state/shard_0_1"
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """Return what tensors there are and where their pieces lie. Raises BadInput if it is no distributed checkpoint."""
+    try:
+        metadata = FileSystemReader(checkpoint).read_metadata()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ModuleNotFoundError) as error:
+        raise BadInput(
+            f"{checkpoint}: .metadata cannot be read ({in_one_line(error)}); copy the checkpoint again."
+        ) from error
+    vars(metadata).pop("all_local_plans", None)  # of Megatron-Core: every rank's plan once more, for nothing
+    return metadata
+
+
+def read_pieces(checkpoint: Path, metadata: Metadata, wanted: list[tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
+    """Read into each tensor what of a key lies at its offsets; it has as many dimensions as the whole tensor.
+
+    Each file is opened once. Raises what reading and unpickling raise.
+    """
+    by_key: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
+    for key, offsets, target in wanted:
+        by_key.setdefault(key, []).append((offsets, target))
+    targets: dict[int, torch.Tensor] = {}
+    items: list[ReadItem] = []
+    for key, places in by_key.items():
+        entry = metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)  # the caller has looked
+        boxes = [ChunkStorageMetadata(torch.Size(offsets), target.shape) for offsets, target in places]
+        for item in create_read_items_for_chunk_list(key, entry, boxes):
+            targets[id(item)] = places[item.dest_index.index or 0][1]
+            items.append(item)
+    reader = FileSystemReader(checkpoint)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(LoadPlan(items), _IntoTensors(targets)).wait()
+
+
+def read_bytes(checkpoint: Path, metadata: Metadata, key: str) -> bytes:
+    """Return what is stored under a key that is no tensor. Raises KeyError if there is none."""
+    info = metadata.storage_data[MetadataIndex(key)]
+    with open(checkpoint / info.relative_path, "rb") as file:
+        file.seek(info.offset)
+        return file.read(info.length)
 
 
 class CheckpointTensors:
@@ -42,14 +73,7 @@ class CheckpointTensors:
     def __init__(self, checkpoint: Path) -> None:
         """Read what tensors there are. Raises BadInput if the directory is no distributed checkpoint."""
         self.path = checkpoint
-        self._reader = FileSystemReader(checkpoint)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ModuleNotFoundError) as error:
-            raise BadInput(
-                f"{checkpoint}: .metadata cannot be read ({in_one_line(error)}); copy the checkpoint again."
-            ) from error
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._metadata = read_metadata(checkpoint)
         self.keys = {key for key, entry in self._metadata.state_dict_metadata.items() if _is_tensor(entry)}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -67,10 +91,8 @@ class CheckpointTensors:
         entry = self._entry(place)
         shape = tuple(entry.size)[len(place.index) :]
         target = torch.empty((1,) * len(place.index) + shape, dtype=entry.properties.dtype)
-        box = ChunkStorageMetadata(torch.Size((*place.index, *(0 for _ in shape))), target.shape)
-        items = create_read_items_for_chunk_list(place.key, entry, [box])
         try:
-            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+            read_pieces(self.path, self._metadata, [(place.key, (*place.index, *(0 for _ in shape)), target)])
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise BadInput(
                 f"{self.path}: {place.key} cannot be read ({in_one_line(error)}); copy the checkpoint again."
@@ -79,10 +101,7 @@ class CheckpointTensors:
 
     def read_bytes(self, key: str) -> bytes:
         """Return what is stored under a key that is no tensor. Raises KeyError if there is none."""
-        info = self._metadata.storage_data[MetadataIndex(key)]
-        with open(self.path / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            return file.read(info.length)
+        return read_bytes(self.path, self._metadata, key)
 
     def _place(self, name: str) -> Place:
         place = find_place(name, self.keys)
@@ -96,126 +115,16 @@ class CheckpointTensors:
         return entry
 
 
-@dataclass
-class WrittenTensors:
-    """What one rank wrote: plain data that goes to rank 0, which writes `.metadata`."""
+class _IntoTensors(DefaultLoadPlanner):
+    """Copies the pieces that PyTorch's reader finds into tensors, given those by the identity of what is read."""
 
-    tensors: dict[str, TensorStorageMetadata] = field(default_factory=dict)
-    places: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
-
-
-class TensorFileWriter:
-    """Writes this rank's share of a checkpoint's tensors, one after another."""
-
-    def __init__(self, directory: Path, rank: int) -> None:
-        self._directory = directory
-        self._rank = rank
-        self._num_files = 0
-        self._stream: io.BufferedWriter | None = None
-        self.written = WrittenTensors()
-
-    def write(self, place: Place, sizes: Sequence[int], tensor: torch.Tensor) -> None:
-        """Write the tensor that lies at `place`; `sizes` are those of the axes in front."""
-        stream = self._open()
-        offset = stream.tell()
-        whole = tensor.contiguous()[(None,) * len(place.index)]
-        _save(whole.clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole, stream)
-        offsets = torch.Size((*place.index, *(0 for _ in tensor.shape)))
-        index = MetadataIndex(place.key, offsets)
-        self.written.places[index] = _StorageInfo(self._name(), offset, stream.tell() - offset)
-        entry = self.written.tensors.setdefault(
-            place.key,
-            TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size((*sizes, *tensor.shape)), []),
-        )
-        if entry.properties.dtype != tensor.dtype:
-            raise BadInput(
-                f"tensor {place.key}: is {entry.properties.dtype} in one layer and {tensor.dtype} in another; write "
-                "the weights in one number format."
-            )
-        entry.chunks.append(ChunkStorageMetadata(offsets, whole.shape))
-
-    def close(self) -> WrittenTensors:
-        """Finish the last file and return what was written."""
-        if self._stream is not None:
-            self._stream.close()
-        return self.written
-
-    def _open(self) -> io.BufferedWriter:
-        if self._stream is not None and self._stream.tell() > _FILE_BYTES:
-            self._stream.close()
-            self._stream = None
-            self._num_files += 1
-        if self._stream is None:
-            self._stream = open(self._directory / self._name(), "wb")
-        return self._stream
-
-    def _name(self) -> str:
-        return f"__{self._rank}_{self._num_files}.distcp"
-
-
-class _Stream:
-    """A stream that remembers why writing failed: `torch.save` turns that, and Ctrl-C, into an error of its own."""
-
-    def __init__(self, stream: io.BufferedWriter) -> None:
-        self._stream = stream
-        self.cause: BaseException | None = None
-
-    def write(self, content: Any) -> int:
-        """Write, or fail and remember why."""
-        try:
-            return self._stream.write(content)
-        except BaseException as error:
-            self.cause = error
-            raise
-
-    def flush(self) -> None:
-        """Flush, or fail and remember why."""
-        try:
-            self._stream.flush()
-        except BaseException as error:
-            self.cause = error
-            raise
-
-
-def _save(tensor: torch.Tensor, stream: io.BufferedWriter) -> None:
-    """Write a tensor in PyTorch's format. Raises what the stream raised."""
-    remembering = _Stream(stream)
-    try:
-        torch.save(tensor, remembering)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise (remembering.cause or error) from None
-
-
-def write_metadata(directory: Path, parts: Iterable[WrittenTensors]) -> None:
-    """Write what makes the files of all ranks one checkpoint. Rank 0 alone calls this, when all are done."""
-    tensors: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for part in parts:
-        for key, entry in part.tensors.items():
-            tensors.setdefault(key, TensorStorageMetadata(entry.properties, entry.size, [])).chunks.extend(entry.chunks)
-        places |= part.places
-    # Megatron-Core asks every checkpoint for the state that is the same on all ranks; here there is none.
-    common = io.BytesIO()
-    torch.save([{}], common)
-    (directory / "__common.distcp").write_bytes(common.getvalue())
-    tensors[_COMMON_STATE] = BytesStorageMetadata()
-    places[MetadataIndex(_COMMON_STATE)] = _StorageInfo("__common.distcp", 0, common.tell())
-    with open(directory / ".metadata", "wb") as file:
-        pickle.dump(Metadata(tensors, storage_data=places), file)
-    text = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    (directory / "metadata.json").write_text(text, encoding="utf-8")
-
-
-class _IntoTensor(DefaultLoadPlanner):
-    """Copies the pieces that PyTorch's reader finds into one tensor."""
-
-    def __init__(self, target: torch.Tensor) -> None:
+    def __init__(self, targets: Mapping[int, torch.Tensor]) -> None:
         super().__init__()
-        self._target = target
+        self._targets = targets
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         """Return the part of the target that a piece fills."""
-        part = self._target
+        part = self._targets[id(read_item)]
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(axis, start, length)
         return part

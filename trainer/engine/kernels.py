@@ -6,7 +6,6 @@ The CPU's own replacements are in `parallel.platform.cpu_patches`.
 from __future__ import annotations
 
 import functools
-import queue
 from collections.abc import Iterator
 
 from megatron.core.tensor_parallel import layers
@@ -30,7 +29,6 @@ _LAYER = "megatron.core.transformer.transformer_layer"
 _MLP = "megatron.core.transformer.mlp"
 _LOSS = "megatron.core.tensor_parallel.cross_entropy"
 _OPTIMIZER = "megatron.core.optimizer"
-_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 def replace_kernels(platform: Platform) -> tuple[NamePatch, ...]:
@@ -68,8 +66,6 @@ def kernel_patches(*, is_fusing: bool) -> Iterator[NamePatch]:
         yield NamePatch(f"{_ROTATION}:_apply_rotary_pos_emb_bshd", rotate, "one kernel instead of seven passes")
     else:
         yield from _patches_for_fewer_passes()
-    why = "its own is one for all saves, and starts a process, where a thread writes here"
-    yield NamePatch(f"{_WRITER}:get_write_results_queue", queue.Queue, why)
     if has_fused_adam() is not None:
         return
     why = "its own counts steps by parameter, which cannot be resharded"

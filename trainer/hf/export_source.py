@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from configs.errors import BadInput
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
-from parallel.collectives import gather_objects
+from parallel.collectives import first_of_ranks, on_rank_zero
 from trainer.checkpoint.base_weights import BaseWeights, recorded_base
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.checkpoint.manifest import find_damage, read_manifest
@@ -58,11 +59,11 @@ def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSourc
     source = describe_source(checkpoint)
     checked: Path | None = checkpoint
     while checked is not None:
-        manifest = read_manifest(checked)
+        manifest = on_rank_zero(partial(read_manifest, checked))
         mine = sorted(manifest.files)[rank::world_size]
-        problems = [problem for part in gather_objects(find_damage(checked, manifest, mine)) for problem in part]
-        if problems:
-            raise BadInput(f"{problems[0]}; the checkpoint cannot be trusted, export another one.")
+        damage = first_of_ranks(next(iter(find_damage(checked, manifest, mine)), None))
+        if damage is not None:
+            raise BadInput(f"{damage}; the checkpoint cannot be trusted, export another one.")
         base = recorded_base(manifest.base, checked)
         checked = Path(base.path) if base is not None and base.is_checkpoint else None
     return source

@@ -15,11 +15,17 @@ import yaml
 from configs.load import resolved_dict
 from configs.sections.model import ModelConfig
 from configs.stages import Config
-from parallel.collectives import gather_objects
-from trainer.checkpoint.layout import PARTIAL_PREFIX, checkpoint_name, checkpoints_dir, publish
-from trainer.checkpoint.manifest import IMPORT_STAGE, Manifest, hash_file
+from parallel.collectives import gather_objects, gather_to_rank_zero
+from trainer.checkpoint.layout import (
+    PARTIAL_PREFIX,
+    checkpoint_name,
+    checkpoints_dir,
+    part_directory,
+    publish,
+)
+from trainer.checkpoint.manifest import IMPORT_STAGE, Manifest
 from trainer.checkpoint.places import choose_place
-from trainer.checkpoint.tensors import TensorFileWriter, write_metadata
+from trainer.checkpoint.writing import IMPORT_FILE_BYTES, TensorFileWriter, write_metadata
 from trainer.disk.growing import growing_directory
 from trainer.engine.state import TrainState
 from trainer.hf.companions import carry
@@ -56,8 +62,8 @@ def import_checkpoint(
     rules = list(source.rules.values())
     with growing_directory(run_dir, rank=rank) as growing:
         partial = checkpoints_dir(growing) / f"{PARTIAL_PREFIX}{checkpoint_name(0)}"
-        partial.mkdir(parents=True, exist_ok=True)
-        writer = TensorFileWriter(partial, rank)
+        (partial / part_directory(rank, world_size)).mkdir(parents=True, exist_ok=True)
+        writer = TensorFileWriter(partial, rank, world_size, IMPORT_FILE_BYTES)
         non_finite: dict[str, int] = {}
         done = 0
         for rule in rules[share([source.num_bytes(rule) for rule in rules], rank, world_size)]:
@@ -69,17 +75,15 @@ def import_checkpoint(
             writer.write(place, sizes, tensor)
             done += source.num_bytes(rule)
             on_bytes(done)
-        written = writer.close()
-        files = {file.name: hash_file(file) for file in sorted(partial.glob(f"__{rank}_*.distcp"))}
-        parts = gather_objects((written, files, done, non_finite))
-        if rank == 0:
-            write_metadata(partial, [part[0] for part in parts])
-            _finish(source, growing, partial, {name: info for part in parts for name, info in part[1].items()})
+        written = gather_to_rank_zero(writer.close())
+        counts = gather_objects((done, non_finite))
+        if written is not None:
+            _finish(source, growing, partial, write_metadata(partial, written))
     return ConversionReport(
         num_tensors=sum(len(rule.hf) for rule in rules),
-        num_bytes=sum(part[2] for part in parts),
+        num_bytes=sum(num_bytes for num_bytes, _ in counts),
         seconds=time.perf_counter() - started,
-        non_finite={name: count for part in parts for name, count in part[3].items()},
+        non_finite={name: count for _, bad in counts for name, count in bad.items()},
         ignored=source.ignored,
         notes=source.notes,
     )
@@ -119,9 +123,6 @@ def _finish(source: HfModel, growing: Path, partial: Path, files: dict[str, dict
             "train": {"num_steps": 0, "seq_len": min(4096, source.model.max_position_embeddings)},
         }
     )
-    for path in partial.iterdir():
-        if path.name not in files:
-            files[path.name] = hash_file(path)
     Manifest(
         step=0,
         state=TrainState().as_dict(),
@@ -129,7 +130,7 @@ def _finish(source: HfModel, growing: Path, partial: Path, files: dict[str, dict
         layout={"world": 1},
         config=resolved_dict(config),
         versions={name: version(name) for name in ("torch", "megatron-core")},
-        files=dict(sorted(files.items())),
+        files=files,
     ).write(partial)
     publish(partial, 0)
     carry(source.directory, growing)

@@ -11,6 +11,7 @@ from trainer.checkpoint.layout import (
     apply_retention,
     checkpoint_name,
     checkpoints_dir,
+    delete_rest,
     latest_checkpoint,
     name_best,
     publish,
@@ -33,6 +34,11 @@ def make(tmp_path):
     return make_checkpoint
 
 
+def retain(published, keep_last, keep_every):
+    for doomed in apply_retention(published, keep_last, keep_every):
+        delete_rest(doomed)
+
+
 def names(run_dir):
     return sorted(path.name for path in checkpoints_dir(run_dir).iterdir() if not path.is_symlink())
 
@@ -41,7 +47,7 @@ def test_what_was_just_published_stays_beside_higher_numbers(make, tmp_path):
     for step in (20, 30):
         make(step)
     published = make(6)
-    apply_retention(published, 1, None)
+    retain(published, 1, None)
     assert published.is_dir() and (checkpoints_dir(tmp_path) / "latest").resolve() == published.resolve()
     assert names(tmp_path) == [checkpoint_name(6), checkpoint_name(30)]
 
@@ -84,7 +90,7 @@ def test_what_latest_names_stays(make, tmp_path):
     latest = checkpoints_dir(tmp_path) / "latest"
     latest.unlink()
     latest.symlink_to(older.name)
-    apply_retention(newest, 1, None)
+    retain(newest, 1, None)
     assert names(tmp_path) == [older.name, newest.name]
 
 
@@ -93,11 +99,11 @@ def test_what_best_names_stays_until_another_is_better(make, tmp_path):
     name_best(tmp_path, 10)
     for step in (20, 30):
         published = make(step)
-        apply_retention(published, 1, None)
+        retain(published, 1, None)
     assert names(tmp_path) == [checkpoint_name(10), checkpoint_name(30)]
     assert resolve_checkpoint(checkpoints_dir(tmp_path) / "best") == best.resolve()
     name_best(tmp_path, 30)
-    apply_retention(published, 1, None)
+    retain(published, 1, None)
     assert names(tmp_path) == [checkpoint_name(30)]
     name_best(tmp_path, 10)  # which is gone
     assert not (checkpoints_dir(tmp_path) / "best").is_symlink()
@@ -106,7 +112,7 @@ def test_what_best_names_stays_until_another_is_better(make, tmp_path):
 def test_retention_keeps_the_newest_and_every_nth(make, tmp_path):
     for step in (10, 20, 30, 40):
         published = make(step)
-    apply_retention(published, 1, 20)
+    retain(published, 1, 20)
     assert names(tmp_path) == [checkpoint_name(step) for step in (20, 40)]
 
 
