@@ -135,7 +135,8 @@ def gpt(**overrides: object) -> Config:
 
 
 def activations(config: Config, world_size: int) -> int:
-    return estimate_memory(config, derive_layout(config, world_size)).activations
+    memory = estimate_memory(config, derive_layout(config, world_size))
+    return memory.activations + memory.logits
 
 
 def outside_layers(tokens: int, hidden: int, vocab: int, tp: int, split: int) -> float:
@@ -205,7 +206,7 @@ def test_optimizer_state_is_sharded_and_gradients_are_not() -> None:
     in_fp32 = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "fp32"})})
     memory = estimate_memory(in_fp32, derive_layout(in_fp32, 1))
     assert (memory.weights, memory.optimizer) == (4 * parameters, 8 * parameters)
-    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.logits
 
 
 def test_experts_are_split_over_ep_and_sharded_over_edp() -> None:
