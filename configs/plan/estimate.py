@@ -81,7 +81,7 @@ def parameters_per_rank(config: Config, layout: Layout) -> int:
     """Return the trained parameters of the fullest rank: all, padded vocabulary included, or those of the adapters."""
     if config.lora is not None:
         return max(sum(adapter_parameters_of_stage(config, layout, pp_rank)) for pp_rank in range(layout.pp))
-    return max(map(sum, _stage_parameters(config, layout)))
+    return max(map(sum, parameters_of_stages(config, layout)))
 
 
 def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
@@ -103,7 +103,7 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     microbatches = num_microbatches(config, layout, config.train.global_batch_size)
     activations = stage_activations(config, layout, microbatches) if is_trained else [Activations(0, 0)] * layout.pp
     estimates = []
-    for pp_rank, (dense, expert) in enumerate(_stage_parameters(config, layout)):
+    for pp_rank, (dense, expert) in enumerate(parameters_of_stages(config, layout)):
         if config.lora is not None:
             trained_dense, trained_expert = adapter_parameters_of_stage(config, layout, pp_rank)
         else:
@@ -126,7 +126,7 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     return estimates
 
 
-def _stage_parameters(config: Config, layout: Layout) -> list[tuple[int, int]]:
+def parameters_of_stages(config: Config, layout: Layout) -> list[tuple[int, int]]:
     """Return one rank's parameters that are trained without LoRA, outside and inside the experts, by pipeline stage."""
     model = config.model
     first_with_experts = first_layer_with_experts(model)
