@@ -1,20 +1,21 @@
 """What programs reach of a device's published figures: a few constants for all devices, models and layouts.
 
-None is set for one run. Two are fitted, each to one published run that is not among those the README compares with.
+None is set for one run, and none was fitted to the runs that configs/README.md compares with.
 """
 
 from __future__ import annotations
 
 MATMUL_BF16 = 0.70
-"""Of the bf16 peak, in large multiplications within a training step, power limit included."""
+"""Of the bf16 peak, in large multiplications within a training step. The best that cuBLAS does on H100 alone is 0.80
+(Bekman, Machine Learning Engineering, 794 of 989 TFLOP/s); at 700 W the clocks of a training step are lower."""
 MATMUL_FP8 = 0.62
-"""Of the FP8 peak, as above."""
+"""Of the FP8 peak: as far below what cuBLAS does alone (0.70, the same tables) as above."""
 FUSED_ATTENTION = 0.50
 """Of the bf16 peak, Transformer Engine's attention on Hopper with heads of 128, forward and backward together: 600 and
-550 TFLOP/s in FlashAttention-3's figures (arXiv:2407.08608, figures 5 and 6), which has cuDNN's beside them, at 16k
-tokens; somewhat less at 8k."""
+550 TFLOP/s at 16k tokens in FlashAttention-3's figures (arXiv:2407.08608, figures 5 and 6), which have cuDNN beside it;
+somewhat less at 8k."""
 FLASH_ATTENTION = 0.33
-"""Of the bf16 peak, torch's own flash attention (FlashAttention-2) on Hopper: 350 and 300 TFLOP/s in the same figures."""
+"""Of the bf16 peak, torch's own flash attention (FlashAttention-2): 350 and 300 TFLOP/s in the same figures."""
 SMALL_HEADS = 0.77
 """Of the two above, with heads smaller than 128: 497 of 648 TFLOP/s at 64 in the same figures."""
 MEMORY = 0.85
@@ -26,5 +27,5 @@ NETWORK = 0.85
 LATENCY_SECONDS = 20e-6
 """Of one collective, beside the time of its bytes."""
 HOST_SECONDS_PER_LAYER = 5e-3
-"""The host's time to launch one layer's forward and backward pass: Llama 3.2 1B at 4096 tokens, where our own H200 waited
-for its host (tools/bench/results/gpu_check_h200.json: 0.654 s for 8 microbatches of 16 layers)."""
+"""The host's time to launch one layer's forward and backward pass. The one constant that is fitted: to our own Llama
+3.2 1B at 4096 tokens, where an H200 waited for its host (0.654 s for 8 microbatches of 16 layers, root README)."""

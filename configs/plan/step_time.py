@@ -1,7 +1,7 @@
-"""Seconds of one training step on a layout and a device, by what they go into; bytes moved over each axis. Torch-free.
+"""Seconds of one training step on a layout and a device, by what they go into; bytes over each axis. Torch-free.
 
-The step is that of the slowest pipeline stage: (m + (p - 1) / v) microbatches of it (arXiv:2104.04473, section 2.2), and
-once a step what dp does and the update. What of communication runs beside compute is what Megatron-Core does.
+The step is that of the slowest pipeline stage: (m + (p - 1) / v) microbatches of it (arXiv:2104.04473, section 2.2),
+and once a step what dp does and the update. What of communication runs beside compute is what Megatron-Core does.
 """
 
 from __future__ import annotations
