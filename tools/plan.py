@@ -1,7 +1,7 @@
 """Find a recipe's fastest layout on a cluster before a GPU-hour is spent: legal, fitting, by predicted time.
 
 Run: python tools/plan.py configs/pretrain/llama3_1_405b_fp8.yaml --gpus 1024 --device h100 [key=value ...]
-Exit code 0 done, 2 bad input. Torch-free but for --rehearse; how time is predicted is in configs/README.md.
+Exit code 0 done, 1 rehearsed ranks disagree, 2 bad input. Torch-free; how time is predicted: configs/README.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from configs.stages import STAGE_CONFIGS, Config
 from parallel.platform import CLUSTER_PLATFORM
 from tools.console import end_process, run_command
 from tools.paths import path_argument
+from tools.plan_rehearse import ENDS, rehearse
 from tools.plan_table import (
     GIB,
     HEAD,
@@ -55,13 +56,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-te", action="store_true", help="plan without Transformer Engine")
     parser.add_argument("--json", type=path_argument, help="write the layouts that fit as JSON")
     parser.add_argument("--html", type=path_argument, help="write a page with a picture")
+    parser.add_argument(
+        "--rehearse",
+        nargs="?",
+        const=ENDS,
+        metavar="RANKS",
+        help="take a step of some ranks of the recipe's own layout: ends (default), corners, or such as 0,8",
+    )
     arguments = parser.parse_intermixed_args(argv)
-    return run_command(lambda: _run(arguments), when_stopped="stopped")
+    if "=" in (arguments.rehearse or ""):  # the word behind it is an override
+        arguments.overrides.insert(0, arguments.rehearse)
+        arguments.rehearse = ENDS
+    differing: list[str] = []
+    return run_command(lambda: _run(arguments, differing), when_stopped="stopped") or int(bool(differing))
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, differing: list[str]) -> None:
     machine = _machine(arguments)
     config = _load(arguments)
+    if arguments.rehearse is not None:
+        if not rehearse(config, arguments.stage, machine, arguments.rehearse):
+            differing.append(arguments.rehearse)
+        return
     wanted = _wanted(arguments.why)
     found = search(config, machine)
     if wanted:

@@ -81,7 +81,9 @@ def search(config: Config, machine: Machine, is_wanted: Callable[[ParallelConfig
     for parallel in layouts(config, machine.gpus, machine.gpus_per_node):
         if not is_wanted(parallel):
             continue
-        one = config.model_copy(update={"parallel": parallel, "train": _train(config, micro_batch_size=1, recompute=options[0])})
+        one = config.model_copy(
+            update={"parallel": parallel, "train": _train(config, micro_batch_size=1, recompute=options[0])}
+        )
         problems = check_config(one, machine.gpus, platform=machine.platform, has_te=machine.has_te)
         if problems:
             name = problems[0].split(":")[0]

@@ -1,4 +1,7 @@
-"""Do ranks that share a group ask for the same collectives in the same order, and is every send received? Torch-free."""
+"""Do ranks that share a group ask for the same collectives in the same order, and is every send received?
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,9 @@ def compare_ranks(calls: Mapping[int, Sequence[AnyCall]]) -> Iterator[str]:
         groups = {call.group: call.name for call in calls[one] if call.peer is None and other in call.group}
         groups |= {call.group: call.name for call in calls[other] if call.peer is None and one in call.group}
         for group, name in groups.items():
-            shared = [[call for call in calls[rank] if call.group == group and call.peer is None] for rank in (one, other)]
+            shared = [
+                [call for call in calls[rank] if call.group == group and call.peer is None] for rank in (one, other)
+            ]
             what = f"group {name or 'without a name'} of {len(group)} ranks"
             yield from _first_difference(one, other, shared[0], shared[1], what)
         for source, target in ((one, other), (other, one)):
@@ -56,7 +61,7 @@ def _first_difference(
 ) -> Iterator[str]:
     for number, (left, right) in enumerate(zip_longest(first, second), start=1):
         if left is None or right is None or _shape(left) != _shape(right):
-            yield f"ranks {one} and {other}, {what}: call {number} is {_text(left)} on the one, {_text(right)} on the other"
+            yield f"ranks {one} and {other}, {what}: call {number} is {_text(left)} on {one}, {_text(right)} on {other}"
             return
 
 

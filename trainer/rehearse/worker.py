@@ -25,6 +25,10 @@ def main() -> None:
         started = time.perf_counter()
         try:
             outcome = {"error": None, **asdict(rehearse(config, asked["world_size"], rank))}
+            groups = {call["group"]: None for call in outcome["calls"]}  # written once, not at every call
+            numbers = {group: number for number, group in enumerate(groups)}
+            calls = [call | {"group": numbers[call["group"]]} for call in outcome["calls"]]
+            outcome |= {"groups": list(groups), "calls": calls}
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure}"

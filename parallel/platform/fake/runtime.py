@@ -21,7 +21,7 @@ def build_runtime(folder: Path) -> Path:
     """Compile the runtime into a folder and return it; raise BadInput where this machine lacks what it takes."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        raise BadInput("--rehearse: needs a C compiler, and there is no gcc or cc; install one (Debian: gcc, libc6-dev)")
+        raise BadInput("--rehearse: needs a C compiler, and here is no gcc or cc; install one (Debian: gcc, libc6-dev)")
     headers = _headers()
     library = folder / "libcuda.so.1"
     command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *(f"-I{path}" for path in headers)]
