@@ -90,25 +90,31 @@ def _stage_bytes(
     num_microbatches: int,
 ) -> Activations:
     """Return the peak of one stage, whose chunks have these layers."""
-    if layout.vpp == 1:
-        in_flight = min(layout.pp - pp_rank, num_microbatches)
-    else:
-        in_flight = 2 * (layout.pp - pp_rank - 1) + (layout.vpp - 1) * layout.pp + 1
-        in_flight = min(in_flight, num_microbatches * layout.vpp)
-    kept, working = 0.0, 0.0
-    for chunk in chunks:
+    kept, working, first_kept = 0.0, 0.0, 0.0
+    for chunk, in_flight in zip(chunks, _in_flight(layout, pp_rank, num_microbatches), strict=True):
         chunk_kept, chunk_working = _chunk_bytes(config, sizes, chunk)
-        kept += chunk_kept / len(chunks)
+        kept += in_flight * chunk_kept
         working = max(working, chunk_working)
-    total, model = in_flight * kept, config.model
+        first_kept = first_kept or in_flight
+    total, model = kept, config.model
     if pp_rank == 0 and model.hidden_dropout > 0:
-        total += in_flight * sizes.tokens * model.hidden_size / sizes.stream_split
+        total += first_kept * sizes.tokens * model.hidden_size / sizes.stream_split
     if pp_rank != layout.pp - 1:
         return Activations(round(total + working), 0)
     total += 2 * sizes.stream(model.hidden_size)
     logits = _logit_bytes(config, layout, sizes)
     # gone before the backward pass computes the first layer again
     return Activations(round(total), round(logits)) if logits >= working else Activations(round(total + working), 0)
+
+
+def _in_flight(layout: Layout, pp_rank: int, num_microbatches: int) -> list[int]:
+    """Return how many microbatches of each chunk are kept: the schedule takes pp of them chunk after chunk."""
+    if layout.vpp == 1:
+        return [min(layout.pp - pp_rank, num_microbatches)]
+    total = 2 * (layout.pp - pp_rank - 1) + (layout.vpp - 1) * layout.pp + 1
+    total = min(total, num_microbatches * layout.vpp)
+    rounds, rest = divmod(total, layout.pp * layout.vpp)
+    return [rounds * layout.pp + min(max(rest - chunk * layout.pp, 0), layout.pp) for chunk in range(layout.vpp)]
 
 
 def _logit_bytes(config: Config, layout: Layout, sizes: _Sizes) -> float:
@@ -119,13 +125,14 @@ def _logit_bytes(config: Config, layout: Layout, sizes: _Sizes) -> float:
 
 
 def _chunk_bytes(config: Config, sizes: _Sizes, layers: Sequence[_LayerBytes]) -> tuple[float, float]:
-    """Return the bytes a chunk keeps per microbatch, and the extra bytes while it recomputes."""
+    """Return the bytes a chunk keeps per microbatch, and the extra bytes while a layer's gradients are computed."""
     recompute = config.train.recompute
     whole = [layer.kept for layer in layers]
-    if recompute.granularity != "full":
-        return sum(whole), 0.0
-    layer_input = sizes.stream(config.model.hidden_size)
     gradients = max((layer.gradients for layer in layers), default=0.0)
+    if recompute.granularity != "full":
+        again = recompute.granularity == "selective" and not {"mlp", "moe"}.isdisjoint(recompute.modules)
+        return sum(whole), gradients * (1 + again)
+    layer_input = sizes.stream(config.model.hidden_size)
     if recompute.method == "block":
         count = min(recompute.num_layers, len(whole))
         return count * layer_input + sum(whole[count:]), max(whole[:count], default=0.0) + gradients
