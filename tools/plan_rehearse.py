@@ -19,7 +19,7 @@ from configs.search.search import Machine
 from configs.stages import Config
 from parallel.platform.fake.runtime import build_runtime, fake_environment
 from parallel.topology import coordinates_of, rank_of
-from tools.plan_table import GIB, MEMORY_PARTS, table_text
+from tools.plan_table import GIB, table_text
 
 _ROOT = Path(__file__).resolve().parents[1]
 ENDS, CORNERS = "ends", "corners"
@@ -63,7 +63,8 @@ def rehearse(config: Config, stage: str, machine: Machine, which: str) -> bool:
             )
         calls[rank] = [_Call(**call | {"group": tuple(outcome["groups"][call["group"]])}) for call in outcome["calls"]]
         plan = plans[coordinates_of(rank, layout).pp]
-        print(f"\n{outcome['place']}: {len(calls[rank]):,} collectives, sends and receives, {outcome['seconds']:.1f} s")
+        what = f"{outcome['num_microbatches']} microbatches, {len(calls[rank]):,} collectives, sends and receives"
+        print(f"\n{outcome['place']}: {what}, {outcome['seconds']:.1f} s")
         print("\n".join(_memory_lines(outcome["memory"], plan, machine)))
     return _tell_order(calls)
 
@@ -126,8 +127,9 @@ def _run(config: Config, stage: str, world_size: int, ranks: Sequence[int]) -> I
 def _memory_lines(memory: dict[str, int], plan: MemoryEstimate, machine: Machine) -> Iterator[str]:
     """Yield the bytes at the peak by kind, beside the plan's."""
     rows = [("", "rehearsed", "planned", "of rehearsed")]
-    for kind in MEMORY_PARTS:
-        seen, planned = memory[kind], getattr(plan, kind)
+    seen_and_planned = {kind: (memory[kind], getattr(plan, kind)) for kind in ("weights", "gradients", "optimizer")}
+    moving = memory["activations"] + memory["logits"], plan.activations + plan.logits
+    for kind, (seen, planned) in (seen_and_planned | {"activations and logits": moving}).items():
         share = f"{planned / seen:.3f}" if seen else "-"
         rows.append((kind, f"{seen:,}", f"{planned:,}", "equal" if seen == planned else share))
     total = sum(memory.values())

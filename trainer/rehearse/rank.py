@@ -38,6 +38,7 @@ class Rehearsal:
     """Its coordinates."""
     memory: dict[str, int]
     """Bytes on the device at the peak of the step: weights, gradients, optimizer, activations, logits, buffers."""
+    num_microbatches: int
     calls: tuple[Call, ...]
     """Its collectives, sends and receives, in order."""
 
@@ -70,12 +71,15 @@ def fake_world(config: Config, world_size: int, rank: int) -> Iterator[tuple[Mes
 
 
 def rehearse(config: Config, world_size: int, rank: int) -> Rehearsal:
-    """Take a step of next-token training as one rank of the job; raise what the step raises."""
+    """Take a step of next-token training as one rank of the job; raise what the step raises.
+
+    Of more than two microbatches a pipeline stage the further ones repeat, and are left out.
+    """
     from trainer.engine.build import build_engine
     from trainer.stages.next_token import NextTokenObjective
 
     layout = derive_layout(config, world_size)
-    count = num_microbatches(config, layout, config.train.global_batch_size)
+    count = min(num_microbatches(config, layout, config.train.global_batch_size), 2 * layout.pp)
     if config.model.moe is not None:
         tokens = config.train.micro_batch_size * config.train.seq_len // layout.cp // (layout.tp if layout.sp else 1)
         ROUTED["tokens"] = tokens * config.model.moe.top_k
@@ -94,7 +98,7 @@ def rehearse(config: Config, world_size: int, rank: int) -> Rehearsal:
         found = {**state, "activations": moving, "logits": memory.logits_at_peak, "buffers": buffers}
         place = mesh.coordinates()
         engine.close()
-    return Rehearsal(rank, place, found, calls)
+    return Rehearsal(rank, place, found, count, calls)
 
 
 def _batch(config: Config) -> Any:
