@@ -6,6 +6,7 @@ them takes its bytes. Experts are evenly loaded.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from configs.context_parallel import uses_te_attention
@@ -87,7 +88,7 @@ class ComputeTime:
         in_attention = [linear for linear in linears if linear.name.startswith("self_attention.")]
         in_mlp = [linear for linear in linears if linear not in in_attention]
         has_experts = any(linear.num_experts is not None for linear in linears)
-        core, activation = self._core(layer), self._activation(has_experts)
+        core, activation = self._core(), self._activation(has_experts)
         return LayerSeconds(
             attention=self._linears(in_attention, layer) + self._rotation() + core,
             core=core,
@@ -158,11 +159,16 @@ class ComputeTime:
             weights = 0.0
         return Seconds(forward * product.times, (data + weights) * product.times)
 
-    def _core(self, layer: int) -> Seconds:
-        """Return the time of the attention core: 2 heads (d_qk + d_v) FLOPs a pair, 2.5 times as many backward."""
+    def _core(self) -> Seconds:
+        """Return the time of the attention core: 2 heads (d_qk + d_v) FLOPs a pair, 2.5 times as many backward.
+
+        Of layers with windows and without, the mean.
+        """
         config, model = self._config, self._config.model
         value_dim = model.mla.v_head_dim if model.mla is not None else head_dim(model)
-        pairs = config.train.micro_batch_size * attended_pairs(config.train.seq_len, layer_windows(model)[layer])
+        windows = Counter(layer_windows(model))
+        pairs = sum(count * attended_pairs(config.train.seq_len, window) for window, count in windows.items())
+        pairs = pairs * config.train.micro_batch_size / model.num_layers
         flops = model.num_attention_heads * (head_dim(model) + value_dim) * pairs / self._layout.tp / self._layout.cp
         use_te = uses_te_attention(config, use_te=uses_te_layers(config, has_te=self._has_te))
         reached = efficiency.FUSED_ATTENTION if use_te else efficiency.FLASH_ATTENTION

@@ -6,7 +6,7 @@ ZeRO-1. Model FLOPs are `configs.plan.flops`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,18 +84,23 @@ def parameters_per_rank(config: Config, layout: Layout) -> int:
     return max(map(sum, parameters_of_stages(config, layout)))
 
 
-def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
-    """Estimate the bytes of the fullest rank by kind."""
-    return max(estimate_stages(config, layout), key=lambda estimate: estimate.total)
+def estimate_memory(
+    config: Config, layout: Layout, parameters: Sequence[tuple[int, int]] | None = None
+) -> MemoryEstimate:
+    """Estimate the bytes of the fullest rank by kind; `parameters` as in `estimate_stages`."""
+    return max(estimate_stages(config, layout, parameters), key=lambda estimate: estimate.total)
 
 
-def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
+def estimate_stages(
+    config: Config, layout: Layout, parameters: Sequence[tuple[int, int]] | None = None
+) -> list[MemoryEstimate]:
     """Estimate the bytes of a rank of each pipeline stage by kind.
 
     Weights in the compute format (and in FP8, unless they are gathered so), gradients in fp32, ZeRO-1
     optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
     experts). With LoRA gradients and optimizer state are those of the adapters. Activations:
     `configs.plan.activations`; logits are those of the last stage. Where nothing is trained there are weights alone.
+    `parameters` are those of `parameters_of_stages`, if they are known.
     """
     is_trained = not isinstance(config, RftConfig)
     weight_bytes = 4 if config.precision.compute == "fp32" else 2
@@ -103,7 +108,7 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
     microbatches = num_microbatches(config, layout, config.train.global_batch_size)
     activations = stage_activations(config, layout, microbatches) if is_trained else [Activations(0, 0)] * layout.pp
     estimates = []
-    for pp_rank, (dense, expert) in enumerate(parameters_of_stages(config, layout)):
+    for pp_rank, (dense, expert) in enumerate(parameters or parameters_of_stages(config, layout)):
         if config.lora is not None:
             trained_dense, trained_expert = adapter_parameters_of_stage(config, layout, pp_rank)
         else:

@@ -6,6 +6,7 @@ and once a step what dp does and the update. What of communication runs beside c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from configs.context_parallel import resolve_cp_attention
@@ -97,26 +98,44 @@ class _Share:
 
 def estimate_step(config: Config, layout: Layout, device: Device, gpus_per_node: int, *, has_te: bool) -> StepTime:
     """Estimate the time of one step at the full global batch."""
-    links = _Links(device)
-    compute = ComputeTime(config, layout, device, has_te=has_te)
-    first_with_experts, num_layers = first_layer_with_experts(config.model), config.model.num_layers
-    kinds = {}
-    for layer in {0, num_layers // 2, num_layers - 1}:
-        has_experts = layer >= first_with_experts
-        traffic = layer_traffic(config, layout, gpus_per_node, has_experts=has_experts)
-        kinds[has_experts] = (compute.layer(layer), traffic)
-    shares = {kind: _share(config, layout, links, gpus_per_node, *parts) for kind, parts in kinds.items()}
-    stages = []
-    for pp_rank, chunks in enumerate(chunk_layers(config.model, config.parallel)):
-        num_dense = sum(max(0, min(chunk.stop, first_with_experts) - chunk.start) for chunk in chunks)
-        num_moe = sum(map(len, chunks)) - num_dense
-        stage = _Share()
-        for kind, count in ((False, num_dense), (True, num_moe)):
-            stage = stage + shares[kind].times(count) if count else stage
-        if pp_rank == layout.pp - 1:
-            stage = stage + _Share(compute.output_layer())
-        stages.append((stage, (num_dense, num_moe)))
-    return _step(config, layout, gpus_per_node, links, compute, stages, {k: t for k, (_, t) in kinds.items()})
+    return StepModel(config, layout, device, gpus_per_node, has_te=has_te).estimate(config)
+
+
+class StepModel:
+    """What the time of a step follows from, whatever is recomputed: times and traffic of a layer, parameters."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        device: Device,
+        gpus_per_node: int,
+        *,
+        has_te: bool,
+        parameters: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Work out one layer of each kind; `parameters` are those of `parameters_of_stages`, if they are known."""
+        self.layout, self.gpus_per_node, self.links = layout, gpus_per_node, _Links(device)
+        self.compute = ComputeTime(config, layout, device, has_te=has_te)
+        self.parameters = parameters or parameters_of_stages(config, layout)
+        first, num_layers = first_layer_with_experts(config.model), config.model.num_layers
+        self.layers: dict[bool, tuple[LayerSeconds, LayerTraffic]] = {}
+        for layer in {0, num_layers - 1}:
+            traffic = layer_traffic(config, layout, gpus_per_node, has_experts=layer >= first)
+            self.layers[layer >= first] = (self.compute.layer(layer), traffic)
+        self.output = _Share(self.compute.output_layer())
+
+    def estimate(self, config: Config) -> StepTime:
+        """Return the time of a step of this config, in which recomputation alone may differ."""
+        first = first_layer_with_experts(config.model)
+        shares = {kind: _share(config, self, *parts) for kind, parts in self.layers.items()}
+        stages = []
+        for pp_rank, chunks in enumerate(chunk_layers(config.model, config.parallel)):
+            num_dense = sum(max(0, min(chunk.stop, first) - chunk.start) for chunk in chunks)
+            counts = {False: num_dense, True: sum(map(len, chunks)) - num_dense}
+            stage = sum((shares[kind].times(count) for kind, count in counts.items() if count), _Share())
+            stages.append((stage + self.output if pp_rank == self.layout.pp - 1 else stage, counts))
+        return _step(config, self, stages)
 
 
 class _Links:
@@ -133,10 +152,9 @@ class _Links:
         return max(sent.inside / self._link, sent.across / self._network) + num_collectives * efficiency.LATENCY_SECONDS
 
 
-def _share(
-    config: Config, layout: Layout, links: _Links, gpus_per_node: int, layer: LayerSeconds, traffic: LayerTraffic
-) -> _Share:
+def _share(config: Config, model: StepModel, layer: LayerSeconds, traffic: LayerTraffic) -> _Share:
     """Return one layer's time for a microbatch, with what it waits for and what it computes again."""
+    layout, links, gpus_per_node = model.layout, model.links, model.gpus_per_node
     forward, backward = layer.whole.forward, layer.whole.backward
     tp_waited = links.seconds(traffic.tp_waited, 6)
     tp = tp_waited + max(0.0, links.seconds(traffic.tp_hidden, 4) - layer.whole.backward)
@@ -160,28 +178,19 @@ def _share(
     return _Share(Seconds(forward, backward), tp, cp, ep, 1)
 
 
-def _step(
-    config: Config,
-    layout: Layout,
-    gpus_per_node: int,
-    links: _Links,
-    compute: ComputeTime,
-    stages: list[tuple[_Share, tuple[int, int]]],
-    traffic: dict[bool, LayerTraffic],
-) -> StepTime:
+def _step(config: Config, model: StepModel, stages: Sequence[tuple[_Share, dict[bool, int]]]) -> StepTime:
     """Put a step together from the times of its stages."""
+    layout, links, gpus_per_node, compute = model.layout, model.links, model.gpus_per_node, model.compute
     train = config.train
     m = num_microbatches(config, layout, train.global_batch_size)
     slowest = max(range(layout.pp), key=lambda pp_rank: stages[pp_rank][0].total + stages[pp_rank][0].host)
-    stage, (num_dense, num_moe) = stages[slowest]
+    stage, counts = stages[slowest]
     boundary = boundary_traffic(config, layout, gpus_per_node)
     hop = links.seconds(boundary)
     # without chunks a stage waits for each batch of sends and receives, with them they run beside compute
     pp = 2 * hop * ((m if layout.vpp == 1 else 0) + layout.pp - 1)
-    parameters = parameters_of_stages(config, layout)
     dp_seconds, update = 0.0, 0.0
-    sent: dict[Axis, Sent] = {}
-    for dense, expert in parameters:
+    for dense, expert in model.parameters:
         replicas = replica_traffic(config, layout, gpus_per_node, dense, expert)
         pieces = max(1, (dense + expert) // max(_BUCKET_PARAMETERS, 1_000_000 * layout.dp))
         waited = _left_over(links.seconds(replicas.gradients, pieces), stage.seconds.backward, pieces)
@@ -191,18 +200,7 @@ def _step(
         dp_seconds = max(dp_seconds, waited)
         shard = dense / (layout.dp * layout.cp) + expert / layout.edp
         update = max(update, compute.update(dense + expert, shard))
-    dense, expert = parameters[slowest]
-    for axis, parts in (("dp", (dense, 0)), ("edp", (0, expert))):
-        replicas = replica_traffic(config, layout, gpus_per_node, *parts)
-        sent[axis] = replicas.gradients + replicas.weights  # type: ignore[index]
-    sent["tp"] = sum((traffic[k].tp * n for k, n in ((False, num_dense), (True, num_moe)) if n), Sent()) * m
-    sent["ep"] = sum((traffic[k].ep * n for k, n in ((False, num_dense), (True, num_moe)) if n), Sent()) * m
-    group = axis_group("cp", layout, gpus_per_node)
-    one = next(iter(traffic.values())).cp
-    moved = (one.forward + one.backward) * (num_dense + num_moe) * m
-    share = (group.in_node - (group.in_node < group.size)) / group.in_node  # of neighbours in the ring
-    sent["cp"] = Sent(moved * share, moved * (1 - share))
-    sent["pp"] = boundary * (2 * m * layout.vpp if layout.pp > 1 else 0)
+    sent = _bytes_sent(config, model, slowest, counts, m) | {"pp": boundary * (2 * m * layout.vpp)}
     busy = stage.times(m)
     seconds = StepTime(
         compute=busy.seconds.total, host=stage.host * m, tp=busy.tp, cp=busy.cp, ep=busy.ep, pp=pp,
@@ -215,6 +213,24 @@ def _step(
         tokens_per_second=train.global_batch_size * train.seq_len / gpu_seconds,
         model_flops_per_second=flops_per_step(config, train.global_batch_size) / gpu_seconds,
     )
+
+
+def _bytes_sent(config: Config, model: StepModel, stage: int, counts: dict[bool, int], m: int) -> dict[Axis, Sent]:
+    """Return what a rank of a stage with so many layers of each kind sends in a step, by axis but pp."""
+    layout, sent = model.layout, {}
+    dense, expert = model.parameters[stage]
+    parts: tuple[tuple[Axis, int, int], ...] = (("dp", dense, 0), ("edp", 0, expert))
+    for axis, *sizes in parts:
+        replicas = replica_traffic(config, layout, model.gpus_per_node, *sizes)
+        sent[axis] = replicas.gradients + replicas.weights
+    kinds = [(traffic, counts[kind] * m) for kind, (_, traffic) in model.layers.items()]
+    sent["tp"] = sum((traffic.tp * count for traffic, count in kinds), Sent())
+    sent["ep"] = sum((traffic.ep * count for traffic, count in kinds), Sent())
+    group = axis_group("cp", layout, model.gpus_per_node)
+    moved = sum((traffic.cp.forward + traffic.cp.backward) * count for traffic, count in kinds)
+    share = (group.in_node - (group.in_node < group.size)) / group.in_node  # of neighbours in the ring
+    sent["cp"] = Sent(moved * share, moved * (1 - share))
+    return sent
 
 
 def _left_over(seconds: float, window: float, pieces: float) -> float:

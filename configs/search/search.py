@@ -10,8 +10,8 @@ from typing import Any, Literal
 from configs.fp8 import uses_te_layers
 from configs.plan.derive import Layout, derive_layout
 from configs.plan.devices import Device
-from configs.plan.estimate import MemoryEstimate, estimate_memory
-from configs.plan.step_time import StepTime, estimate_step
+from configs.plan.estimate import MemoryEstimate, estimate_memory, parameters_of_stages
+from configs.plan.step_time import StepModel, StepTime
 from configs.rules.check import check_config
 from configs.rules.layout import check_layout
 from configs.search.candidates import MICRO_BATCHES, layouts, recomputations
@@ -81,9 +81,8 @@ def search(config: Config, machine: Machine, is_wanted: Callable[[ParallelConfig
     for parallel in layouts(config, machine.gpus, machine.gpus_per_node):
         if not is_wanted(parallel):
             continue
-        one = config.model_copy(
-            update={"parallel": parallel, "train": _train(config, micro_batch_size=1, recompute=options[0])}
-        )
+        train = _train(config, micro_batch_size=1, recompute=options[0])
+        one = config.model_copy(update={"parallel": parallel, "train": train})
         problems = check_config(one, machine.gpus, platform=machine.platform, has_te=machine.has_te)
         if problems:
             name = problems[0].split(":")[0]
@@ -107,20 +106,23 @@ def _judge_variants(
 ) -> None:
     """Judge a legal layout with every microbatch and recomputation."""
     use_te = uses_te_layers(config, has_te=machine.has_te)
+    parameters = parameters_of_stages(config, layout)
     for size in MICRO_BATCHES:
         train = _train(config, micro_batch_size=size)
-        if size > 1 and check_layout(
-            config.model_copy(update={"train": train}), machine.gpus, platform=machine.platform, has_te=use_te
-        ):
+        sized = config.model_copy(update={"train": train})
+        if size > 1 and check_layout(sized, machine.gpus, platform=machine.platform, has_te=use_te):
             continue
+        model = None
         for recompute in options:
             one = config.model_copy(update={"train": train.model_copy(update={"recompute": recompute})})
-            memory = estimate_memory(one, layout)
+            memory = estimate_memory(one, layout, parameters)
             if memory.total > machine.usable_bytes:
                 found.too_large.append(Large(one, layout, memory))
                 continue
-            step = estimate_step(one, layout, machine.device, machine.gpus_per_node, has_te=machine.has_te)
-            found.plans.append(Plan(one, layout, memory, step))
+            model = model or StepModel(
+                sized, layout, machine.device, machine.gpus_per_node, has_te=machine.has_te, parameters=parameters
+            )
+            found.plans.append(Plan(one, layout, memory, model.estimate(one)))
 
 
 def _train(config: Config, **fields: Any) -> TrainConfig:
