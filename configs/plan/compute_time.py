@@ -7,6 +7,7 @@ them takes its bytes. Experts are evenly loaded.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from configs.context_parallel import uses_te_attention
@@ -222,9 +223,8 @@ class ComputeTime:
         return num_bytes / (self._device.memory_bandwidth * efficiency.MEMORY)
 
 
-def recomputed(layer: LayerSeconds, config: Config) -> float:
-    """Return the seconds that selective recomputation adds to the backward pass of a layer."""
-    modules = config.train.recompute.modules
+def recomputed(layer: LayerSeconds, modules: Iterable[str]) -> float:
+    """Return the seconds that recomputing some modules adds to the backward pass of a layer."""
     parts = {
         "core_attn": layer.core.forward,
         "mlp": layer.mlp.forward,

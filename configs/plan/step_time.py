@@ -25,6 +25,7 @@ from configs.plan.traffic import (
     layer_traffic,
     replica_traffic,
 )
+from configs.sections.train import RecomputeConfig
 from configs.stages import Config
 
 _BUCKET_PARAMETERS = 40_000_000
@@ -71,7 +72,7 @@ class _Share:
     tp: float = 0.0
     cp: float = 0.0
     ep: float = 0.0
-    num_layers: int = 0
+    num_layers: float = 0.0
 
     @property
     def total(self) -> float:
@@ -91,7 +92,7 @@ class _Share:
             self.num_layers + other.num_layers,
         )
 
-    def times(self, count: int) -> _Share:
+    def times(self, count: float) -> _Share:
         seconds = Seconds(self.seconds.forward * count, self.seconds.backward * count)
         return _Share(seconds, self.tp * count, self.cp * count, self.ep * count, self.num_layers * count)
 
@@ -127,14 +128,21 @@ class StepModel:
 
     def estimate(self, config: Config) -> StepTime:
         """Return the time of a step of this config, in which recomputation alone may differ."""
-        first = first_layer_with_experts(config.model)
-        shares = {kind: _share(config, self, *parts) for kind, parts in self.layers.items()}
+        first, recompute = first_layer_with_experts(config.model), config.train.recompute
+        shares = {kind: _share(config, self, recompute, *parts) for kind, parts in self.layers.items()}
+        plain = {kind: _share(config, self, RecomputeConfig(), *parts) for kind, parts in self.layers.items()}
+        is_block = recompute.granularity == "full" and recompute.method == "block"
         stages = []
         for pp_rank, chunks in enumerate(chunk_layers(config.model, config.parallel)):
+            num_layers = sum(map(len, chunks))
             num_dense = sum(max(0, min(chunk.stop, first) - chunk.start) for chunk in chunks)
-            counts = {False: num_dense, True: sum(map(len, chunks)) - num_dense}
-            stage = sum((shares[kind].times(count) for kind, count in counts.items() if count), _Share())
-            stages.append((stage + self.output if pp_rank == self.layout.pp - 1 else stage, counts))
+            counts = {False: num_dense, True: num_layers - num_dense}
+            again = sum(min(recompute.num_layers, len(chunk)) for chunk in chunks) / num_layers if is_block else 1.0
+            stage = self.output if pp_rank == self.layout.pp - 1 else _Share()
+            for kind, count in counts.items():
+                if count:
+                    stage = stage + shares[kind].times(count * again) + plain[kind].times(count * (1 - again))
+            stages.append((stage, counts))
         return _step(config, self, stages)
 
 
@@ -152,7 +160,9 @@ class _Links:
         return max(sent.inside / self._link, sent.across / self._network) + num_collectives * efficiency.LATENCY_SECONDS
 
 
-def _share(config: Config, model: StepModel, layer: LayerSeconds, traffic: LayerTraffic) -> _Share:
+def _share(
+    config: Config, model: StepModel, recompute: RecomputeConfig, layer: LayerSeconds, traffic: LayerTraffic
+) -> _Share:
     """Return one layer's time for a microbatch, with what it waits for and what it computes again."""
     layout, links, gpus_per_node = model.layout, model.links, model.gpus_per_node
     forward, backward = layer.whole.forward, layer.whole.backward
@@ -169,9 +179,8 @@ def _share(config: Config, model: StepModel, layer: LayerSeconds, traffic: Layer
         ):
             sent = Sent(across=num_bytes) if group.in_node < group.size else Sent(inside=num_bytes)
             cp += max(0.0, links.seconds(sent, layout.cp) - core * is_ring)
-    recompute = config.train.recompute
     if recompute.granularity == "selective":
-        backward += recomputed(layer, config)
+        backward += recomputed(layer, recompute.modules)
         ep *= 1.5 if "moe" in recompute.modules else 1.0
     elif recompute.granularity == "full":
         backward, tp, cp, ep = backward + forward, tp + tp_waited / 2, cp * 1.5, ep * 1.5
