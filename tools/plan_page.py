@@ -71,8 +71,8 @@ def _draw_bars(plans: Sequence[Plan]) -> str:
     height = row * (len(plans) + 2)
     parts = [f"<svg viewBox='0 0 {_WIDTH} {height}' role=img aria-label='parts of the time of a step'>"]
     for number, (name, colour) in enumerate(zip(TIME_PARTS, _COLOURS, strict=True)):
-        x = _LEFT + number * 76
-        parts.append(f"<rect x={x} y=4 width=10 height=10 fill='{colour}' /><text x={x + 14} y=14>{name}</text>")
+        key = _LEFT + number * 76
+        parts.append(f"<rect x={key} y=4 width=10 height=10 fill='{colour}' /><text x={key + 14} y=14>{name}</text>")
     for number, plan in enumerate(plans):
         x, y = float(_LEFT), row * (number + 1.2)
         parts.append(f"<text x=0 y={y + 14:.0f}>{number + 1}</text>")

@@ -168,7 +168,7 @@ class ComputeTime:
         config, model = self._config, self._config.model
         value_dim = model.mla.v_head_dim if model.mla is not None else head_dim(model)
         windows = Counter(layer_windows(model))
-        pairs = sum(count * attended_pairs(config.train.seq_len, window) for window, count in windows.items())
+        pairs: float = sum(count * attended_pairs(config.train.seq_len, window) for window, count in windows.items())
         pairs = pairs * config.train.micro_batch_size / model.num_layers
         flops = model.num_attention_heads * (head_dim(model) + value_dim) * pairs / self._layout.tp / self._layout.cp
         use_te = uses_te_attention(config, use_te=uses_te_layers(config, has_te=self._has_te))

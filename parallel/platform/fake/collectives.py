@@ -50,6 +50,7 @@ def forget_groups() -> None:
 
 
 def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Done | None:
+    """Stand for all_reduce."""
     _write("all_reduce", group, tensor)
     return Done() if async_op else None
 
@@ -57,6 +58,7 @@ def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None, async_op
 def broadcast(
     tensor: torch.Tensor, src: int | None = None, group: Any = None, async_op: bool = False, group_src: Any = None
 ) -> Done | None:
+    """Stand for broadcast."""
     _write("broadcast", group, tensor)
     return Done() if async_op else None
 
@@ -125,6 +127,7 @@ def batch_send_and_receive(operations: Sequence[SendOrReceive]) -> list[Done]:
 
 
 def barrier(group: Any = None, **options: Any) -> None:
+    """Stand for barrier."""
     _write("barrier", group)
 
 

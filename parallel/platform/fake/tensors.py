@@ -65,20 +65,25 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 def replace_functions() -> None:
     """Put stand-ins into torch, before Megatron-Core takes functions of it by name."""
     replace_collectives()
-    torch.nn.Module.to = _move  # type: ignore[method-assign, assignment]
-    torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment, misc]
-    torch.cuda.synchronize = _record_wait
     plain_type, plain_numpy = torch.Tensor.type, torch.Tensor.numpy
 
     def type_name(self: torch.Tensor, *args: Any, **options: Any) -> Any:
         is_question = not args and not options and self.device.type == "cuda" and self.dtype in _TYPE_NAMES
         return f"torch.cuda.{_TYPE_NAMES[self.dtype]}Tensor" if is_question else plain_type(self, *args, **options)
 
-    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
-    torch.Tensor.numpy = (  # type: ignore[method-assign, assignment]
-        lambda self: _spread_evenly(self) if isinstance(self, FakeTensor) else plain_numpy(self)  # type: ignore[misc]
-    )
-    FakeTensor.tolist = lambda self: _spread_evenly(self).tolist()  # type: ignore[method-assign, misc]
+    def to_numpy(self: torch.Tensor, **options: Any) -> Any:
+        return _spread_evenly(self) if isinstance(self, FakeTensor) else plain_numpy(self, **options)
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (torch.nn.Module, "to", _move),
+        (torch.Tensor, "pin_memory", lambda self: self),
+        (torch.Tensor, "type", type_name),
+        (torch.Tensor, "numpy", to_numpy),
+        (FakeTensor, "tolist", lambda self: _spread_evenly(self).tolist()),
+        (torch.cuda, "synchronize", _record_wait),
+    ]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
 
 
 def _record_read(tensor: torch.Tensor) -> None:
