@@ -37,6 +37,7 @@ from tools.plan_table import (
     table_text,
 )
 
+_STAGES = tuple(stage for stage in STAGE_CONFIGS if stage != "rft")  # which trains nothing
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "mbs")
 
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument("--device", required=True, help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that share links (default 8)")
-    parser.add_argument("--stage", choices=tuple(STAGE_CONFIGS), default="pretrain", help="the recipe's (pretrain)")
+    parser.add_argument("--stage", choices=_STAGES, default="pretrain", help="the recipe's (pretrain)")
     parser.add_argument("--top", type=int, default=20, help="layouts to show (default 20)")
     parser.add_argument("--why", metavar="tp=8,pp=4", help="what became of the layouts with these sizes")
     parser.add_argument("--without-te", action="store_true", help="plan without Transformer Engine")

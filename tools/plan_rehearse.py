@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
+from configs.fp8 import RECIPES
 from configs.plan.derive import Layout, derive_layout
 from configs.plan.estimate import MemoryEstimate, estimate_stages
 from configs.rules.check import check_config
@@ -93,6 +94,11 @@ def _without_te(config: Config) -> tuple[Config, list[str]]:
     fp8 = config.precision.fp8
     if fp8 is None or fp8.backend == "torch":
         return config, []
+    if "torch" not in RECIPES[fp8.recipe].backends:
+        raise BadInput(
+            f"--rehearse: precision.fp8.recipe={fp8.recipe} runs in Transformer Engine alone, whose kernels need a GPU; "
+            "a value that would work: precision.fp8=null, which rehearses all else"
+        )
     changed = fp8.model_copy(update={"backend": "torch", "param_gather": False})
     precision = config.precision.model_copy(update={"fp8": changed})
     texts = ["precision.fp8.backend=torch"] + ["precision.fp8.param_gather=false"] * fp8.param_gather

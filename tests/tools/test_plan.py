@@ -20,6 +20,8 @@ MODEL = {
 MOE = {"num_experts": 16, "top_k": 4, "ffn_hidden_size": 1024, "shared_expert_ffn_hidden_size": 1024}
 LATENT = {"q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
+BLOCKS = "precision.fp8={recipe: blockwise, backend: te}"
+
 
 @pytest.fixture
 def recipe(tmp_path):
@@ -67,6 +69,7 @@ def test_the_first_layout_can_be_pasted(recipe, tmp_path, capsys):
         (["--gpus", "0", "--device", "h100"], "--gpus: 0 is no number of GPUs"),
         (["--gpus", "16", "--device", "h100", "--why", "tp=x"], "--why: 'tp=x' is not a size; .*such as tp=8,pp=4"),
         (["--gpus", "16", "--device", "h100", "--rehearse", "16"], "--rehearse: '16' is not a rank of 16; .*0,15"),
+        (["--gpus", "8", "--device", "h100", BLOCKS, "--rehearse"], "blockwise runs in Transformer Engine alone.*fp8=null"),
         (["--gpus", "1", "--device", "h100", "model.num_layers=100"], "no layout fits .* nearest is tp=1 .* too much"),
     ],
 )  # fmt: skip
