@@ -96,8 +96,8 @@ def _without_te(config: Config) -> tuple[Config, list[str]]:
         return config, []
     if "torch" not in RECIPES[fp8.recipe].backends:
         raise BadInput(
-            f"--rehearse: precision.fp8.recipe={fp8.recipe} runs in Transformer Engine alone, whose kernels need a GPU; "
-            "a value that would work: precision.fp8=null, which rehearses all else"
+            f"--rehearse: precision.fp8.recipe={fp8.recipe} runs in Transformer Engine alone, whose kernels need a "
+            "GPU; a value that would work: precision.fp8=null, which rehearses all else"
         )
     changed = fp8.model_copy(update={"backend": "torch", "param_gather": False})
     precision = config.precision.model_copy(update={"fp8": changed})

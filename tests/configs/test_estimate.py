@@ -163,11 +163,13 @@ def test_activations_of_pipelines_follow_korthikanti() -> None:
     tokens, hidden = 64, 64
     per_layer = 34 * tokens * hidden + 4 * 4 * tokens
     mask = tokens * hidden
+    gradients = (16 + 2 * 2) * tokens * hidden  # of one layer's MLP, input and output, where no logits are larger
     # 1F1B: the first of 4 stages keeps 4 microbatches of its 2 layers, as many as the whole model's.
-    assert activations(gpt(pp=4), 4) == round(8 * per_layer + 4 * mask)
-    # Interleaved: L (1 + (p - 1) / (p m)) layers (section 4.2.3).
+    assert activations(gpt(pp=4), 4) == round(8 * per_layer + 4 * mask + gradients)
+    # Interleaved: L (1 + (p - 1) / (p m)) layers (section 4.2.3); the embedding's mask is of the first chunk, of which
+    # 7 microbatches are kept: 4, then 4 of the second chunk, then 3 more.
     factor = 1 + 3 / (4 * 2)
-    assert activations(gpt(pp=4, vpp=2), 4) == round(8 * per_layer * factor + 11 * mask)
+    assert activations(gpt(pp=4, vpp=2), 4) == round(8 * per_layer * factor + 7 * mask + gradients)
 
 
 def test_recomputation_keeps_layer_inputs_alone() -> None:
