@@ -8,7 +8,7 @@ import pytest
 
 from configs.load import load_config
 from configs.plan.derive import derive_layout, layer_windows
-from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.estimate import count_parameters, estimate_memory, estimate_stages, parameters_per_rank
 from configs.plan.flops import attended_pairs, model_flops
 from configs.sections.model import ModelConfig
 from configs.sections.parallel import ParallelConfig
@@ -170,6 +170,17 @@ def test_activations_of_pipelines_follow_korthikanti() -> None:
     # 7 microbatches are kept: 4, then 4 of the second chunk, then 3 more.
     factor = 1 + 3 / (4 * 2)
     assert activations(gpt(pp=4, vpp=2), 4) == round(8 * per_layer * factor + 7 * mask + gradients)
+
+
+def test_chunks_in_flight_count_one_by_one() -> None:
+    """The last of two stages holds chunks of two layers and one: it keeps two microbatches of the first, one of the
+    second, as rehearsals of interleaved stages have shown."""
+    config = gpt(pp=2, vpp=2, vocabulary_counts_as_layers=True)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 6})})
+    per_layer = 34 * 64 * 64 + 4 * 4 * 64
+    last = estimate_stages(config, derive_layout(config, 2))[-1]
+    assert last.activations == (2 * 2 + 1) * per_layer + 4 * 64 * 64
+    assert last.logits == (4 + 2) * 64 * 512
 
 
 def test_recomputation_keeps_layer_inputs_alone() -> None:
