@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from configs.plan.derive import Layout, head_dim, is_gated, num_query_groups, padded_vocab_size
+from configs.plan.derive import (
+    Layout,
+    chunk_layers,
+    first_layer_with_experts,
+    head_dim,
+    is_gated,
+    num_query_groups,
+    padded_vocab_size,
+)
 from configs.plan.logits import num_logit_pieces
 from configs.stages import Config
 
@@ -28,38 +36,85 @@ class _Sizes:
         return self.tokens * width * self.value_bytes / self.stream_split
 
 
-def activation_bytes(
-    config: Config, layout: Layout, pp_rank: int, chunks: Sequence[range], num_microbatches: int
-) -> int:
-    """Return the peak bytes of kept activations on one rank of a pipeline stage that holds `chunks` of layers.
+@dataclass(frozen=True)
+class Activations:
+    """Peak bytes of activations on one rank of a pipeline stage."""
+
+    layers: int
+    """Kept by the layers for the backward pass, and what their recomputation holds for a moment."""
+    logits: int
+    """Logits of one piece of a microbatch, in the compute format and in fp32, where they are part of the peak."""
+
+
+@dataclass(frozen=True)
+class _LayerBytes:
+    """Bytes of one layer a microbatch: kept, and held for a moment while its gradients are computed."""
+
+    kept: float
+    gradients: float
+
+
+def stage_activations(config: Config, layout: Layout, num_microbatches: int) -> list[Activations]:
+    """Return the peak bytes of kept activations on one rank of each pipeline stage.
 
     In flight are, in 1F1B, pp - pp_rank microbatches of the stage; in the interleaved schedule
     2 (pp - pp_rank - 1) + (vpp - 1) pp + 1 of its chunks; never more than there are. The last stage adds its final
     norm and the logits of one microbatch, or of a piece of it, in the compute format and in fp32.
     """
+    model = config.model
     sizes = _Sizes(
         tokens=config.train.micro_batch_size * config.train.seq_len // layout.cp,
         value_bytes=4 if config.precision.compute == "fp32" else 2,
         stream_split=layout.tp if layout.sp else 1,
     )
-    if layout.vpp == 1:
-        in_flight = min(layout.pp - pp_rank, num_microbatches)
-    else:
-        in_flight = 2 * (layout.pp - pp_rank - 1) + (layout.vpp - 1) * layout.pp + 1
-        in_flight = min(in_flight, num_microbatches * layout.vpp)
-    kept, working = 0.0, 0.0
-    for chunk in chunks:
-        chunk_kept, chunk_working = _chunk_bytes(config, layout, sizes, chunk)
-        kept += chunk_kept / len(chunks)
+    num_dense = first_layer_with_experts(model)
+    kinds = {
+        has_experts: _LayerBytes(
+            _layer_bytes(config, layout, sizes, has_experts), _gradient_bytes(config, layout, sizes, has_experts)
+        )
+        for has_experts in {layer >= num_dense for layer in (0, model.num_layers - 1)}
+    }
+    found = []
+    for pp_rank, chunks in enumerate(chunk_layers(model, config.parallel)):
+        layers = [[kinds[layer >= num_dense] for layer in chunk] for chunk in chunks]
+        found.append(_stage_bytes(config, layout, sizes, pp_rank, layers, num_microbatches))
+    return found
+
+
+def _stage_bytes(
+    config: Config,
+    layout: Layout,
+    sizes: _Sizes,
+    pp_rank: int,
+    chunks: Sequence[Sequence[_LayerBytes]],
+    num_microbatches: int,
+) -> Activations:
+    """Return the peak of one stage, whose chunks have these layers."""
+    kept, working, first_kept = 0.0, 0.0, 0.0
+    for chunk, in_flight in zip(chunks, _in_flight(layout, pp_rank, num_microbatches), strict=True):
+        chunk_kept, chunk_working = _chunk_bytes(config, sizes, chunk)
+        kept += in_flight * chunk_kept
         working = max(working, chunk_working)
-    total, model = in_flight * kept, config.model
+        first_kept = first_kept or in_flight
+    total, model = kept, config.model
     if pp_rank == 0 and model.hidden_dropout > 0:
-        total += in_flight * sizes.tokens * model.hidden_size / sizes.stream_split
-    if pp_rank == layout.pp - 1:
-        total += 2 * sizes.stream(model.hidden_size)
-        # gone before the backward pass computes the first layer again
-        working = max(working, _logit_bytes(config, layout, sizes))
-    return round(total + working)
+        total += first_kept * sizes.tokens * model.hidden_size / sizes.stream_split
+    if pp_rank != layout.pp - 1:
+        return Activations(round(total + working), 0)
+    total += 2 * sizes.stream(model.hidden_size)
+    logits = _logit_bytes(config, layout, sizes)
+    # gone before the backward pass computes the first layer again
+    return Activations(round(total), round(logits)) if logits >= working else Activations(round(total + working), 0)
+
+
+def _in_flight(layout: Layout, pp_rank: int, num_microbatches: int) -> list[int]:
+    """Return how many microbatches of each chunk are kept: the schedule takes pp of them chunk after chunk."""
+    if layout.vpp == 1:
+        return [min(layout.pp - pp_rank, num_microbatches)]
+    total = 2 * (layout.pp - pp_rank - 1) + (layout.vpp - 1) * layout.pp + 1
+    total = min(total, num_microbatches * layout.vpp)
+    rounds, rest = divmod(total, layout.pp * layout.vpp)
+    return [rounds * layout.pp + min(max(rest - chunk * layout.pp, 0), layout.pp) for chunk in range(layout.vpp)]
 
 
 def _logit_bytes(config: Config, layout: Layout, sizes: _Sizes) -> float:
@@ -69,14 +124,15 @@ def _logit_bytes(config: Config, layout: Layout, sizes: _Sizes) -> float:
     return (sizes.value_bytes + 4) * piece * vocabulary_part
 
 
-def _chunk_bytes(config: Config, layout: Layout, sizes: _Sizes, layers: range) -> tuple[float, float]:
-    """Return the bytes a chunk keeps per microbatch, and the extra bytes while it recomputes."""
+def _chunk_bytes(config: Config, sizes: _Sizes, layers: Sequence[_LayerBytes]) -> tuple[float, float]:
+    """Return the bytes a chunk keeps per microbatch, and the extra bytes while a layer's gradients are computed."""
     recompute = config.train.recompute
-    whole = [_layer_bytes(config, layout, sizes, layer) for layer in layers]
+    whole = [layer.kept for layer in layers]
+    gradients = max((layer.gradients for layer in layers), default=0.0)
     if recompute.granularity != "full":
-        return sum(whole), 0.0
+        again = recompute.granularity == "selective" and not {"mlp", "moe"}.isdisjoint(recompute.modules)
+        return sum(whole), gradients * (1 + again)
     layer_input = sizes.stream(config.model.hidden_size)
-    gradients = max((_gradient_bytes(config, layout, sizes, layer) for layer in layers), default=0.0)
     if recompute.method == "block":
         count = min(recompute.num_layers, len(whole))
         return count * layer_input + sum(whole[count:]), max(whole[:count], default=0.0) + gradients
@@ -84,17 +140,17 @@ def _chunk_bytes(config: Config, layout: Layout, sizes: _Sizes, layers: range) -
     return len(groups) * layer_input, max((sum(group) for group in groups), default=0.0) + gradients
 
 
-def _gradient_bytes(config: Config, layout: Layout, sizes: _Sizes, layer: int) -> float:
+def _gradient_bytes(config: Config, layout: Layout, sizes: _Sizes, has_experts: bool) -> float:
     """Gradients inside a layer's MLP and of its input and output: what its backward pass holds for a moment."""
     model = config.model
-    if model.moe is not None and layer >= model.moe.num_dense_layers:
+    if has_experts:
         inner = _moe_bytes(config, layout, sizes, activation_dropped=False)
     else:
         inner = _mlp_bytes(config, layout, sizes, model.ffn_hidden_size)
     return inner + 2 * sizes.stream(model.hidden_size)
 
 
-def _layer_bytes(config: Config, layout: Layout, sizes: _Sizes, layer: int) -> float:
+def _layer_bytes(config: Config, layout: Layout, sizes: _Sizes, has_experts: bool) -> float:
     """Return the bytes one layer keeps per microbatch, less what selective recomputation drops."""
     model, recompute = config.model, config.train.recompute
     dropped = recompute.modules if recompute.granularity == "selective" else ()
@@ -108,7 +164,7 @@ def _layer_bytes(config: Config, layout: Layout, sizes: _Sizes, layer: int) -> f
         if model.mla
         else _attention_bytes(config, layout, sizes)
     )
-    if model.moe is not None and layer >= model.moe.num_dense_layers:
+    if has_experts:
         return total if "moe" in dropped else total + _moe_bytes(config, layout, sizes, "moe_act" in dropped)
     return total if "mlp" in dropped else total + _mlp_bytes(config, layout, sizes, model.ffn_hidden_size)
 

@@ -82,6 +82,11 @@ def layer_windows(model: ModelConfig) -> tuple[int | None, ...]:
     return tuple(model.window_size if pattern[layer % len(pattern)] else None for layer in range(model.num_layers))
 
 
+def first_layer_with_experts(model: ModelConfig) -> int:
+    """Return the first layer (0-based) whose MLP is a mixture of experts; `num_layers` where none is."""
+    return model.num_layers if model.moe is None else model.moe.num_dense_layers
+
+
 def is_gated(model: ModelConfig) -> bool:
     """Return whether the MLP's first linear layer is twice as wide, one half gating the other (arXiv:2002.05202)."""
     return model.activation in ("swiglu", "geglu")

@@ -6,13 +6,20 @@ ZeRO-1. Model FLOPs are `configs.plan.flops`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.plan.activations import activation_bytes
+from configs.plan.activations import Activations, stage_activations
 from configs.plan.adapters import adapter_parameters_of_stage
-from configs.plan.derive import Layout, chunk_layers, head_dim, num_microbatches, padded_vocab_size
+from configs.plan.derive import (
+    Layout,
+    chunk_layers,
+    first_layer_with_experts,
+    head_dim,
+    num_microbatches,
+    padded_vocab_size,
+)
 from configs.plan.flops import active_part
 from configs.plan.tensors import Linear, layer_linears
 from configs.sections.model import ModelConfig
@@ -39,10 +46,11 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    logits: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
 _Kind = Literal["none", "tp", "expert"]
@@ -71,31 +79,42 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 def parameters_per_rank(config: Config, layout: Layout) -> int:
     """Return the trained parameters of the fullest rank: all, padded vocabulary included, or those of the adapters."""
-    return max(sum(_trained_parameters(config, layout, pp_rank)) for pp_rank in range(layout.pp))
+    if config.lora is not None:
+        return max(sum(adapter_parameters_of_stage(config, layout, pp_rank)) for pp_rank in range(layout.pp))
+    return max(map(sum, parameters_of_stages(config, layout)))
 
 
-def estimate_memory(config: Config, layout: Layout) -> MemoryEstimate:
-    """Estimate the bytes of the fullest rank by kind."""
-    return max(estimate_stages(config, layout), key=lambda estimate: estimate.total)
+def estimate_memory(
+    config: Config, layout: Layout, parameters: Sequence[tuple[int, int]] | None = None
+) -> MemoryEstimate:
+    """Estimate the bytes of the fullest rank by kind; `parameters` as in `estimate_stages`."""
+    return max(estimate_stages(config, layout, parameters), key=lambda estimate: estimate.total)
 
 
-def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
+def estimate_stages(
+    config: Config, layout: Layout, parameters: Sequence[tuple[int, int]] | None = None
+) -> list[MemoryEstimate]:
     """Estimate the bytes of a rank of each pipeline stage by kind.
 
     Weights in the compute format (and in FP8, unless they are gathered so), gradients in fp32, ZeRO-1
     optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
     experts). With LoRA gradients and optimizer state are those of the adapters. Activations:
-    `configs.plan.activations`. Where nothing is trained there are weights alone.
+    `configs.plan.activations`; logits are those of the last stage. Where nothing is trained there are weights alone.
+    `parameters` are those of `parameters_of_stages`, if they are known.
     """
     is_trained = not isinstance(config, RftConfig)
     weight_bytes = 4 if config.precision.compute == "fp32" else 2
     state_bytes = 8 if config.precision.compute == "fp32" else 12
     microbatches = num_microbatches(config, layout, config.train.global_batch_size)
-    chunks = chunk_layers(config.model, config.parallel)
+    activations = stage_activations(config, layout, microbatches) if is_trained else [Activations(0, 0)] * layout.pp
     estimates = []
-    for pp_rank in range(layout.pp):
-        dense, expert = _stage_parameters(config, layout, pp_rank)
-        trained_dense, trained_expert = _trained_parameters(config, layout, pp_rank) if is_trained else (0, 0)
+    for pp_rank, (dense, expert) in enumerate(parameters or parameters_of_stages(config, layout)):
+        if config.lora is not None:
+            trained_dense, trained_expert = adapter_parameters_of_stage(config, layout, pp_rank)
+        else:
+            trained_dense, trained_expert = dense, expert
+        if not is_trained:
+            trained_dense = trained_expert = 0
         adapters = 0 if config.lora is None else trained_dense + trained_expert
         estimates.append(
             MemoryEstimate(
@@ -105,35 +124,43 @@ def estimate_stages(config: Config, layout: Layout) -> list[MemoryEstimate]:
                 gradients=(trained_dense + trained_expert) * 4,
                 optimizer=-(-trained_dense * state_bytes // (layout.dp * layout.cp))
                 - (-trained_expert * state_bytes // layout.edp),
-                activations=is_trained * activation_bytes(config, layout, pp_rank, chunks[pp_rank], microbatches),
+                activations=activations[pp_rank].layers,
+                logits=activations[pp_rank].logits,
             )
         )
     return estimates
 
 
-def _trained_parameters(config: Config, layout: Layout, pp_rank: int) -> tuple[int, int]:
-    """Return what one rank trains outside and inside the experts."""
-    if config.lora is not None:
-        return adapter_parameters_of_stage(config, layout, pp_rank)
-    return _stage_parameters(config, layout, pp_rank)
-
-
-def _stage_parameters(config: Config, layout: Layout, pp_rank: int) -> tuple[int, int]:
-    """Return one rank's parameters that are trained without LoRA, outside and inside the experts."""
+def parameters_of_stages(config: Config, layout: Layout) -> list[tuple[int, int]]:
+    """Return one rank's parameters that are trained without LoRA, outside and inside the experts, by pipeline stage."""
     model = config.model
+    first_with_experts = first_layer_with_experts(model)
+    # all layers of a kind are alike: the first is dense if one is, the last has experts if one has
+    kinds = {
+        layer >= first_with_experts: _layer_parameters(model, layer, layout) for layer in (0, model.num_layers - 1)
+    }
+    found = []
+    for pp_rank, chunks in enumerate(chunk_layers(model, config.parallel)):
+        dense = _vocabulary_parameters(config, layout, pp_rank)
+        dense += _norm(model, model.hidden_size).count * (pp_rank == layout.pp - 1)
+        expert = 0
+        for layer in (layer for chunk in chunks for layer in chunk):
+            dense += kinds[layer >= first_with_experts][0]
+            expert += kinds[layer >= first_with_experts][1]
+        found.append((dense, expert))
+    return found
+
+
+def _layer_parameters(model: ModelConfig, layer: int, layout: Layout) -> tuple[int, int]:
+    """Return one rank's trained parameters of a layer, outside and inside the experts."""
     dense = expert = 0
-    for chunk in chunk_layers(model, config.parallel)[pp_rank]:
-        for layer in chunk:
-            for weight in _layer_weights(model, layer):
-                if not weight.is_trained:
-                    continue
-                if weight.split == "expert":
-                    expert += -(-weight.count // (layout.ep * layout.etp))
-                else:
-                    dense += -(-weight.count // layout.tp) if weight.split == "tp" else weight.count
-    dense += _vocabulary_parameters(config, layout, pp_rank)
-    if pp_rank == layout.pp - 1:
-        dense += _norm(model, model.hidden_size).count
+    for weight in _layer_weights(model, layer):
+        if not weight.is_trained:
+            continue
+        if weight.split == "expert":
+            expert += -(-weight.count // (layout.ep * layout.etp))
+        else:
+            dense += -(-weight.count // layout.tp) if weight.split == "tp" else weight.count
     return dense, expert
 
 

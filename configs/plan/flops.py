@@ -6,7 +6,7 @@ Source: Chowdhery et al. 2022 (arXiv:2204.02311, appendix B).
 from __future__ import annotations
 
 from configs.plan.adapters import adapted_linears, part_parameters
-from configs.plan.derive import head_dim, layer_windows
+from configs.plan.derive import first_layer_with_experts, head_dim, layer_windows
 from configs.plan.tensors import Linear, layer_linears
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
@@ -39,8 +39,11 @@ def model_flops(model: ModelConfig, num_tokens: int, num_attended_pairs: int, lo
     that theirs are 2 x, and the adapters' come on top.
     """
     multiplied = model.vocab_size * model.hidden_size
-    for layer in range(model.num_layers):
-        multiplied += sum(active_part(model, linear, linear.num_weights) for linear in layer_linears(model, layer))
+    first_with_experts = first_layer_with_experts(model)
+    for layer, count in ((0, first_with_experts), (model.num_layers - 1, model.num_layers - first_with_experts)):
+        if count:  # all layers of a kind are alike
+            linears = layer_linears(model, layer)
+            multiplied += count * sum(active_part(model, linear, linear.num_weights) for linear in linears)
     value_dim = model.mla.v_head_dim if model.mla is not None else head_dim(model)
     core = model.num_attention_heads * (head_dim(model) + value_dim)
     if lora is None:

@@ -136,7 +136,7 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     yield name, f"{parameters_per_rank(config, layout):,} on the fullest rank"
     fullest = f"on the fullest rank (pipeline stage {memory.pp_rank}), without buffers and fragmentation"
     yield "estimated memory", f"{_size_text(memory.total)} {fullest}"
-    for kind in ("weights", "gradients", "optimizer", "activations"):
+    for kind in ("weights", "gradients", "optimizer", "activations", "logits"):
         if getattr(memory, kind):
             yield f"  {kind}", _size_text(getattr(memory, kind))
     needed = memory.total
@@ -146,7 +146,7 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
         yield "cache of answers", f"{_size_text(cache)} while answers are drawn: {answers} replicas of the model"
         if config.grpo.method.kl_coefficient and config.lora is None and not isinstance(config, RftConfig):
             yield "reference", f"{_size_text(memory.weights)} of the host's memory for each rank"
-        needed += max(0, cache - memory.activations)  # which are not there at the same time
+        needed += max(0, cache - memory.activations - memory.logits)  # which are not there at the same time
     yield "fits in", _fitting_device(needed)
     batch = config.train.global_batch_size
     if model.window_size is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from configs.load import load_config
 from configs.plan.derive import derive_layout, layer_windows
-from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.estimate import count_parameters, estimate_memory, estimate_stages, parameters_per_rank
 from configs.plan.flops import attended_pairs, model_flops
 from configs.sections.model import ModelConfig
 from configs.sections.parallel import ParallelConfig
@@ -135,7 +135,8 @@ def gpt(**overrides: object) -> Config:
 
 
 def activations(config: Config, world_size: int) -> int:
-    return estimate_memory(config, derive_layout(config, world_size)).activations
+    memory = estimate_memory(config, derive_layout(config, world_size))
+    return memory.activations + memory.logits
 
 
 def outside_layers(tokens: int, hidden: int, vocab: int, tp: int, split: int) -> float:
@@ -162,11 +163,24 @@ def test_activations_of_pipelines_follow_korthikanti() -> None:
     tokens, hidden = 64, 64
     per_layer = 34 * tokens * hidden + 4 * 4 * tokens
     mask = tokens * hidden
+    gradients = (16 + 2 * 2) * tokens * hidden  # of one layer's MLP, input and output, where no logits are larger
     # 1F1B: the first of 4 stages keeps 4 microbatches of its 2 layers, as many as the whole model's.
-    assert activations(gpt(pp=4), 4) == round(8 * per_layer + 4 * mask)
-    # Interleaved: L (1 + (p - 1) / (p m)) layers (section 4.2.3).
+    assert activations(gpt(pp=4), 4) == round(8 * per_layer + 4 * mask + gradients)
+    # Interleaved: L (1 + (p - 1) / (p m)) layers (section 4.2.3); the embedding's mask is of the first chunk, of which
+    # 7 microbatches are kept: 4, then 4 of the second chunk, then 3 more.
     factor = 1 + 3 / (4 * 2)
-    assert activations(gpt(pp=4, vpp=2), 4) == round(8 * per_layer * factor + 11 * mask)
+    assert activations(gpt(pp=4, vpp=2), 4) == round(8 * per_layer * factor + 7 * mask + gradients)
+
+
+def test_chunks_in_flight_count_one_by_one() -> None:
+    """The last of two stages holds chunks of two layers and one: it keeps two microbatches of the first, one of the
+    second, as rehearsals of interleaved stages have shown."""
+    config = gpt(pp=2, vpp=2, vocabulary_counts_as_layers=True)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 6})})
+    per_layer = 34 * 64 * 64 + 4 * 4 * 64
+    last = estimate_stages(config, derive_layout(config, 2))[-1]
+    assert last.activations == (2 * 2 + 1) * per_layer + 4 * 64 * 64
+    assert last.logits == (4 + 2) * 64 * 512
 
 
 def test_recomputation_keeps_layer_inputs_alone() -> None:
@@ -205,7 +219,7 @@ def test_optimizer_state_is_sharded_and_gradients_are_not() -> None:
     in_fp32 = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "fp32"})})
     memory = estimate_memory(in_fp32, derive_layout(in_fp32, 1))
     assert (memory.weights, memory.optimizer) == (4 * parameters, 8 * parameters)
-    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.logits
 
 
 def test_experts_are_split_over_ep_and_sharded_over_edp() -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -158,20 +155,14 @@ PIPELINE = "p2p_communication._communicate"
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What became of every case."""
-    import torch
-    import triton
+    from configs.errors import BadInput
+    from parallel.platform.fake.runtime import build_runtime, fake_environment
 
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    headers = [Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "include"]
-    headers.append(Path(triton.__file__).parent / "backends" / "nvidia" / "include")
-    if compiler is None or torch.version.cuda is None or not all(folder.is_dir() for folder in headers):
-        pytest.skip("needs a C compiler and PyTorch's build for CUDA 13")
-    library = tmp_path_factory.mktemp("fake") / "libcuda.so.1"
-    include = [f"-I{folder}" for folder in headers]
-    source = str(HERE / "runtime.c")
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *include, source, "-o", str(library)], check=True
-    )
+    try:
+        library = build_runtime(tmp_path_factory.mktemp("fake"))
+    except BadInput as error:
+        pytest.skip(str(error))
+    environment = fake_environment(library, HERE.parents[1])
     cases = {
         name: {
             "config": build_config(compute, shape, **sections).model_dump(mode="json"), "world": world, "rank": rank,
@@ -179,9 +170,6 @@ def outcomes(tmp_path_factory):
         }
         for name, (compute, shape, sections, world, rank) in (CASES | MEMORY_CASES).items()
     }  # fmt: skip
-    hidden = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parents[1])}
 
     def run(some: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "world.py")]

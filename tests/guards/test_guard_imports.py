@@ -14,7 +14,8 @@ ALLOWED = {
 # The order inside trainer: a folder may import its own level and those below, and every folder is listed.
 TRAINER_LEVELS = {
     "disk": 0, "losses": 0, "environments": 0, "data": 0, "model": 0, "optim": 0,
-    "engine": 1, "generate": 2, "report": 2, "evaluate": 2, "rl": 3, "stages": 4, "checkpoint": 5, "hf": 6, "run": 7,
+    "engine": 1, "generate": 2, "report": 2, "evaluate": 2, "rl": 3, "stages": 4, "rehearse": 5, "checkpoint": 5,
+    "hf": 6, "run": 7,
 }  # fmt: skip
 STRANGERS = {"losses", "environments", "data", "model", "optim"}
 SLOW_TO_IMPORT = {"torch", "megatron", "trainer", "transformers", "tensorboard"}
