@@ -29,6 +29,7 @@ from configs.stages import Config
 from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
+from parallel.watch.watch import WATCH, Watch
 from trainer.checkpoint.layout import (
     BEST,
     EXPORT,
@@ -139,7 +140,7 @@ class RunLock:
 
 
 def open_run_directory(
-    config: Config, mesh: Mesh, run_dir: Path, start: Start, state: TrainState, *, launcher: str
+    config: Config, mesh: Mesh, run_dir: Path, start: Start, state: TrainState, launcher: str, watch: Watch
 ) -> Reporter:
     """Begin writing: the first thing on disk, after everything that can be refused has been checked.
 
@@ -147,7 +148,7 @@ def open_run_directory(
     """
     details = describe_environment(config, mesh, has_te=has_transformer_engine())
     try:
-        start_rank_log(run_dir, mesh)
+        watch.start(start_rank_log(run_dir, mesh).parent / WATCH)
     except OSError as error:
         raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
     log.info("%s: %s", config.run.name, start.describe())

@@ -19,6 +19,8 @@ from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
 from parallel.platform import PlatformName, load_platform
+from parallel.watch.phases import phase
+from parallel.watch.watch import Watch
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
@@ -52,15 +54,18 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     try:
         mesh = build_mesh(platform, device, config)
         lock = RunLock(str(config.run.dir))
+        watch = Watch(mesh, local_rank=environment.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         with lock.held(mesh, patience_seconds=_patience(config, environment)):
             try:
                 corpus = on_all_ranks(lambda: open_corpus(config, data))
                 if isinstance(config, RftConfig):
-                    return sample_answers(corpus, environment, mesh, lock)
-                return _run_locked(corpus, stage_name, environment, mesh, lock)
+                    return sample_answers(corpus, environment, mesh, lock, watch)
+                return _run_locked(corpus, stage_name, environment, mesh, lock, watch)
             except Exception:
                 lock.check()  # what failed may have, because the directory went
                 raise
+            finally:
+                watch.stop()
     finally:
         destroy_mesh()
         dist.destroy_process_group()
@@ -80,7 +85,9 @@ def _patience(config: Config, environment: Environment) -> int:
     return config.parallel.timeout_seconds if environment.is_restart else 0
 
 
-def _run_locked(corpus: Corpus, stage_name: str, environment: Environment, mesh: Mesh, lock: RunLock) -> ExitCode:
+def _run_locked(
+    corpus: Corpus, stage_name: str, environment: Environment, mesh: Mesh, lock: RunLock, watch: Watch
+) -> ExitCode:
     config = corpus.config  # which knows how many steps its epochs are
     start = on_rank_zero(lambda: find_start(config, stage_name))
     on_all_ranks(partial(start.wait_until_visible, config.parallel.timeout_seconds))
@@ -105,7 +112,7 @@ def _run_locked(corpus: Corpus, stage_name: str, environment: Environment, mesh:
                 on_all_ranks(lambda: stage.start(state))
                 for sentence in corpus.describe_order():
                     log.info(sentence)
-            state = _fit(config, environment, mesh, start, stage, state, signals, lock)
+            state = _fit(config, environment, mesh, start, stage, state, signals, lock, watch)
         finally:
             stage.close()
         if signals.is_agreed and state.step < config.train.num_steps:
@@ -143,6 +150,7 @@ def _fit(
     state: TrainState,
     signals: StopSignals,
     lock: RunLock,
+    watch: Watch,
 ) -> TrainState:
     """Begin writing, train, and return where the run then is."""
     from trainer.checkpoint.save import CheckpointWriter
@@ -155,7 +163,7 @@ def _fit(
         config,
         mesh,
         stage,
-        reporter=open_run_directory(config, mesh, run_dir, start, state, launcher=environment.launcher),
+        reporter=open_run_directory(config, mesh, run_dir, start, state, environment.launcher, watch),
         checkpoints=CheckpointWriter(
             run_dir,
             config,
@@ -183,5 +191,6 @@ def _show_samples(config: Config, model: ShardedModel, corpus: Corpus, signals: 
     for prompt in config.sample.prompts:
         if any_rank(signals.is_received, model.mesh.device):
             return
-        text = generate_text(model, corpus.tokenizer, prompt, config.sample, config.run.seed)
+        with phase("generate"):
+            text = generate_text(model, corpus.tokenizer, prompt, config.sample, config.run.seed)
         log.info("sample: %s", prompt + text)
