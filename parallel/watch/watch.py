@@ -144,6 +144,6 @@ class Watch:
             if not words["speaks"]:  # the one that speaks leaves first; launchers then end the others
                 time.sleep(_QUIET_SECONDS)
                 log.warning("%s", words["sentence"])
-            else:
+            if words["speaks"] or self._local_rank == 0:  # a host has a launcher of its own, and perhaps a log
                 report(f"{words['sentence']}; {_CONTINUATION}", ExitCode.PEER_LOST, rank=self._mesh.rank)
             leave(ExitCode.PEER_LOST)
