@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -12,6 +13,20 @@ if TYPE_CHECKING:
 
 AttentionKernels = Literal["cpu", "efficient", "flash"]
 """What torch has for attention: for CPUs, for GPUs in any format, for newer ones in formats of 16 bits."""
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is the same on all hosts of a kind."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    """What no process uses now."""
+    clock_mhz: float | None
+    """The highest clock, where that is known."""
+    driver: str
+    """Version of the driver, or of the kernel where there is none."""
 
 
 class Platform(Protocol):
@@ -79,6 +94,10 @@ class Platform(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Return what was found: device name, library versions, backend."""
+        ...
+
+    def inspect(self) -> DeviceFacts:
+        """Return what should be the same on every host, of the device that is active."""
         ...
 
     def is_peer_failure(self, error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SIZE = 1024
@@ -59,7 +60,7 @@ class Glance:
     """Collectives begun, by group."""
 
 
-def open_memory(descriptor: int | None = None) -> tuple[int, memoryview]:
+def open_memory(descriptor: int | None = None) -> tuple[int, memoryview[float]]:
     """Return a file descriptor for a beacon's memory, made here if none is given, and the memory as float64 numbers."""
     if descriptor is None:
         descriptor = os.memfd_create("beacon")
@@ -67,7 +68,7 @@ def open_memory(descriptor: int | None = None) -> tuple[int, memoryview]:
     return descriptor, memoryview(mmap.mmap(descriptor, SIZE)).cast("d")
 
 
-def look(cells: memoryview) -> Glance:
+def look(cells: memoryview[float]) -> Glance:
     """Return what the beacon shows; `time.monotonic` is one clock for all processes of a host."""
     values = cells.tolist()
     now = time.monotonic()
@@ -85,6 +86,6 @@ def look(cells: memoryview) -> Glance:
     )
 
 
-def _call(values: list[float]) -> Call:
+def _call(values: Sequence[float]) -> Call:
     op, group, number, peer = (int(one) for one in values)
     return Call(OPERATIONS[op], group, number, peer if peer >= 0 else None)

@@ -44,7 +44,7 @@ _MOST_PENDING = 1024
 class CallRecorder:
     """Notes each collective of this process in a beacon."""
 
-    def __init__(self, cells: memoryview, tell_group: Callable[[int, Any], None]) -> None:
+    def __init__(self, cells: memoryview[float], tell_group: Callable[[int, Any], None]) -> None:
         """`tell_group(place, group)` is called when a group is used for the first time."""
         self._cells, self._tell_group = cells, tell_group
         self._groups: dict[int, tuple[Any, int]] = {}  # id -> group, kept so that no other gets its id; its place

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from parallel.watch.beacon import PHASE, PHASE_SINCE, PHASES, STEP, WAITED
 
 _NUMBERS = {name: number for number, name in enumerate(PHASES)}
-_cells: list[memoryview] = []  # of the beacon, while there is one
+_cells: list[memoryview[float]] = []  # of the beacon, while there is one
 
 
-def light(cells: memoryview) -> None:
+def light(cells: memoryview[float]) -> None:
     """Tell this beacon from now on."""
     _cells[:] = [cells]
 

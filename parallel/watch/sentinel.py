@@ -119,7 +119,7 @@ class Sentinel:
     def _wait(self, seconds: float) -> bool:
         """Wait for so long, taking in what the rank says; return False as soon as it has ended or needs no watch."""
         deadline = time.monotonic() + seconds
-        watched = [self._process, self._socket]
+        watched: list[Any] = [self._process, self._socket]
         while (left := deadline - time.monotonic()) > 0:
             ready = select.select(watched, [], [], left)[0]
             if self._socket in ready:

@@ -24,6 +24,7 @@ from parallel.watch.watch import Watch
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
+from trainer.run.preflight import check_hosts, is_due
 from trainer.run.rejection import sample_answers
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
@@ -57,6 +58,8 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
         watch = Watch(mesh, local_rank=environment.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         with lock.held(mesh, patience_seconds=_patience(config, environment)):
             try:
+                if is_due(config, environment):
+                    check_hosts(config, mesh, environment.local_rank)
                 corpus = on_all_ranks(lambda: open_corpus(config, data))
                 if isinstance(config, RftConfig):
                     return sample_answers(corpus, environment, mesh, lock, watch)
