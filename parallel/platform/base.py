@@ -42,6 +42,8 @@ class Platform(Protocol):
     """The same for a world of one rank."""
     fuses_kernels: bool
     """Whether run-time compiled fusions (bias + activation, RoPE) pay on this device."""
+    queues_collectives: bool
+    """Whether a collective is only queued when its call returns, and its wait too."""
     overlaps_communication: bool
     """Whether collectives run beside compute, so that overlapping them pays."""
 
@@ -98,6 +100,10 @@ class Platform(Protocol):
 
     def inspect(self) -> DeviceFacts:
         """Return what should be the same on every host, of the device that is active."""
+        ...
+
+    def dump_collectives(self) -> str | None:
+        """Return, as JSON, the dump of the flight recorder of collectives that the host only queues; else None."""
         ...
 
     def is_peer_failure(self, error: BaseException) -> bool:

@@ -30,6 +30,7 @@ class CpuPlatform:
     control_backend = "gloo"
     lone_backend = "lone"
     fuses_kernels = False
+    queues_collectives = False
     overlaps_communication = False
 
     def activate(self, local_rank: int) -> torch.device:
@@ -105,6 +106,10 @@ class CpuPlatform:
             clock_mhz=highest_clock_mhz(),
             driver=f"{host_platform.system()} {host_platform.release()}",
         )
+
+    def dump_collectives(self) -> str | None:
+        """Return None: a wait for gloo is a wait of the host."""
+        return None
 
     def is_peer_failure(self, error: BaseException) -> bool:
         """Return whether gloo says that a peer closed its connection or did not answer in time."""

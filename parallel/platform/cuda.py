@@ -27,6 +27,7 @@ class CudaPlatform:
     control_backend = "gloo"
     lone_backend = "nccl"
     fuses_kernels = True
+    queues_collectives = True
     overlaps_communication = True
 
     def activate(self, local_rank: int) -> torch.device:
@@ -125,6 +126,12 @@ class CudaPlatform:
             clock_mhz=properties.clock_rate / 1000,  # reported in kHz
             driver=_driver_version(),
         )
+
+    def dump_collectives(self) -> str | None:
+        """Return what NCCL's flight recorder holds, which is on unless TORCH_FR_BUFFER_SIZE is 0."""
+        from torch._C._distributed_c10d import _dump_nccl_trace_json  # type: ignore[attr-defined]
+
+        return _dump_nccl_trace_json(includeCollectives=True, onlyActive=False).decode()
 
     def is_peer_failure(self, error: BaseException) -> bool:
         """Return whether NCCL or the store says that a peer died or did not answer."""

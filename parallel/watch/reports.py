@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+WATCH = "watch"
+"""Folder of these files, beside the log files of a start of the run."""
 RANKS = "ranks.json"
 State = Literal["running", "blocked", "stopped", "ended", "done", "silent"]
 """Of the rank's process: blocked in the kernel, as by a disk; stopped by a signal; ended before its time, or in time;

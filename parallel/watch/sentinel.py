@@ -24,7 +24,9 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from parallel.watch.beacon import Call, look, open_memory
+from parallel.watch.flight import flight_path, read_flight, with_flight
 from parallel.watch.reports import (
+    CONTROL,
     GroupCall,
     Rank,
     Report,
@@ -36,12 +38,13 @@ from parallel.watch.reports import (
     read_report,
     stacks_path,
 )
-from parallel.watch.verdict import Verdict, judge
+from parallel.watch.verdict import DEVICE_PHASES, Verdict, judge, read_verdict, write_verdict
 
-ALARM, VERDICT = "alarm", "verdict.json"
+ALARM = "alarm"
 STACK_SIGNAL = signal.SIGUSR2
 _STACK_SECONDS = 0.5
 _MOST_BYTES = 2**20
+_DUMP_SECONDS = 2.0
 _LEAVING_SECONDS = 6.0
 """What a rank that knows the verdict has to leave; after that it is killed."""
 
@@ -60,6 +63,8 @@ class Settings:
     """How long a rank may wait in a collective before the alarm is raised."""
     memory: int
     """File descriptor of the beacon."""
+    has_flight: bool
+    """Whether the rank can be asked for a dump of the flight recorder."""
     stacks: int
     """File descriptor of the memory that gets the stacks of the rank's threads."""
     socket: int
@@ -104,7 +109,7 @@ class Sentinel:
     def watch(self) -> None:
         """Look at the rank again and again; return when it has ended."""
         while self._wait(self._settings.tick_seconds):
-            now, report = time.monotonic(), self._report()
+            now, report = time.monotonic(), self._look()
             if now - self._written >= self._settings.beat_seconds:
                 self._write(report)
             alarm = self._see_alarm()
@@ -139,6 +144,26 @@ class Sentinel:
                 self._is_done = True
             else:
                 self._groups.append({**message, "ranks": lengthen(message["ranks"])})
+
+    def _look(self) -> Report:
+        """Return the report, with the flight recorder's part where nothing has happened for long."""
+        report, settings = self._report(), self._settings
+        if not settings.has_flight or report.idle_seconds < self._patience or report.phase not in DEVICE_PHASES:
+            return report
+        dump = self._dump_flight()
+        groups = [group for group in self._groups if group["axis"] != CONTROL]
+        return report if dump is None else with_flight(report, dump, groups)
+
+    def _dump_flight(self) -> dict[str, Any] | None:
+        """Ask the rank for a dump and return it; None where the rank's interpreter does not answer."""
+        path = flight_path(self._folder, self._settings.rank)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            self._socket.sendall(json.dumps({"dump": str(path)}).encode() + b"\n")
+        deadline = time.monotonic() + _DUMP_SECONDS
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return read_flight(self._folder, self._settings.rank)
 
     def _report(self, *, is_over: bool = False) -> Report:
         glance = look(self._cells)
@@ -193,7 +218,7 @@ class Sentinel:
         """Write down all that can be known of the rank, and wait for the verdict; return whether the run ends."""
         settings = self._settings
         self._at = self._dump_stacks()
-        self._write(self._report())
+        self._write(self._look())
         # Rank 0 judges; where it does not in time, the first rank of each host, and then every rank, judges alone.
         order = 0 if settings.rank == 0 else 1 if settings.local_rank == 0 else 2
         verdict = self._find_verdict(order * settings.settle_seconds / 2) if order else None
@@ -253,17 +278,15 @@ class Sentinel:
         deadline = time.monotonic() + self._settings.settle_seconds + patience
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                fields = json.loads((self._folder / VERDICT).read_text(encoding="utf-8"))
-                if fields.pop("alarm") == self._alarm:
-                    return Verdict(**{**fields, "culprits": tuple(fields["culprits"])})
+                alarm, verdict = read_verdict(self._folder)
+                if alarm == self._alarm:
+                    return verdict
             time.sleep(self._settings.tick_seconds / 2)
         return None
 
     def _publish(self, verdict: Verdict) -> None:
-        new = self._folder / f".{VERDICT}.{self._settings.rank}"
         with contextlib.suppress(OSError):
-            new.write_text(json.dumps({"alarm": self._alarm, **dataclasses.asdict(verdict)}) + "\n", encoding="utf-8")
-            os.replace(new, self._folder / VERDICT)
+            write_verdict(self._folder, self._alarm, verdict)
 
     def _end(self, verdict: Verdict, *, is_judge: bool) -> None:
         """Tell the rank to leave; end it where it cannot. The judge's rank speaks first, so that one cause is told."""

@@ -1,4 +1,4 @@
-"""Reports of ranks that wait -> which rank did not arrive at what. Pure; standard library alone.
+"""Reports of ranks that wait -> which rank did not arrive at what. Standard library alone.
 
 A rank that waits in a collective waits for those of its group that have not begun it, and these may wait elsewhere: who
 is waited for and does not wait is where the chain ends.
@@ -6,16 +6,22 @@ is waited for and does not wait is where the chain ends.
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from parallel.watch.reports import CONTROL, GroupCall, Rank, Report
 
 Kind = Literal["rank", "order", "connection", "patience", "nothing"]
+DEVICE_PHASES = ("forward_backward", "optimizer", "score", "evaluate", "generate")
+"""Phases in which a host may wait for its device."""
 _STEP_PHASES = ("forward_backward", "optimizer", "score")
 _MOST_NAMED = 4
+_FILE = "verdict.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,20 @@ class Verdict:
         return self.kind in ("rank", "order", "connection")
 
 
+def write_verdict(folder: Path, alarm: str, verdict: Verdict) -> None:
+    """Write the verdict on an alarm; it appears whole."""
+    new = folder / f".{_FILE}.{os.getpid()}"
+    new.write_text(json.dumps({"alarm": alarm, **asdict(verdict)}) + "\n", encoding="utf-8")
+    os.replace(new, folder / _FILE)
+
+
+def read_verdict(folder: Path) -> tuple[str, Verdict]:
+    """Return the last alarm and the verdict on it. Raises OSError, ValueError, KeyError or TypeError for none."""
+    fields = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    alarm = fields.pop("alarm")
+    return alarm, Verdict(**{**fields, "culprits": tuple(fields["culprits"])})
+
+
 def judge(ranks: Sequence[Rank], reports: Mapping[int, Report], limit_seconds: float = 0.0) -> Verdict:
     """Return the verdict on the ranks of a world, of which some may have no report.
 
@@ -54,6 +74,23 @@ def judge(ranks: Sequence[Rank], reports: Mapping[int, Report], limit_seconds: f
     if blamed:
         return _on_ranks([one for one in ranks if one.rank in blamed], ranks, reports, waiting)
     return _on_calls(waiting, missing)
+
+
+def judge_remains(ranks: Sequence[Rank], reports: Mapping[int, Report]) -> Verdict:
+    """Return the verdict on what is left of a run that was ended from outside, perhaps not on all hosts.
+
+    If all processes were ended, that says nothing of what they waited for; nor does a report that is missing, unless
+    nobody else is to blame.
+    """
+    waits = any(one.waits_in is not None for one in reports.values())
+    if waits and all(one.state == "ended" for one in reports.values()):
+        reports = {number: replace(one, state="running") for number, one in reports.items()}
+    found = judge(ranks, reports)
+    heard = [one for one in ranks if one.rank in reports]
+    if len(heard) == len(ranks):
+        return found
+    among_heard = judge(heard, reports)
+    return among_heard if among_heard.kind in ("rank", "order") else found
 
 
 def _on_ranks(

@@ -33,8 +33,6 @@ from parallel.watch.phases import light, put_out
 from parallel.watch.reports import CONTROL, Rank, shorten, write_ranks
 
 log = logging.getLogger(__name__)
-WATCH = "watch"
-"""Folder of what is written, beside the log files of a start of the run."""
 SHARE_OF_TIMEOUT = 0.75
 """Of `parallel.timeout_seconds`, after which the alarm is raised: the verdict comes before the collective gives up."""
 _QUIET_SECONDS = 2.0
@@ -98,6 +96,7 @@ class Watch:
             place=me.place,
             folder=str(folder),
             limit_seconds=self._limit,
+            has_flight=self._mesh.platform.queues_collectives,
             memory=memory,
             stacks=stacks,
             socket=theirs.fileno(),
@@ -132,18 +131,27 @@ class Watch:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self, connection: socket.socket) -> None:
-        """Wait for the verdict, and leave; the main thread is where it cannot."""
-        data = b""
-        with contextlib.suppress(OSError):
-            while not data.endswith(b"\n"):
-                more = connection.recv(65536)
-                if not more:
-                    return
-                data += more
-            words = json.loads(data)
-            if not words["speaks"]:  # the one that speaks leaves first; launchers then end the others
-                time.sleep(_QUIET_SECONDS)
-                log.warning("%s", words["sentence"])
-            if words["speaks"] or self._local_rank == 0:  # a host has a launcher of its own, and perhaps a log
-                report(f"{words['sentence']}; {_CONTINUATION}", ExitCode.PEER_LOST, rank=self._mesh.rank)
-            leave(ExitCode.PEER_LOST)
+        """Do what the process beside us says, in a thread; where the main thread is does not matter."""
+        with contextlib.suppress(OSError), connection.makefile("r", encoding="utf-8") as lines:
+            for line in lines:
+                words = json.loads(line)
+                if "dump" in words:
+                    self._dump(Path(words["dump"]))
+                else:
+                    self._leave(words["sentence"], is_speaker=words["speaks"])
+
+    def _dump(self, path: Path) -> None:
+        """Write down what the flight recorder holds; it appears whole."""
+        text = self._mesh.platform.dump_collectives()
+        if text is not None:
+            new = path.with_name(f".{path.name}.new")
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, path)
+
+    def _leave(self, sentence: str, *, is_speaker: bool) -> None:
+        if not is_speaker:  # the one that speaks leaves first; launchers then end the others
+            time.sleep(_QUIET_SECONDS)
+            log.warning("%s", sentence)
+        if is_speaker or self._local_rank == 0:  # a host has a launcher of its own, and perhaps a log
+            report(f"{sentence}; {_CONTINUATION}", ExitCode.PEER_LOST, rank=self._mesh.rank)
+        leave(ExitCode.PEER_LOST)

@@ -27,7 +27,8 @@ from configs.stages import Config
 from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
-from parallel.watch.watch import WATCH, Watch
+from parallel.watch.reports import WATCH
+from parallel.watch.watch import Watch
 from trainer.checkpoint.layout import (
     BEST,
     EXPORT,

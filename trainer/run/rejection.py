@@ -24,7 +24,8 @@ from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
-from parallel.watch.watch import WATCH, Watch
+from parallel.watch.reports import WATCH
+from parallel.watch.watch import Watch
 from trainer.checkpoint.base_weights import identify_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.data.chat.prompts import Prompt, PromptFile
