@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from parallel.watch.beacon import PHASE, PHASE_SINCE, PHASES, STEP, WAITED
+from parallel.watch.beacon import BUSY, PHASE, PHASE_SINCE, PHASES, STEP, WAITED
 
 _NUMBERS = {name: number for number, name in enumerate(PHASES)}
+_COMPUTING = ("forward_backward", "optimizer")
 _cells: list[memoryview[float]] = []  # of the beacon, while there is one
 
 
@@ -38,14 +39,17 @@ def phase(name: str) -> Iterator[None]:
         yield
         return
     cells = _cells[0]
-    before = cells[PHASE]
-    cells[PHASE], cells[PHASE_SINCE] = _NUMBERS[name], time.monotonic()
+    before, waited, started = cells[PHASE], cells[WAITED], time.monotonic()
+    cells[PHASE], cells[PHASE_SINCE] = _NUMBERS[name], started
     try:
         yield
     finally:
-        cells[PHASE], cells[PHASE_SINCE] = before, time.monotonic()
+        now = time.monotonic()
+        cells[PHASE], cells[PHASE_SINCE] = before, now
+        if name in _COMPUTING:
+            cells[BUSY] += now - started - (cells[WAITED] - waited)
 
 
-def waited_seconds() -> float:
-    """Return for how long this rank has waited for collectives since the watch began; 0 where nobody looks."""
-    return _cells[0][WAITED] if _cells else 0.0
+def busy_seconds() -> float:
+    """Return for how long this rank has computed steps without waiting for collectives, since the watch began."""
+    return _cells[0][BUSY] if _cells else 0.0

@@ -63,17 +63,16 @@ def judge(ranks: Sequence[Rank], reports: Mapping[int, Report], limit_seconds: f
     """
     if not any(one.wait_seconds >= limit_seconds for one in reports.values()):
         return Verdict("nothing", "no rank waits for another that long")
-    waiting = {number: one for number, one in reports.items() if one.waits_in is not None and _lives(one)}
+    waiting = _waiting(reports)
     if not waiting:
         gone = [one for one in ranks if not _is_there(reports.get(one.rank))]
         if gone:
             return Verdict("rank", _sentence(gone, reports, waiting), tuple(one.rank for one in gone))
         return Verdict("nothing", "no rank waits for another in a collective")
-    missing = {number: _missing(one, reports) for number, one in waiting.items()}
-    blamed = sorted({other for others in missing.values() for other in others} - waiting.keys())
+    blamed = _blamed(reports)
     if blamed:
         return _on_ranks([one for one in ranks if one.rank in blamed], ranks, reports, waiting)
-    return _on_calls(waiting, missing)
+    return _on_calls(waiting, reports)
 
 
 def judge_remains(ranks: Sequence[Rank], reports: Mapping[int, Report]) -> Verdict:
@@ -85,12 +84,9 @@ def judge_remains(ranks: Sequence[Rank], reports: Mapping[int, Report]) -> Verdi
     waits = any(one.waits_in is not None for one in reports.values())
     if waits and all(one.state == "ended" for one in reports.values()):
         reports = {number: replace(one, state="running") for number, one in reports.items()}
-    found = judge(ranks, reports)
     heard = [one for one in ranks if one.rank in reports]
-    if len(heard) == len(ranks):
-        return found
-    among_heard = judge(heard, reports)
-    return among_heard if among_heard.kind in ("rank", "order") else found
+    blamed = [one.rank for one in heard if one.rank in _blamed(reports)]
+    return judge(heard, reports) if blamed else judge(ranks, reports)
 
 
 def _on_ranks(
@@ -107,7 +103,7 @@ def _on_ranks(
     return Verdict(kind, _sentence(named, reports, waiting), tuple(one.rank for one in named), len(waiting))
 
 
-def _on_calls(waiting: Mapping[int, Report], missing: Mapping[int, set[int]]) -> Verdict:
+def _on_calls(waiting: Mapping[int, Report], reports: Mapping[int, Report]) -> Verdict:
     """All wait: some called another collective than the others, or the connection between them is broken."""
     by_place: dict[tuple[str, int], dict[str, list[Report]]] = {}
     for one in waiting.values():
@@ -127,7 +123,7 @@ def _on_calls(waiting: Mapping[int, Report], missing: Mapping[int, set[int]]) ->
     hosts: dict[str, list[Report]] = {}
     for one in everybody:
         hosts.setdefault(one.rank.host, []).append(one)
-    first = next((one for one in everybody if not missing[one.rank.rank]), everybody[0])
+    first = next((one for one in everybody if not _missing(one, reports)), everybody[0])
     if len(hosts) == 1:
         sentence = (
             f"all {len(waiting)} ranks that wait have arrived, the first of them {first.rank} in {first.waits_in} of "
@@ -141,6 +137,16 @@ def _on_calls(waiting: Mapping[int, Report], missing: Mapping[int, set[int]]) ->
         + f", and all {len(waiting)} ranks wait so; look at the network between these hosts"
     )
     return Verdict("connection", sentence, tuple(one.rank.rank for one in ends), len(waiting))
+
+
+def _waiting(reports: Mapping[int, Report]) -> dict[int, Report]:
+    return {number: one for number, one in reports.items() if one.waits_in is not None and _lives(one)}
+
+
+def _blamed(reports: Mapping[int, Report]) -> set[int]:
+    """Return the ranks that others wait for and that do not wait."""
+    waiting = _waiting(reports)
+    return {other for one in waiting.values() for other in _missing(one, reports)} - waiting.keys()
 
 
 def _missing(one: Report, reports: Mapping[int, Report]) -> set[int]:

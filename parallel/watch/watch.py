@@ -49,6 +49,13 @@ class Watch:
         self._exit = contextlib.ExitStack()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self.ranks: list[Rank] = []
+        """Who the ranks of the world are, once it has started."""
+
+    @property
+    def sees_waits(self) -> bool:
+        """Whether it knows how long this rank waits for others."""
+        return self._process is not None and not self._mesh.platform.queues_collectives
 
     def start(self, folder: Path) -> None:
         """Begin, writing to `folder`. Collective: all ranks of the world must call this."""
@@ -57,9 +64,9 @@ class Watch:
         if mesh.world_size == 1 or not hasattr(os, "pidfd_open"):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        ranks = gather_objects(dataclasses.astuple(me))
+        self.ranks = [Rank(*one) for one in gather_objects(dataclasses.astuple(me))]
         if mesh.rank == 0:
-            write_ranks(folder, [Rank(*one) for one in ranks])
+            write_ranks(folder, self.ranks)
         stacks = os.memfd_create("stacks")
         self._exit.callback(os.close, stacks)
         faulthandler.register(sentinel.STACK_SIGNAL, file=stacks, all_threads=True)

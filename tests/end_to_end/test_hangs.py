@@ -62,3 +62,37 @@ def test_a_rank_that_hangs_is_named_with_its_place(recipe, tmp_path, rank, do, s
     place = f"rank {rank} (tp {rank % 2}/2, cp 0/1, dp 0/1, pp {rank // 2}/2, ep 0/1) on "
     assert re.search(re.escape(place) + r"\S+, " + said, output), output
     assert "did not arrive at " in output and "the same command continues" in output
+
+
+SLOW = """
+import os, sys, time
+import trainer.run.stragglers
+from launch.main import main
+from parallel.failures import leave
+from trainer.data.batch import Batch
+
+to = Batch.to
+
+def slow(self, device):
+    if os.environ["RANK"] == "2":
+        time.sleep(0.03)  # a microbatch
+    return to(self, device)
+
+Batch.to, trainer.run.stragglers.EVERY = slow, 3
+leave(main("pretrain", sys.argv[1:]))
+"""
+
+
+def test_a_slow_rank_is_named_as_a_straggler(recipe, tmp_path):
+    """Once, with its place; the metrics say it too, in the steps that compare."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    code, output = launch(script, recipe, "parallel.tp=2", "train.num_steps=9")
+    assert code == ExitCode.DONE, output
+    warnings = [line for line in output.splitlines() if "straggler" in line]
+    assert len(warnings) == 1, output
+    assert "step 6: straggler rank 2 (tp 0/2, cp 0/1, dp 1/2, pp 0/1, ep 0/1) on " in warnings[0]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "slowest_rank" in row] == [3, 6, 9]
+    assert {row["slowest_rank"] for row in rows if "slowest_rank" in row} == {2.0}
+    assert rows[5]["compute_seconds_max"] > 0.06 > rows[5]["compute_seconds_median"] / 2

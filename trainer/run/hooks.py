@@ -21,6 +21,7 @@ from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY, 
 from trainer.report.reporter import Reporter
 from trainer.run.directory import RunLock
 from trainer.run.signals import StopSignals
+from trainer.run.stragglers import StragglerReport
 from trainer.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Hooks:
         checkpoints: CheckpointWriter,
         signals: StopSignals,
         lock: RunLock,
+        stragglers: StragglerReport,
     ) -> None:
         self._config = config
         self._mesh = mesh
@@ -48,6 +50,7 @@ class Hooks:
         self._checkpoints = checkpoints
         self._signals = signals
         self._lock = lock
+        self._stragglers = stragglers
         self._first_validation: dict[str, float] = {}
         self._last_validation: dict[str, float] = {}
         self._last_validation_step = -1
@@ -87,6 +90,7 @@ class Hooks:
         if is_last or (train.eval_every is not None and state.step % train.eval_every == 0):
             extras = self._evaluate(state)
             state = _after_validation(state, extras)
+        extras |= self._stragglers.after_step(state.step)
         started = time.perf_counter()
         is_any_rank_writing, extras["peak_memory_gb"] = self._vote()
         self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)

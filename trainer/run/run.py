@@ -160,6 +160,7 @@ def _fit(
     from trainer.run.export import export_run_checkpoint, lacks_export
     from trainer.run.hooks import Hooks
     from trainer.run.loop import fit
+    from trainer.run.stragglers import StragglerReport
 
     run_dir, is_exporting = Path(str(config.run.dir)), config.checkpoint.export_hf
     hooks = Hooks(
@@ -177,6 +178,7 @@ def _fit(
         ),
         signals=signals,
         lock=lock,
+        stragglers=StragglerReport(mesh, watch),
     )
     if is_exporting and start.resume_from is not None and lacks_export(start.resume_from, run_dir):
         export_run_checkpoint(config, mesh, start.resume_from)
