@@ -83,6 +83,22 @@ class Report:
     at: str = ""
     """The innermost place of ours in the stack of its main thread, where that has been asked for."""
 
+    def describe(self) -> str:
+        """Return who the rank is and what it is at."""
+        where = f"{self.phase} of step {self.step}"
+        at = f" (at {self.at})" if self.at else ""
+        match self.state:
+            case "ended":
+                return f"{self.rank}, whose process ended in {where}"
+            case "stopped":
+                return f"{self.rank}, whose process is stopped by a signal in {where}{at}"
+            case "silent":
+                return f"{self.rank}, of whose host nothing is heard any more, last in {where}"
+            case "blocked":
+                return f"{self.rank}, for {self.idle_seconds:.0f} s in {where} and blocked by its disk{at}"
+            case _:
+                return f"{self.rank}, for {self.idle_seconds:.0f} s in {where}{at}"
+
     def as_json(self) -> str:
         """Return one line; ranks of a group that are evenly apart as [first, step, number]."""
         return json.dumps({**asdict(self), "last": _call_dict(self.last), "waits_in": _call_dict(self.waits_in)})

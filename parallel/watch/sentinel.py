@@ -45,7 +45,7 @@ STACK_SIGNAL = signal.SIGUSR2
 _STACK_SECONDS = 0.5
 _MOST_BYTES = 2**20
 _DUMP_SECONDS = 2.0
-_LEAVING_SECONDS = 6.0
+_LEAVING_SECONDS = 4.0
 """What a rank that knows the verdict has to leave; after that it is killed."""
 
 
@@ -120,6 +120,10 @@ class Sentinel:
                 if self._handle_alarm():
                     return
         self._write(self._report(is_over=True))
+        if not self._is_done:  # those that wait for it need not wait any longer
+            self._alarm = self._raise_alarm()
+            if self._settings.rank == 0:
+                print(f"watch: {self._judge().sentence}", file=sys.stderr, flush=True)
 
     def _wait(self, seconds: float) -> bool:
         """Wait for so long, taking in what the rank says; return False as soon as it has ended or needs no watch."""
@@ -223,10 +227,7 @@ class Sentinel:
         order = 0 if settings.rank == 0 else 1 if settings.local_rank == 0 else 2
         verdict = self._find_verdict(order * settings.settle_seconds / 2) if order else None
         is_judge = verdict is None
-        if verdict is None:
-            ranks = read_ranks(self._folder)
-            verdict = judge(ranks, {one.rank.rank: one for one in self._gather(ranks)}, settings.limit_seconds)
-            self._publish(verdict)
+        verdict = verdict or self._judge()
         if not verdict.ends_run:
             if is_judge and verdict.kind == "patience":
                 print(f"watch: {verdict.sentence}; going on waiting", file=sys.stderr, flush=True)
@@ -284,9 +285,14 @@ class Sentinel:
             time.sleep(self._settings.tick_seconds / 2)
         return None
 
-    def _publish(self, verdict: Verdict) -> None:
+    def _judge(self) -> Verdict:
+        """Give the verdict and write it down."""
+        ranks = read_ranks(self._folder)
+        reports = {one.rank.rank: one for one in self._gather(ranks)}
+        verdict = judge(ranks, reports, self._settings.limit_seconds)
         with contextlib.suppress(OSError):
             write_verdict(self._folder, self._alarm, verdict)
+        return verdict
 
     def _end(self, verdict: Verdict, *, is_judge: bool) -> None:
         """Tell the rank to leave; end it where it cannot. The judge's rank speaks first, so that one cause is told."""

@@ -61,7 +61,8 @@ def judge(ranks: Sequence[Rank], reports: Mapping[int, Report], limit_seconds: f
 
     Where all waits are shorter than `limit_seconds`, those that waited so long have gone on meanwhile.
     """
-    if not any(one.wait_seconds >= limit_seconds for one in reports.values()):
+    is_any_gone = any(one.state == "ended" for one in reports.values())
+    if not is_any_gone and not any(one.wait_seconds >= limit_seconds for one in reports.values()):
         return Verdict("nothing", "no rank waits for another that long")
     waiting = _waiting(reports)
     if not waiting:
@@ -172,7 +173,10 @@ def _lives(one: Report) -> bool:
 
 
 def _sentence(named: Sequence[Rank], reports: Mapping[int, Report], waiting: Mapping[int, Report]) -> str:
-    told = ", and ".join(_describe(one, reports.get(one.rank)) for one in named[:_MOST_NAMED])
+    told = ", and ".join(
+        reports[one.rank].describe() if one.rank in reports else f"{one}, of which nothing was heard"
+        for one in named[:_MOST_NAMED]
+    )
     more = f", and {len(named) - _MOST_NAMED} more ranks" if len(named) > _MOST_NAMED else ""
     if not waiting:
         return f"{told}{more} has gone" if len(named) == 1 else f"{told}{more} have gone"
@@ -181,26 +185,8 @@ def _sentence(named: Sequence[Rank], reports: Mapping[int, Report], waiting: Map
     mine = {call: num for call, num in awaited.items() if named[0].rank in call.ranks or named[0].rank == call.peer}
     call, num = max((mine or awaited).items(), key=lambda item: item[1])
     rest = len(waiting) - num
-    others = f" and {rest} in others" if rest else ""
-    which = f"did not arrive at {call}" if mine else "did not arrive"
     plural = "ranks wait" if num != 1 else "rank waits"
-    return f"{told}{more}, {which}, in which {num} {plural}{others}"
-
-
-def _describe(rank: Rank, report: Report | None) -> str:
-    """Return who a rank is and what it is at."""
-    if report is None:
-        return f"{rank}, of which nothing was heard"
-    where = f"{report.phase} of step {report.step}"
-    at = f" (at {report.at})" if report.at else ""
-    match report.state:
-        case "ended":
-            return f"{rank}, whose process ended in {where}"
-        case "stopped":
-            return f"{rank}, whose process is stopped by a signal in {where}{at}"
-        case "silent":
-            return f"{rank}, of whose host nothing is heard any more, last in {where}"
-        case "blocked":
-            return f"{rank}, for {report.idle_seconds:.0f} s in {where} and blocked by its disk{at}"
-        case _:
-            return f"{rank}, for {report.idle_seconds:.0f} s in {where}{at}"
+    if not mine:
+        return f"{told}{more}; {num} {plural} in {call}" + (f", {rest} in others" if rest else "")
+    others = f" and {rest} in others" if rest else ""
+    return f"{told}{more}, did not arrive at {call}, in which {num} {plural}{others}"

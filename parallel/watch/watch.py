@@ -30,13 +30,14 @@ from parallel.watch import sentinel
 from parallel.watch.beacon import open_memory
 from parallel.watch.calls import CallRecorder
 from parallel.watch.phases import light, put_out
-from parallel.watch.reports import CONTROL, Rank, shorten, write_ranks
+from parallel.watch.reports import CONTROL, Rank, Report, read_report, shorten, write_ranks
 
 log = logging.getLogger(__name__)
 SHARE_OF_TIMEOUT = 0.75
 """Of `parallel.timeout_seconds`, after which the alarm is raised: the verdict comes before the collective gives up."""
 _QUIET_SECONDS = 2.0
 _ENDING_SECONDS = 5.0
+_LOSS_SECONDS = 1.0
 _CONTINUATION = "the same command continues from the last checkpoint, if there is one"
 
 
@@ -48,6 +49,7 @@ class Watch:
         self._limit = SHARE_OF_TIMEOUT * timeout_seconds
         self._exit = contextlib.ExitStack()
         self._socket: socket.socket | None = None
+        self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.ranks: list[Rank] = []
         """Who the ranks of the world are, once it has started."""
@@ -64,6 +66,7 @@ class Watch:
         if mesh.world_size == 1 or not hasattr(os, "pidfd_open"):
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self.ranks = [Rank(*one) for one in gather_objects(dataclasses.astuple(me))]
         if mesh.rank == 0:
             write_ranks(folder, self.ranks)
@@ -82,6 +85,21 @@ class Watch:
     def stop(self) -> None:
         """End, before the rank does: what it did not end by itself is then known to have ended otherwise."""
         self._exit.close()
+
+    def find_lost(self) -> Report | None:
+        """Return a rank whose process has ended before its time, once this rank has noticed that one is lost.
+
+        Rank 0 looks at all of them; the others, which speak where it does not, at rank 0 alone.
+        """
+        numbers = range(len(self.ranks)) if self._mesh.rank == 0 else range(min(1, len(self.ranks)))
+        deadline = time.monotonic() + _LOSS_SECONDS
+        while self._folder is not None:
+            reports = (read_report(self._folder, number) for number in numbers)
+            lost = next((one for one in reports if one is not None and one.state == "ended"), None)
+            if lost is not None or time.monotonic() > deadline:
+                return lost
+            time.sleep(0.1)
+        return None
 
     def _end_process(self) -> None:
         assert self._process is not None and self._socket is not None

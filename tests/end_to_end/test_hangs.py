@@ -64,6 +64,20 @@ def test_a_rank_that_hangs_is_named_with_its_place(recipe, tmp_path, rank, do, s
     assert "did not arrive at " in output and "the same command continues" in output
 
 
+def test_a_killed_rank_is_named_and_the_rerun_goes_on(recipe, train, tmp_path):
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK.format(rank=3, do="os.kill(os.getpid(), signal.SIGKILL)"))
+    code, output = launch(script, recipe, *LAYOUT)
+    assert code == ExitCode.PEER_LOST, output
+    place = (
+        r"rank 3 \(tp 1/2, cp 0/1, dp 0/1, pp 1/2, ep 0/1\) on \S+, whose process ended in forward_backward of step 3"
+    )
+    assert re.search(place + ".*the same command continues from ", output), output
+    assert launch("launch/pretrain.py", recipe, *LAYOUT)[0] == ExitCode.DONE
+    assert train(4, *LAYOUT, f"run.dir={tmp_path}/whole")[0] == ExitCode.DONE
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
 SLOW = """
 import os, sys, time
 import trainer.run.stragglers

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from configs.errors import BadInput, ExitCode
+from configs.errors import BadInput, ExitCode, PeerLost
 from configs.sections.data import DataConfig
 from configs.stages import Config, RftConfig, SftConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
+from parallel.failures import describe_peer_loss, is_peer_loss
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
 from parallel.platform import PlatformName, load_platform
 from parallel.watch.phases import phase
@@ -64,14 +65,25 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
                 if isinstance(config, RftConfig):
                     return sample_answers(corpus, environment, mesh, lock, watch)
                 return _run_locked(corpus, stage_name, environment, mesh, lock, watch)
-            except Exception:
+            except Exception as error:
                 lock.check()  # what failed may have, because the directory went
+                _name_lost_rank(error, config, mesh, watch)
                 raise
             finally:
                 watch.stop()
     finally:
         destroy_mesh()
         dist.destroy_process_group()
+
+
+def _name_lost_rank(error: Exception, config: Config, mesh: Mesh, watch: Watch) -> None:
+    """Raise PeerLost with the rank that was lost, where the error says that one was and it is known which."""
+    if not is_peer_loss(error, mesh.platform.is_peer_failure):
+        return
+    lost = watch.find_lost()
+    if lost is not None:
+        what = describe_peer_loss(error, config.parallel.timeout_seconds)
+        raise PeerLost(f"{lost.describe()}: {what}") from error
 
 
 def _prepare_data(config: Config, environment: Environment) -> DataConfig:
