@@ -140,13 +140,13 @@ def _train(config: Config, stage_name: str, environment: Environment, platform_n
         if cause is not None:
             failure = BadInput(f"{cause}; {describe_continuation(config)}")
         elif is_peer_loss(error, load_platform(platform_name).is_peer_failure):
-            lost = describe_peer_loss(error, config.parallel.timeout_seconds)
-            failure = PeerLost(f"{lost}; {describe_continuation(config)}")
+            failure = PeerLost(describe_peer_loss(error, config.parallel.timeout_seconds))
         else:
             traceback.print_exc()
             report(f"{type(error).__name__}: {error}", 1, rank=environment.rank)
             return 1
-    sentence = f"{failure}; {describe_continuation(config)}" if isinstance(failure, NonFinite) else str(failure)
+    goes_on = isinstance(failure, (NonFinite, PeerLost))
+    sentence = f"{failure}; {describe_continuation(config)}" if goes_on else str(failure)
     let_rank_zero_speak(environment.rank)
     report(sentence, failure.exit_code, rank=environment.rank)
     return failure.exit_code

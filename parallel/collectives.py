@@ -214,6 +214,14 @@ def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     return tensor.tolist()
 
 
+def gather_numbers(value: float, mesh: Mesh) -> list[float]:
+    """Return every rank's number, by rank. Collective: all ranks of the world must call this."""
+    mine = torch.tensor([value], dtype=torch.float64, device=mesh.device)
+    everybody = torch.empty(mesh.world_size, dtype=torch.float64, device=mesh.device)
+    dist.all_gather_into_tensor(everybody, mine)
+    return everybody.tolist()
+
+
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's picklable value on every rank. Collective: all ranks of the world must call this."""
     values = [value]

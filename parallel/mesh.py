@@ -69,10 +69,14 @@ class Mesh:
         }
 
     def coordinates(self) -> str:
-        """Return this rank's place on the axes, for logs and errors."""
+        """Return this rank and its place on the axes, for logs and errors."""
+        return f"rank {self.rank} ({self.place()})"
+
+    def place(self) -> str:
+        """Return this rank's place on the axes."""
         return (
-            f"rank {self.rank} (tp {self.tp_rank}/{self.tp_size}, cp {self.cp_rank}/{self.cp_size}, "
-            f"dp {self.dp_rank}/{self.dp_size}, pp {self.pp_rank}/{self.pp_size}, ep {self.ep_rank}/{self.ep_size})"
+            f"tp {self.tp_rank}/{self.tp_size}, cp {self.cp_rank}/{self.cp_size}, dp {self.dp_rank}/{self.dp_size}, "
+            f"pp {self.pp_rank}/{self.pp_size}, ep {self.ep_rank}/{self.ep_size}"
         )
 
 

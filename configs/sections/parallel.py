@@ -40,5 +40,9 @@ class ParallelConfig(Section):
     """Reduce gradients while the backward pass runs; default true on CUDA, false on CPU."""
     overlap_param_gather: bool | None = None
     """Gather updated parameters while the forward pass runs; default true on CUDA, false on CPU."""
+    preflight: bool | None = None
+    """Before training see whether all hosts agree, add up right over every axis, write run.dir and tell the same time;
+    default true on several hosts, false on one."""
     timeout_seconds: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 600
-    """Seconds a collective may wait before the run ends with exit code 5."""
+    """Seconds a collective may wait before the run ends with exit code 5; after three quarters of them it is said which
+    rank did not come."""

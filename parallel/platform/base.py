@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -12,6 +13,20 @@ if TYPE_CHECKING:
 
 AttentionKernels = Literal["cpu", "efficient", "flash"]
 """What torch has for attention: for CPUs, for GPUs in any format, for newer ones in formats of 16 bits."""
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is the same on all hosts of a kind."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    """What no process uses now."""
+    clock_mhz: float | None
+    """The highest clock, where that is known."""
+    driver: str
+    """Version of the driver, or of the kernel where there is none."""
 
 
 class Platform(Protocol):
@@ -27,6 +42,8 @@ class Platform(Protocol):
     """The same for a world of one rank."""
     fuses_kernels: bool
     """Whether run-time compiled fusions (bias + activation, RoPE) pay on this device."""
+    queues_collectives: bool
+    """Whether a collective is only queued when its call returns, and its wait too."""
     overlaps_communication: bool
     """Whether collectives run beside compute, so that overlapping them pays."""
 
@@ -79,6 +96,14 @@ class Platform(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Return what was found: device name, library versions, backend."""
+        ...
+
+    def inspect(self) -> DeviceFacts:
+        """Return what should be the same on every host, of the device that is active."""
+        ...
+
+    def dump_collectives(self) -> str | None:
+        """Return, as JSON, the dump of the flight recorder of collectives that the host only queues; else None."""
         ...
 
     def is_peer_failure(self, error: BaseException) -> bool:

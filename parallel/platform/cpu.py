@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from parallel.platform.base import AttentionKernels
+from parallel.platform.base import AttentionKernels, DeviceFacts
+from parallel.platform.host_memory import host_memory_bytes
+from parallel.platform.processor import highest_clock_mhz, processor_name
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGEST_MMAP_THRESHOLD = 2**25
@@ -28,6 +30,7 @@ class CpuPlatform:
     control_backend = "gloo"
     lone_backend = "lone"
     fuses_kernels = False
+    queues_collectives = False
     overlaps_communication = False
 
     def activate(self, local_rank: int) -> torch.device:
@@ -92,6 +95,21 @@ class CpuPlatform:
             "torch": torch.__version__,
             "collectives": "gloo",
         }
+
+    def inspect(self) -> DeviceFacts:
+        """Return processor, host memory, clock and kernel."""
+        memory = host_memory_bytes() or 0
+        return DeviceFacts(
+            name=f"CPU {processor_name()}, {os.cpu_count()} cores",
+            memory_bytes=memory,
+            free_bytes=memory,  # what other processes use changes by the second
+            clock_mhz=highest_clock_mhz(),
+            driver=f"{host_platform.system()} {host_platform.release()}",
+        )
+
+    def dump_collectives(self) -> str | None:
+        """Return None: a wait for gloo is a wait of the host."""
+        return None
 
     def is_peer_failure(self, error: BaseException) -> bool:
         """Return whether gloo says that a peer closed its connection or did not answer in time."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from configs.errors import BadInput
-from parallel.platform.base import AttentionKernels
+from parallel.platform.base import AttentionKernels, DeviceFacts
 from parallel.platform.gpu_peaks import find_peaks
 
 FP8_CAPABILITIES = {"blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -25,6 +27,7 @@ class CudaPlatform:
     control_backend = "gloo"
     lone_backend = "nccl"
     fuses_kernels = True
+    queues_collectives = True
     overlaps_communication = True
 
     def activate(self, local_rank: int) -> torch.device:
@@ -112,6 +115,33 @@ class CudaPlatform:
             "collectives": f"NCCL {nccl}",
         }
 
+    def inspect(self) -> DeviceFacts:
+        """Return the GPU, its memory, highest clock and driver."""
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        free, _ = torch.cuda.mem_get_info()
+        return DeviceFacts(
+            name=properties.name,
+            memory_bytes=properties.total_memory,
+            free_bytes=free,
+            clock_mhz=properties.clock_rate / 1000,  # reported in kHz
+            driver=_driver_version(),
+        )
+
+    def dump_collectives(self) -> str | None:
+        """Return what NCCL's flight recorder holds, which is on unless TORCH_FR_BUFFER_SIZE is 0."""
+        from torch._C._distributed_c10d import _dump_nccl_trace_json  # type: ignore[attr-defined]
+
+        return _dump_nccl_trace_json(includeCollectives=True, onlyActive=False).decode()
+
     def is_peer_failure(self, error: BaseException) -> bool:
         """Return whether NCCL or the store says that a peer died or did not answer."""
         return isinstance(error, torch.distributed.DistError)
+
+
+def _driver_version() -> str:
+    """Return the version of the kernel's NVIDIA module, such as 580.65.06."""
+    try:
+        found = re.search(r"\d+\.\d+(?:\.\d+)?", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found.group() if found else "unknown"

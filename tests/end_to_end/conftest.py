@@ -83,7 +83,9 @@ def train_on_ranks(
     from trainer.run.run import run
 
     start_console(place.rank)
-    environment = Environment(rank=place.rank, world_size=place.world_size, master_port=port)
+    environment = Environment(
+        rank=place.rank, world_size=place.world_size, local_world_size=place.world_size, master_port=port
+    )
     config = load_config(path, overrides, stage)
     problems = check_config(config, place.world_size, platform="cpu", has_te=False)
     assert not problems, problems

@@ -216,7 +216,49 @@ def killed_in_step(step: int, owner: str, method: str, *, call: int = 1) -> Iter
         yield
 
 
+@contextlib.contextmanager
+def wrong_sums(rank: int) -> Iterator[None]:
+    """Let sums come out one too high on rank 1."""
+    import torch.distributed as dist
+
+    all_reduce = dist.all_reduce
+
+    def faulty(tensor, *args, **options):
+        work = all_reduce(tensor, *args, **options)
+        tensor += int(rank == 1)
+        return work
+
+    with patch.object(dist, "all_reduce", faulty):
+        yield
+
+
+@contextlib.contextmanager
+def other_torch(rank: int) -> Iterator[None]:
+    """Let rank 1 have another version of torch."""
+    import torch
+
+    with patch.object(torch, "__version__", "1.13.1") if rank == 1 else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def full_disk_on_a_host(rank: int) -> Iterator[None]:
+    """Let the disk be full where rank 1 is."""
+    write = Path.write_bytes
+
+    def write_on_full_disk(path, data):
+        if rank == 1 and path.name.startswith(".preflight"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    with patch.object(Path, "write_bytes", write_on_full_disk):
+        yield
+
+
 FAULTS = {
+    "wrong_sums": wrong_sums,
+    "other_torch": other_torch,
+    "full_disk_on_a_host": full_disk_on_a_host,
     "moved_directory": moved_directory,
     "moved_while_saving": moved_while_saving,
     "directory_taken_over": lambda rank: moved_directory(rank, is_taken_over=True),

@@ -20,6 +20,7 @@ from parallel.collectives import sum_over_microbatch_ranks
 from parallel.mesh import Mesh
 from parallel.replicate import gather_parameters, resolve_overlap
 from parallel.schedule import finalize_gradients
+from parallel.watch.phases import phase
 from trainer.data.batch import Batch
 from trainer.engine.faults import MicrobatchReport, describe_fault
 from trainer.engine.objective import Objective
@@ -72,14 +73,16 @@ class Engine(ShardedModel):
         if router_loss_names(self.config.model):
             ahead = count_ahead(batches, objective, self.mesh)
             scale_router_losses(self.chunks, self.optimizer.scale_loss, ahead)
-        sums = self._forward(batches, objective, forward_only=False)
-        self.mesh.platform.synchronize()
+        with phase("forward_backward"):
+            sums = self._forward(batches, objective, forward_only=False)
+            self.mesh.platform.synchronize()
         forward_done = time.perf_counter()
         set_rates(self.optimizer, learning_rate, self.config.optimizer.weight_decay)
-        update = self._update(sums)
-        if not update.is_applied:
-            biases.restore()
-        self.mesh.platform.synchronize()
+        with phase("optimizer"):
+            update = self._update(sums)
+            if not update.is_applied:
+                biases.restore()
+            self.mesh.platform.synchronize()
         return StepResult(
             loss=sums.mean,
             count=sums.count,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from configs.stages import GrpoConfig
 from parallel.collectives import gather_objects, on_all_ranks
+from parallel.watch.phases import phase
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import Prompt
 from trainer.engine.sharded_model import ShardedModel
@@ -121,7 +122,8 @@ class Collector:
                 keys = [(step, talk.group, talk.sample, turn) for talk in going_on]
                 self._reply(going_on, [talk.token_ids for talk in going_on], once, keys, seconds)
         started = time.perf_counter()
-        scores = self._score(talks, sampling)
+        with phase("reward"):
+            scores = self._score(talks, sampling)
         seconds.reward += time.perf_counter() - started
         return [_rollout(talk, score) for talk, score in zip(talks, scores, strict=True)]
 
@@ -135,7 +137,8 @@ class Collector:
     ) -> None:
         """Add a reply of the policy to each conversation, and what the environment answers."""
         started = time.perf_counter()
-        completions = self._generator.generate(prompts, sampling, keys=keys)
+        with phase("generate"):
+            completions = self._generator.generate(prompts, sampling, keys=keys)
         for talk, completion in zip(talks, completions, strict=True):
             talk.add_reply(completion, self._text_of(completion))
         answered = time.perf_counter()

@@ -9,13 +9,11 @@ import logging
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,8 @@ from configs.stages import Config
 from parallel.collectives import broadcast_object, gather_objects, on_rank_zero
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
+from parallel.watch.reports import WATCH
+from parallel.watch.watch import Watch
 from trainer.checkpoint.layout import (
     BEST,
     EXPORT,
@@ -47,11 +47,11 @@ from trainer.report.live import LiveLine
 from trainer.report.log import add_rank_file, console, next_attempt
 from trainer.report.reporter import Reporter
 from trainer.report.sinks import MetricsWriter
+from trainer.run.code_version import find_commit, package_version
 from trainer.run.start import Start
 
 log = logging.getLogger(__name__)
 
-_GIT_SECONDS = 5.0
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "transformer-engine", "flash-attn")
 
 
@@ -139,7 +139,7 @@ class RunLock:
 
 
 def open_run_directory(
-    config: Config, mesh: Mesh, run_dir: Path, start: Start, state: TrainState, *, launcher: str
+    config: Config, mesh: Mesh, run_dir: Path, start: Start, state: TrainState, launcher: str, watch: Watch
 ) -> Reporter:
     """Begin writing: the first thing on disk, after everything that can be refused has been checked.
 
@@ -147,7 +147,7 @@ def open_run_directory(
     """
     details = describe_environment(config, mesh, has_te=has_transformer_engine())
     try:
-        start_rank_log(run_dir, mesh)
+        watch.start(start_rank_log(run_dir, mesh).parent / WATCH)
     except OSError as error:
         raise BadInput(f"run.dir: {run_dir} cannot be written to ({error}); choose another path.") from error
     log.info("%s: %s", config.run.name, start.describe())
@@ -197,7 +197,7 @@ def describe_environment(config: Config, mesh: Mesh, *, has_te: bool) -> dict[st
         "platform": platform,
         "layout": mesh.sizes(),
         "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "chosen": {
             "layers": "Transformer Engine" if use_te else "Megatron-Core local layers, torch SDPA",
             "adam": has_fused_adam() or "torch fused AdamW",
@@ -214,7 +214,7 @@ def write_run_files(config: Config, environment: Mapping[str, Any], run_dir: Pat
     started = f"# {environment['date']}: {ranks} ranks on {hosts} host(s), by {launcher}, each:\n"
     with open(run_dir / "command.txt", "a", encoding="utf-8") as file:  # earlier attempts' commands stay
         file.write(started + shlex.join([sys.executable, *sys.argv]) + "\n")
-    commit = _find_commit()
+    commit = find_commit()
     found = {**environment, "commit": commit} if commit else environment
     _write(run_dir / "environment.json", json.dumps(found, indent=1))
 
@@ -255,29 +255,6 @@ def _trained(config: Config) -> str:
     number = count_adapter_parameters(config.model, config.lora)
     modules = ", ".join(adapted_modules(config.model, config.lora))
     return f"LoRA of rank {config.lora.rank}: {number:,} parameters, beside {modules}"
-
-
-def _find_commit() -> str | None:
-    """Return the commit of the code where it lies in a git checkout, marked where tracked files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=_GIT_SECONDS)
-        found = git(["git", "rev-parse", "HEAD"])
-        if found.returncode != 0:
-            return None
-        is_changed = git(["git", "diff", "--quiet", "HEAD"]).returncode != 0
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() + (" with changes" if is_changed else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _write(path: Path, text: str) -> None:

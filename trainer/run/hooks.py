@@ -13,6 +13,7 @@ from configs.errors import NonFinite
 from configs.stages import Config
 from parallel.collectives import max_over_ranks
 from parallel.mesh import Mesh
+from parallel.watch.phases import phase
 from trainer.checkpoint.layout import BEST, best_checkpoint, checkpoints_dir, step_of
 from trainer.checkpoint.save import CheckpointWriter
 from trainer.engine.state import StepResult, TrainState
@@ -20,6 +21,7 @@ from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY, 
 from trainer.report.reporter import Reporter
 from trainer.run.directory import RunLock
 from trainer.run.signals import StopSignals
+from trainer.run.stragglers import StragglerReport
 from trainer.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Hooks:
         checkpoints: CheckpointWriter,
         signals: StopSignals,
         lock: RunLock,
+        stragglers: StragglerReport,
     ) -> None:
         self._config = config
         self._mesh = mesh
@@ -47,6 +50,7 @@ class Hooks:
         self._checkpoints = checkpoints
         self._signals = signals
         self._lock = lock
+        self._stragglers = stragglers
         self._first_validation: dict[str, float] = {}
         self._last_validation: dict[str, float] = {}
         self._last_validation_step = -1
@@ -86,6 +90,7 @@ class Hooks:
         if is_last or (train.eval_every is not None and state.step % train.eval_every == 0):
             extras = self._evaluate(state)
             state = _after_validation(state, extras)
+        extras |= self._stragglers.after_step(state.step)
         started = time.perf_counter()
         is_any_rank_writing, extras["peak_memory_gb"] = self._vote()
         self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)
@@ -93,7 +98,8 @@ class Hooks:
         # Weights that give non-finite losses must not push the last good ones out of the retention.
         is_due = save_every is not None and state.step % save_every == 0 and state.num_nonfinite_in_a_row == 0
         if is_due or (train.patience is not None and state.best_step == state.step):
-            self._checkpoints.save(state, self._stage)
+            with phase("save"):
+                self._checkpoints.save(state, self._stage)
         extras["seconds_checkpoint"] = time.perf_counter() - started
         self._reporter.write(state, result, extras)
         if not self._config.checkpoint.async_save:  # a run that continues from a step has the rows up to it
@@ -118,9 +124,10 @@ class Hooks:
     def on_end(self, state: TrainState) -> None:
         """Save where the run is, unless that has been done, and wait until it is on disk."""
         self._lock.check()
-        if self._checkpoints.last_saved_step != state.step:
-            self._checkpoints.save(state, self._stage)
-        self._checkpoints.finish()
+        with phase("save"):
+            if self._checkpoints.last_saved_step != state.step:
+                self._checkpoints.save(state, self._stage)
+            self._checkpoints.finish()
         self._reporter.close()
         self._tell_best(state)
         for name, first in self._first_validation.items():
@@ -151,7 +158,8 @@ class Hooks:
         return bool(is_writing), peak_memory
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        evaluation = self._stage.evaluate()
+        with phase("evaluate"):
+            evaluation = self._stage.evaluate()
         values = evaluation.values
         self._reporter.write_answers(state.step, evaluation.answers)
         self._last_validation, self._last_validation_step = values, state.step

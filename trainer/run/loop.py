@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parallel.watch.phases import phase, tell_step
 from trainer.engine.state import TrainState
 from trainer.run.hooks import Hooks
 from trainer.stages.base import Stage
@@ -14,7 +15,10 @@ def fit(stage: Stage, state: TrainState, hooks: Hooks, num_steps: int) -> TrainS
     """
     state = hooks.on_start(state)
     while state.step < num_steps and not hooks.stop_requested() and not hooks.is_patience_over(state):
+        tell_step(state.step + 1)
         result = stage.step(state)
-        state = hooks.after_step(state.after(result), result)
-    hooks.on_end(state)
+        with phase("report"):
+            state = hooks.after_step(state.after(result), result)
+    with phase("end"):
+        hooks.on_end(state)
     return state

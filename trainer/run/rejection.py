@@ -24,6 +24,8 @@ from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
+from parallel.watch.reports import WATCH
+from parallel.watch.watch import Watch
 from trainer.checkpoint.base_weights import identify_base
 from trainer.checkpoint.manifest import read_manifest
 from trainer.data.chat.prompts import Prompt, PromptFile
@@ -48,7 +50,7 @@ Record = Mapping[str, Any]
 """A rollout as it is written."""
 
 
-def sample_answers(corpus: Corpus, environment: Environment, mesh: Mesh, lock: RunLock) -> ExitCode:
+def sample_answers(corpus: Corpus, environment: Environment, mesh: Mesh, lock: RunLock, watch: Watch) -> ExitCode:
     """Answer the prompts that have no answers yet, and write what is accepted of all.
 
     Raises BadInput for what cannot be, before anything is written. Collective: all ranks of the world must call this.
@@ -69,7 +71,7 @@ def sample_answers(corpus: Corpus, environment: Environment, mesh: Mesh, lock: R
     rounds = _Rounds(config, files, last, run_dir, lock)
     is_done = True
     if not rounds.is_over:
-        is_done = _sample(config, encoder, rounds, environment, mesh, sampling, signals)
+        is_done = _sample(config, encoder, rounds, environment, mesh, sampling, signals, watch)
     on_rank_zero(lambda: _accept(config, run_dir, files, sampling))
     if not is_done:
         log.info("stopped by signal after a whole round; the same command goes on behind it")
@@ -84,6 +86,7 @@ def _sample(
     mesh: Mesh,
     sampling: Mapping[str, Any],
     signals: StopSignals,
+    watch: Watch,
 ) -> bool:
     """Load the model and answer all prompts that are left; return False where a signal came before the last."""
     from trainer.engine.build import POLICY, ModelPlan, build_models
@@ -96,7 +99,7 @@ def _sample(
         try:
             load_weights(model, sampling["weights"]["path"])
             details = describe_environment(config, mesh, has_te=has_transformer_engine())
-            start_rank_log(run_dir, mesh)
+            watch.start(start_rank_log(run_dir, mesh).parent / WATCH)
             log.info("%s: answers of %s", config.run.name, sampling["weights"]["path"])
             on_rank_zero(lambda: _begin(config, run_dir, details, environment.launcher, sampling))
             while not rounds.is_over:

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from configs.errors import BadInput, ExitCode
+from configs.errors import BadInput, ExitCode, PeerLost
 from configs.sections.data import DataConfig
 from configs.stages import Config, RftConfig, SftConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
+from parallel.failures import describe_peer_loss, is_peer_loss
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
 from parallel.platform import PlatformName, load_platform
+from parallel.watch.phases import phase
+from parallel.watch.watch import Watch
 from trainer.data.corpus import Corpus, open_corpus
 from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
+from trainer.run.preflight import check_hosts, is_due
 from trainer.run.rejection import sample_answers
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
@@ -52,18 +56,34 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
     try:
         mesh = build_mesh(platform, device, config)
         lock = RunLock(str(config.run.dir))
+        watch = Watch(mesh, local_rank=environment.local_rank, timeout_seconds=config.parallel.timeout_seconds)
         with lock.held(mesh, patience_seconds=_patience(config, environment)):
             try:
+                if is_due(config, environment):
+                    check_hosts(config, mesh, environment.local_rank)
                 corpus = on_all_ranks(lambda: open_corpus(config, data))
                 if isinstance(config, RftConfig):
-                    return sample_answers(corpus, environment, mesh, lock)
-                return _run_locked(corpus, stage_name, environment, mesh, lock)
-            except Exception:
+                    return sample_answers(corpus, environment, mesh, lock, watch)
+                return _run_locked(corpus, stage_name, environment, mesh, lock, watch)
+            except Exception as error:
                 lock.check()  # what failed may have, because the directory went
+                _name_lost_rank(error, config, mesh, watch)
                 raise
+            finally:
+                watch.stop()
     finally:
         destroy_mesh()
         dist.destroy_process_group()
+
+
+def _name_lost_rank(error: Exception, config: Config, mesh: Mesh, watch: Watch) -> None:
+    """Raise PeerLost with the rank that was lost, where the error says that one was and it is known which."""
+    if not is_peer_loss(error, mesh.platform.is_peer_failure):
+        return
+    lost = watch.find_lost()
+    if lost is not None:
+        what = describe_peer_loss(error, config.parallel.timeout_seconds)
+        raise PeerLost(f"{lost.describe()}: {what}") from error
 
 
 def _prepare_data(config: Config, environment: Environment) -> DataConfig:
@@ -80,7 +100,9 @@ def _patience(config: Config, environment: Environment) -> int:
     return config.parallel.timeout_seconds if environment.is_restart else 0
 
 
-def _run_locked(corpus: Corpus, stage_name: str, environment: Environment, mesh: Mesh, lock: RunLock) -> ExitCode:
+def _run_locked(
+    corpus: Corpus, stage_name: str, environment: Environment, mesh: Mesh, lock: RunLock, watch: Watch
+) -> ExitCode:
     config = corpus.config  # which knows how many steps its epochs are
     start = on_rank_zero(lambda: find_start(config, stage_name))
     on_all_ranks(partial(start.wait_until_visible, config.parallel.timeout_seconds))
@@ -105,7 +127,7 @@ def _run_locked(corpus: Corpus, stage_name: str, environment: Environment, mesh:
                 on_all_ranks(lambda: stage.start(state))
                 for sentence in corpus.describe_order():
                     log.info(sentence)
-            state = _fit(config, environment, mesh, start, stage, state, signals, lock)
+            state = _fit(config, environment, mesh, start, stage, state, signals, lock, watch)
         finally:
             stage.close()
         if signals.is_agreed and state.step < config.train.num_steps:
@@ -143,19 +165,21 @@ def _fit(
     state: TrainState,
     signals: StopSignals,
     lock: RunLock,
+    watch: Watch,
 ) -> TrainState:
     """Begin writing, train, and return where the run then is."""
     from trainer.checkpoint.save import CheckpointWriter
     from trainer.run.export import export_run_checkpoint, lacks_export
     from trainer.run.hooks import Hooks
     from trainer.run.loop import fit
+    from trainer.run.stragglers import StragglerReport
 
     run_dir, is_exporting = Path(str(config.run.dir)), config.checkpoint.export_hf
     hooks = Hooks(
         config,
         mesh,
         stage,
-        reporter=open_run_directory(config, mesh, run_dir, start, state, launcher=environment.launcher),
+        reporter=open_run_directory(config, mesh, run_dir, start, state, environment.launcher, watch),
         checkpoints=CheckpointWriter(
             run_dir,
             config,
@@ -166,6 +190,7 @@ def _fit(
         ),
         signals=signals,
         lock=lock,
+        stragglers=StragglerReport(mesh, watch),
     )
     if is_exporting and start.resume_from is not None and lacks_export(start.resume_from, run_dir):
         export_run_checkpoint(config, mesh, start.resume_from)
@@ -183,5 +208,6 @@ def _show_samples(config: Config, model: ShardedModel, corpus: Corpus, signals: 
     for prompt in config.sample.prompts:
         if any_rank(signals.is_received, model.mesh.device):
             return
-        text = generate_text(model, corpus.tokenizer, prompt, config.sample, config.run.seed)
+        with phase("generate"):
+            text = generate_text(model, corpus.tokenizer, prompt, config.sample, config.run.seed)
         log.info("sample: %s", prompt + text)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from configs.stages import GrpoConfig, Split
+from parallel.watch.phases import phase
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import PromptFile, PromptReader
 from trainer.data.chat.template import load_template
@@ -90,7 +91,8 @@ class GrpoStage:
         everything = [*rollouts, *replaced]
         _tell_failures(step, everything)
         scoring = time.perf_counter()
-        minibatches, columns, advantages, divergences = self._prepare(rollouts)
+        with phase("score"):
+            minibatches, columns, advantages, divergences = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
         self._largest_advantage = max((float(abs(one).max()) for one in advantages.values()), default=0.0)
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)

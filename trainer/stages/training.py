@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from parallel.watch.phases import phase
 from trainer.data.batch import Batch
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
@@ -76,7 +77,8 @@ class TrainingStage:
         """Train on the next global batch. Collective: all ranks of the world must call this."""
         assert self.reader is not None  # the config check asks for data where there are steps
         started = time.perf_counter()
-        batches = self.reader.read_step()
+        with phase("data"):
+            batches = self.reader.read_step()
         data_seconds = time.perf_counter() - started
         config = self._engine.config
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
