@@ -5,12 +5,14 @@ Torch-free. Which errors a device's collectives raise is the platform's knowledg
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -97,6 +99,21 @@ def flush_streams() -> bool:
     return are_whole
 
 
+def note_end(exit_code: int) -> None:
+    """Leave a file named after the exit code in the directory that SHARDWRIGHT_ENDS names, if there is one.
+
+    A batch script reads there why the ranks ended: torchrun turns every code into 1, and srun tells the largest of all
+    nodes, which may be that of ranks that only lost a peer. The first rank that ends so writes who it is.
+    """
+    directory = os.environ.get("SHARDWRIGHT_ENDS")
+    if not directory:
+        return
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    with contextlib.suppress(OSError):  # also where the disk is full: the empty file says enough
+        with open(os.path.join(directory, str(int(exit_code))), "x", encoding="utf-8") as file:
+            file.write(f"rank {os.environ.get('RANK', '0')} on {host}\n")
+
+
 def leave(exit_code: int) -> NoReturn:
     """End this process with `exit_code`, without the interpreter's clean-up.
 
@@ -104,6 +121,7 @@ def leave(exit_code: int) -> NoReturn:
     which ends the thread in the middle of a destructor, and the process by SIGABRT. After a failure destructors of
     process groups moreover wait for peers that may be gone, and children have nothing left to write.
     """
+    note_end(exit_code)
     flush_streams()
     logging.shutdown()
     for child in multiprocessing.active_children():
