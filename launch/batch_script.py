@@ -122,16 +122,17 @@ def _settings(job: Job) -> Iterator[str]:
         ("SIGNAL_SECONDS", str(cluster.signal_seconds)),
         ("MAX_IDLE_RESTARTS", str(cluster.max_idle_restarts)),
         ("AT_LIMIT", "end" if job.ends_at_limit else "requeue"),
-        ("EXCLUDE", cluster.exclude or ""),
     ):
         yield f"{name}={shlex.quote(value)}"
-    yield ""
+    kept = 'ls "$RUN_DIR/rollouts" | tail -n 1' if job.stage == "rft" else 'readlink "$RUN_DIR/checkpoints/latest"'
+    yield f'latest() {{ local last; last=$({kept} 2> /dev/null); echo "${{last:-none}}"; }}'
+    yield _SIGNALS
     yield "# srun hands on what is set here, not the little that --export named above."
     yield "export SLURM_EXPORT_ENV=ALL"
     for name, value in rank_variables(cluster).items():
         yield f"export {name}={shlex.quote(value)}"
     for line in cluster.setup:
-        yield f"{line} || {{ echo {shlex.quote(f'submit.sbatch: setup: this line failed: {line}')}; exit 2; }}"
+        yield f"{line} || {{ say {shlex.quote(f'setup: this line failed: {line}')}; exit 2; }}"
     yield ""
     srun_options, prefix = container_words(job)
     torchrun = [f"--nnodes={job.num_nodes}", f"--nproc-per-node={cluster.num_local_ranks}", "--rdzv-backend=c10d"]
@@ -141,12 +142,19 @@ def _settings(job: Job) -> Iterator[str]:
     yield f"TRAINING=({shlex.join(job.training)})"
 
 
-_BODY = r"""
+_SIGNALS = r"""
 say() { echo "submit.sbatch: $*"; }
+limit_near=""
+trap 'limit_near=$SECONDS; say "the limit is near: the ranks are told to save"' USR1
+# When SLURM ends a job it tells the ranks too; they have until KillWait to save, and this script waits for them.
+ended=""
+trap 'ended=yes' TERM
+"""
+
+_BODY = r"""
 restart=${SLURM_RESTART_COUNT:-0}
 
-# A restart that left no new checkpoint behind is idle; after too many in a row the cause is not one that passes.
-latest() { readlink "$RUN_DIR/checkpoints/latest" || echo none; }
+# A restart that left nothing new behind is idle; after too many in a row the cause is not one that passes.
 begun_at=$(latest)
 progress=$LOG_DIR/$SLURM_JOB_ID.progress
 idle=0
@@ -171,20 +179,44 @@ getent hosts "$first" > /dev/null ||
   address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2)
 export RENDEZVOUS=$address:$((20000 + SLURM_JOB_ID % 12000))
 
-limit_near=""
-trap 'limit_near=$SECONDS; say "the limit is near: the ranks are told to save"' USR1
-# At the end of a job SLURM tells the ranks too; they have until KillWait to save, and this script waits for them.
-trap 'say "SLURM ends the job"' TERM
+# Keep the job off nodes that have failed, also when they come back: SLURM takes this of a job that is to run again.
+exclude() {
+  local attempt before
+  [ -n "$1" ] || return 0
+  before=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'ExcNodeList=[^ ]*' | cut -d = -f 2 | grep -vx "(null)")
+  say "excluded from now on: ${before:+$before,}$1"
+  for attempt in 1 2 3 4 5; do
+    if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$1"; then return; fi
+    sleep 1
+  done
+}
+# Which of this job's nodes SLURM knows to have failed.
+failed_nodes() {
+  sinfo -h -N -n "$SLURM_JOB_NODELIST" -o "%N %t" | grep -E "down|fail|[*]" | cut -d " " -f 1 | sort -u | paste -s -d ,
+}
+# And which left no word and do not answer: SLURM itself may need minutes to see that.
+silent=""
+find_silent_nodes() {
+  local node
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    if compgen -G "$SHARDWRIGHT_ENDS/*.$node" > /dev/null; then continue; fi
+    if timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true; then continue; fi
+    silent=${silent:+$silent,}$node
+  done
+}
 
 # --cpu-bind=none: torchrun's ranks share all CPUs of the job on the node; one task would be bound to one.
 # --wait: once a node has ended, the others have a minute for their last words.
-# trap '' USR1: torchrun would die of the signal; ignored there, it still reaches the ranks, which save.
+# trap "" USR1: torchrun would die of the signal; ignored there, it still reaches the ranks, which save.
+# PET_RDZV_CONF: torchrun's --rdzv-conf; the first node keeps the rendezvous, whatever it takes its own name for.
 srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=60 "${SRUN_OPTIONS[@]}" bash -c '
   trap "" USR1
+  export PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0))
   exec "$@"
 ' node "${PYTHON[@]}" -m torch.distributed.run "${TORCHRUN_OPTIONS[@]}" --rdzv-id="$SLURM_JOB_ID.$restart" \
   --rdzv-endpoint="$RENDEZVOUS" "${TRAINING[@]}" &
 step=$!
+step_ended=""
 while kill -0 "$step" 2> /dev/null; do
   if [ -n "$limit_near" ]; then
     # Again and again: ranks that are still starting do not heed it yet.
@@ -195,18 +227,25 @@ while kill -0 "$step" 2> /dev/null; do
   sleep 2 &
   wait $!  # not a plain sleep, which a signal would not interrupt
 done
+kill -0 "$step" 2> /dev/null || step_ended=yes
+if [ -n "$ended" ]; then
+  say "SLURM ends the job"
+  exclude "$(failed_nodes)"
+fi
 
 # What ended it: the cause before what follows from it. Without a word of a rank: killed, or never begun.
 code=killed
-for known in 2 4 1 3 5 0; do
-  if [ -e "$SHARDWRIGHT_ENDS/$known" ]; then code=$known; break; fi
+for known in 2 4 1 3 5; do
+  if compgen -G "$SHARDWRIGHT_ENDS/$known.*" > /dev/null; then code=$known; break; fi
 done
-say "ended with exit code $code$(sed 's/^/, first /' "$SHARDWRIGHT_ENDS/$code" 2> /dev/null)"
+if [ "$code" = killed ] && [ -n "$step_ended" ] && wait "$step"; then code=0; fi
+say "ended with exit code $code" "$(head -qn 1 "$SHARDWRIGHT_ENDS/$code".* 2> /dev/null | head -n 3 | paste -s -d ,)"
 case $code in
   0) exit 0 ;;
   1 | 2 | 4) exit "$code" ;;  # the same again would end the same
   3) [ -n "$limit_near" ] || exit 3 ;;  # stopped by somebody else, who knows why
 esac
+[ -z "$ended" ] || exit 5  # SLURM has the say: it cancels the job, or puts it back into the queue itself
 if [ "$AT_LIMIT" = end ] && [ -n "$limit_near" ]; then exit 0; fi  # the next job of the chain goes on
 
 [ "$(latest)" != "$begun_at" ] && idle=-1
@@ -214,7 +253,8 @@ if [ $((idle + 1)) -gt "$MAX_IDLE_RESTARTS" ]; then
   say "gives up: $((idle + 1)) starts in a row left no new checkpoint (max_idle_restarts: $MAX_IDLE_RESTARTS)"
   exit 5
 fi
+[ -n "$limit_near" ] || find_silent_nodes
 say "back into the queue"
 scontrol requeue "$SLURM_JOB_ID"
-sleep 60  # SLURM ends this script
+exclude "$silent"
 """

@@ -100,17 +100,17 @@ def flush_streams() -> bool:
 
 
 def note_end(exit_code: int) -> None:
-    """Leave a file named after the exit code in the directory that SHARDWRIGHT_ENDS names, if there is one.
+    """Leave a file CODE.HOST in the directory that SHARDWRIGHT_ENDS names, if there is one.
 
     A batch script reads there why the ranks ended: torchrun turns every code into 1, and srun tells the largest of all
-    nodes, which may be that of ranks that only lost a peer. The first rank that ends so writes who it is.
+    nodes, which may be that of ranks that only lost a peer. A host's first rank with that code writes who it is.
     """
     directory = os.environ.get("SHARDWRIGHT_ENDS")
     if not directory:
         return
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     with contextlib.suppress(OSError):  # also where the disk is full: the empty file says enough
-        with open(os.path.join(directory, str(int(exit_code))), "x", encoding="utf-8") as file:
+        with open(os.path.join(directory, f"{int(exit_code)}.{host}"), "x", encoding="utf-8") as file:
             file.write(f"rank {os.environ.get('RANK', '0')} on {host}\n")
 
 

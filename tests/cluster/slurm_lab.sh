@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM on this machine for tests/cluster: nodes n1, n2, ... on loopback, each with eight GPUs that are empty
 # files, a host name of its own and its own view of the disk. As root, on Debian; tried with SLURM 22.05.
-# Run: tests/cluster/slurm_lab.sh install | start DIR [NODES] | stop DIR
+# Run: tests/cluster/slurm_lab.sh install | start DIR [NODES] | node DIR NAME | stop DIR
 set -euo pipefail
 
 install_packages() {
@@ -12,7 +12,7 @@ install_packages() {
 write_settings() {  # DIR NODES
   local dir=$1 count=$2 host
   host=$(hostname -s)
-  mkdir -p "$dir"/{state,log,run,dev,local}
+  mkdir -p "$dir"/{state,log,run,dev,local,small}
   touch "$dir"/dev/gpu{0..7}
   cp /etc/hosts "$dir/hosts"
   cat > "$dir/gres.conf" <<END
@@ -20,14 +20,14 @@ AutoDetect=off
 NodeName=n[1-$count] Name=gpu Type=h100 File=$dir/dev/gpu[0-7]
 END
   # linuxproc and task/none: no cgroups. config_overrides: two cores may pose as 64. SlurmdTimeout: a dead node is told
-  # after seconds. cred_expire: the time that KillWait and a requeue wait for a node that is gone.
+  # after seconds. cred_expire: a requeued job waits for longer than that.
   cat > "$dir/slurm.conf" <<END
 ClusterName=lab
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=3
+AuthInfo=cred_expire=5
 SlurmctldPort=17817
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool.%n
@@ -78,7 +78,11 @@ start_node() {  # DIR NAME: its own host name, and mounts that the others do not
   SLURM_CONF="$1/slurm.conf" unshare --uts --mount sh -euc '
     hostname "$2"
     mount --bind "$1/hosts" /etc/hosts
-    if [ "$2" = n4 ]; then mount -t tmpfs -o size=64k small "$1/local"; fi  # the node without room
+    if [ "$2" = n4 ]; then  # the node without room: it sees the files, and what it writes goes elsewhere
+      mount -t tmpfs -o size=64k small "$1/small"
+      mkdir "$1/small/upper" "$1/small/work"
+      mount -t overlay -o "lowerdir=$1/local,upperdir=$1/small/upper,workdir=$1/small/work" small "$1/local"
+    fi
     exec slurmd -f "$1/slurm.conf" -N "$2"' - "$1" "$2"
 }
 
@@ -107,6 +111,7 @@ stop() {  # DIR
 case "${1:-}" in
   install) install_packages ;;
   start) start "$(realpath -m "$2")" "${3:-4}" ;;
+  node) start_node "$(realpath -m "$2")" "$3" ;;
   stop) stop "$(realpath -m "$2")" ;;
-  *) sed -n 4p "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n 4,5p "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
