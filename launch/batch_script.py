@@ -239,7 +239,8 @@ for known in 2 4 1 3 5; do
   if compgen -G "$SHARDWRIGHT_ENDS/$known.*" > /dev/null; then code=$known; break; fi
 done
 if [ "$code" = killed ] && [ -n "$step_ended" ] && wait "$step"; then code=0; fi
-say "ended with exit code $code" "$(head -qn 1 "$SHARDWRIGHT_ENDS/$code".* 2> /dev/null | head -n 3 | paste -s -d ,)"
+say "ended with exit code $code"
+head -qn 5 "$SHARDWRIGHT_ENDS/$code".* 2> /dev/null | head -n 20  # who ended so, and why
 case $code in
   0) exit 0 ;;
   1 | 2 | 4) exit "$code" ;;  # the same again would end the same
