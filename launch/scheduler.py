@@ -121,5 +121,6 @@ def _ask(*words: str) -> str:
         raise BadInput(f"{words[0]}: SLURM did not answer within {_SECONDS:.0f} seconds; try again") from None
     if done.returncode != 0:
         said = "; ".join(line.split("error: ", 1)[-1] for line in done.stderr.strip().splitlines())
-        raise BadInput(f"{words[0]}: SLURM refuses ({said}); look at the cluster file")
+        advice = "look at the cluster file" if words[0] == "sbatch" else "look whether SLURM's controller is up"
+        raise BadInput(f"{words[0]}: SLURM refuses ({said}); {advice}")
     return done.stdout

@@ -13,7 +13,8 @@ from configs.errors import BadInput
 from configs.sections.cluster import TimeLimit
 from configs.stages import STAGE_CONFIGS
 
-USAGE = """\
+USAGE = (
+    """\
 usage: slurm.py RECIPE [key=value ...] --cluster FILE --nodes N [options]
        slurm.py RECIPE [key=value ...] RECIPE [key=value ...] ... --stages A,B,... --cluster FILE --nodes N [options]
 
@@ -21,7 +22,9 @@ usage: slurm.py RECIPE [key=value ...] --cluster FILE --nodes N [options]
   key=value          override of the recipe before it; before the first recipe, of all
   --cluster FILE     what the machine room has and wants, such as configs/clusters/h100.yaml
   --nodes N          nodes of the job; N,M,... for a number of each stage
-  --stage NAME       stage of the recipe: """ + ", ".join(STAGE_CONFIGS) + """; default: the
+  --stage NAME       stage of the recipe: """
+    + ", ".join(STAGE_CONFIGS)
+    + """; default: the
                      one that the recipe's folder or file is named after
   --stages A,B,...   stages of the recipes; each starts from the weights of the one before, once that has ended well
   --chain K          K jobs one after the other instead of one that goes back into the queue at its time limit
@@ -32,6 +35,7 @@ usage: slurm.py RECIPE [key=value ...] --cluster FILE --nodes N [options]
 
 Writes submit.sbatch and recipe.yaml, the recipe as it was checked, into the run directory, and submits. To submit
 again: sbatch RUN_DIR/submit.sbatch. Exit codes: 0 submitted, 2 bad input."""
+)
 
 _VALUED = ("--cluster", "--nodes", "--stage", "--stages", "--chain", "--time", "--format")
 _OPTIONS = (*_VALUED, "--dry-run", "--help", "-h")

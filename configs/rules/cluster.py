@@ -14,14 +14,14 @@ def check_cluster(cluster: ClusterConfig) -> Iterator[str]:
         yield "ranks_per_node: missing, and gpus_per_node is 0; a value that would work: ranks_per_node: 2"
     elif 0 < cluster.gpus_per_node < cluster.num_local_ranks:
         yield (
-            f"ranks_per_node: {cluster.ranks_per_node} ranks for gpus_per_node: {cluster.gpus_per_node}, and each needs "
-            f"one; a value that would work: {cluster.gpus_per_node}"
+            f"ranks_per_node: {cluster.ranks_per_node} ranks for gpus_per_node: {cluster.gpus_per_node}, and each "
+            f"needs one; a value that would work: {cluster.gpus_per_node}"
         )
     limit = time_limit_seconds(cluster.time_limit)
     if limit <= cluster.signal_seconds:
         yield (
-            f"signal_seconds: {cluster.signal_seconds} before a limit of {limit} seconds (time_limit, --time) leaves no "
-            f"time to train; a value that would work: {max(1, limit // 10)}, or a longer time limit"
+            f"signal_seconds: {cluster.signal_seconds} before a limit of {limit} seconds (time_limit, --time) leaves "
+            f"no time to train; a value that would work: {max(1, limit // 10)}, or a longer time limit"
         )
     both = sorted({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} & cluster.environment.keys())
     if cluster.interface is not None and both:

@@ -71,9 +71,10 @@ class Lab:
         return "\n".join([self.ask("squeue"), self.ask("sinfo"), *logs])[-6000:]
 
     def pids_of(self, node: str) -> list[int]:
-        """Return the processes of a node: those that share its host name."""
-        slurmd = int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
-        mine = os.readlink(f"/proc/{slurmd}/ns/uts")
+        """Return the processes of a node: those that share its host name; none where its daemon is gone."""
+        mine = _namespace(int((self.folder / "run" / f"slurmd.{node}.pid").read_text()))
+        if mine is None:
+            return []
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
         return [pid for pid in pids if _namespace(pid) == mine]
 
@@ -109,17 +110,12 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         yield running
         running.ask("scancel", "--user=root")
     finally:
-        nodes = [path.name.split(".")[1] for path in (folder / "run").glob("slurmd.*.pid")]
-        left = [pid for node in nodes if (Path("/proc") / _pid_text(folder, node)).exists() for pid in running.pids_of(node)]
+        left = [pid for number in range(1, 5) for pid in running.pids_of(f"n{number}")]
         subprocess.run([LAB, "stop", folder], timeout=60)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         del os.environ["SLURM_CONF"]
-
-
-def _pid_text(folder: Path, node: str) -> str:
-    return (folder / "run" / f"slurmd.{node}.pid").read_text().strip()
 
 
 @pytest.fixture(scope="session")
@@ -165,5 +161,3 @@ def losses(run_dir: Path) -> list[float]:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if row["step"] > 0]
     return []
-
-

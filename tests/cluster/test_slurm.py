@@ -1,4 +1,4 @@
-"""Real jobs in a real SLURM: time limits, lost nodes, stages, cancelled jobs, a node without room, a second submission."""
+"""Real jobs in a real SLURM: a time limit, a lost node, stages, a cancelled job, a node without room."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cluster.conftest import CLUSTER, ROOT, losses
-
 from configs.errors import ExitCode
+from tests.cluster.conftest import CLUSTER, ROOT, losses
 from trainer.checkpoint.layout import latest_checkpoint, step_of
 
 TWO_NODES = ["--stage", "pretrain", "--cluster", str(CLUSTER), "--nodes", "2"]
@@ -20,13 +19,11 @@ def log_of(run_dir: Path, job: str) -> str:
     return (run_dir / "logs" / "slurm" / f"{job}.log").read_text()
 
 
-def test_a_job_that_its_limit_stops_and_one_that_loses_a_node_end_with_the_curve_of_one_left_alone(
-    lab, recipe, tmp_path
-):
+def test_a_time_limit_and_a_lost_node_leave_the_curve_as_it_is(lab, recipe, tmp_path):
     """Two nodes of two ranks each, tp inside a node. The jobs share the machine: one sleeps while another trains."""
     limited = tmp_path / "limited.yaml"
     # It is signalled within 30 seconds, when SLURM next looks at limits, and so before it can have finished.
-    wait = '\'[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || sleep 25\''
+    wait = "'[ \"${SLURM_RESTART_COUNT:-0}\" != 0 ] || sleep 25'"
     limited.write_text(f"base: {CLUSTER}\nsignal_seconds: 40\ntime_limit: 1\nsetup: [{wait}]\n")
     runs = {name: tmp_path / name for name in ("alone", "limited", "lost")}
     options = [str(recipe), "parallel.tp=2"]
