@@ -194,14 +194,18 @@ exclude() {
 failed_nodes() {
   sinfo -h -N -n "$SLURM_JOB_NODELIST" -o "%N %t" | grep -E "down|fail|[*]" | cut -d " " -f 1 | sort -u | paste -s -d ,
 }
-# And which left no word and do not answer: SLURM itself may need minutes to see that.
+# And which left no word and do not answer: SLURM itself may need minutes to see that. Many silent nodes are no failure
+# of theirs, and where not even this node answers, the question is wrong.
+answers() { timeout 20 srun --overlap --mem=0 --nodes=1 --ntasks=1 --nodelist="$1" true; }
 silent=""
 find_silent_nodes() {
-  local node
+  local node wordless=()
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    if compgen -G "$SHARDWRIGHT_ENDS/*.$node" > /dev/null; then continue; fi
-    if timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true; then continue; fi
-    silent=${silent:+$silent,}$node
+    compgen -G "$SHARDWRIGHT_ENDS/*.$node" > /dev/null || wordless+=("$node")
+  done
+  if [ ${#wordless[@]} -gt 8 ] || ! answers "$SLURMD_NODENAME"; then return; fi
+  for node in "${wordless[@]}"; do
+    answers "$node" || silent=${silent:+$silent,}$node
   done
 }
 

@@ -48,7 +48,11 @@ class Lab:
         shown = self.ask("scontrol", "show", "job", job).split()
         return next(word.removeprefix(f"{field}=") for word in shown if word.startswith(f"{field}="))
 
-    def wait(self, what: Callable[[], bool], run_dir: Path, seconds: float = 90.0) -> None:
+    def nodes_of(self, job: str) -> list[str]:
+        """Return the names of the nodes that a job runs on."""
+        return self.ask("scontrol", "show", "hostnames", self.show(job, "NodeList")).split()
+
+    def wait(self, what: Callable[[], bool], run_dir: Path, seconds: float = 180.0) -> None:
         """Wait until something is so; jobs that are queued again need not wait out SLURM's delay."""
         deadline = time.monotonic() + seconds
         while not what():
@@ -72,7 +76,8 @@ class Lab:
 
     def pids_of(self, node: str) -> list[int]:
         """Return the processes of a node: those that share its host name; none where its daemon is gone."""
-        mine = _namespace(int((self.folder / "run" / f"slurmd.{node}.pid").read_text()))
+        file = self.folder / "run" / f"slurmd.{node}.pid"
+        mine = _namespace(int(file.read_text())) if file.exists() else None
         if mine is None:
             return []
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
@@ -104,9 +109,9 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    subprocess.run([LAB, "start", folder, "4"], check=True, timeout=60)
     running = Lab(folder)
     try:
+        subprocess.run([LAB, "start", folder, "4"], check=True, timeout=60)
         yield running
         running.ask("scancel", "--user=root")
     finally:
