@@ -149,7 +149,7 @@ def recipe(corpus, tmp_path) -> Path:
 model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2,
          vocab_size: 300, vocab_pad_multiple: 16, max_position_embeddings: 64, tie_embeddings: true}}
 precision: {{compute: fp32}}
-parallel: {{timeout_seconds: 60}}
+parallel: {{timeout_seconds: 300}}
 data: {{tokenizer: {corpus / "tokenizer"}, train: [{{path: {corpus / "train"}}}]}}
 train: {{num_steps: 60, seq_len: 32, global_batch_size: 8, micro_batch_size: 2}}
 optimizer: {{lr: 1.0e-2, min_lr: 1.0e-3}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,4 +110,4 @@ def test_a_node_without_room_is_named(lab, recipe, tmp_path):
     said = log_of(run_dir, job)
     assert lab.show(job, "ExitCode").startswith(f"{ExitCode.BAD_INPUT.value}:"), said
     ended = said.partition("ended with exit code 2\n")[2]
-    assert ended.startswith("rank ") and "the host n4 has 0.00 GB free" in ended, said
+    assert ended.startswith("rank ") and re.search(r"\bn4\b", ended.splitlines()[0]), said
