@@ -53,7 +53,7 @@ class Lab:
         return self.ask("scontrol", "show", "hostnames", self.show(job, "NodeList")).split()
 
     def wait(self, what: Callable[[], bool], run_dir: Path, seconds: float = 180.0) -> None:
-        """Wait until something is so; jobs that are queued again need not wait out SLURM's delay."""
+        """Wait until something is so."""
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.describe(run_dir)
@@ -64,10 +64,13 @@ class Lab:
         self.wait(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), run_dir)
         return self.state(job)
 
-    def start_again(self, job: str, run_dir: Path, *changes: str) -> None:
-        """Wait until a job is back in the queue, and let it start at once."""
+    def wait_for_requeue(self, job: str, run_dir: Path) -> None:
+        """Wait until a job is back in the queue.
+
+        It begins again after SLURM's delay, here 6 seconds: StartTime=now, in the second of the requeue, would have its
+        new credential taken for the old one, which is revoked.
+        """
         self.wait(lambda: self.state(job) == "PENDING" and self.show(job, "Restarts") != "0", run_dir)
-        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
 
     def describe(self, run_dir: Path) -> str:
         """Return what a test that fails should show."""

@@ -51,7 +51,8 @@ def test_a_time_limit_and_a_lost_node_leave_the_curve_as_it_is(lab, recipe, tmp_
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
 
-    lab.start_again(limited_job, runs["limited"], "TimeLimit=10")
+    lab.wait_for_requeue(limited_job, runs["limited"])
+    lab.ask("scontrol", "update", f"JobId={limited_job}", "TimeLimit=10")  # or it would be stopped a second time
     assert lab.wait_for_end(limited_job, runs["limited"]) == "COMPLETED", lab.describe(runs["limited"])
     said = log_of(runs["limited"], limited_job)
     assert "the limit is near" in said and "ended with exit code 3" in said and "restart 1, on" in said
@@ -62,7 +63,7 @@ def test_a_time_limit_and_a_lost_node_leave_the_curve_as_it_is(lab, recipe, tmp_
     lost = lab.nodes_of(job)[-1]
     for pid in lab.pids_of(lost):
         os.kill(pid, signal.SIGKILL)
-    lab.start_again(job, runs["lost"])
+    lab.wait_for_requeue(job, runs["lost"])
     assert lab.show(job, "ExcNodeList") == lost
     assert lab.wait_for_end(job, runs["lost"]) == "COMPLETED", lab.describe(runs["lost"])
     assert lost not in log_of(runs["lost"], job).rpartition("restart 1, on")[2].splitlines()[0]
