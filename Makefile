@@ -14,7 +14,7 @@ LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrain demo-long-context demo-sft demo-grpo demo-calculator test test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-grpo demo-calculator test test-cluster test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,10 +63,14 @@ demo-calculator: setup  ## teach the model of long texts to ask a calculator, an
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/calculator_grpo.yaml
 
 test: setup  ## run every test
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --ignore=tests/cluster
+
+test-cluster: setup  ## run jobs in a SLURM on this machine, which is installed where it is missing (root, Debian)
+	tests/cluster/slurm_lab.sh install
+	$(PYTHON) -m pytest tests/cluster
 
 test-fast: setup  ## run the tests that take seconds
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) -m pytest -m "not slow" --ignore=tests/cluster
 
 bench: setup  ## measure tokens/s against bare megatron-core, Hugging Face Trainer and TRL, and what else tools/bench/ has
 	$(PYTHON) tools/bench/throughput.py

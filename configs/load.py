@@ -1,4 +1,4 @@
-"""A run's YAML with its `base:` chain, plus dotted overrides from the command line -> one frozen `Config`.
+"""A run's YAML with its `base:` chain, plus dotted overrides from the command line -> one frozen `Config`; a cluster's.
 
 Scalars are kept as the text that was typed and converted by the field's type, so `3e-4` is a number where a number
 is wanted and `name: 123` stays text. Rules that span fields are `configs.rules`.
@@ -6,7 +6,6 @@ is wanted and `name: 123` stays text. Rules that span fields are `configs.rules`
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,33 +14,18 @@ import yaml
 from pydantic import ValidationError
 
 from configs.errors import BadInput, in_one_line
-from configs.fields import SchemaField, field_at, location_text, schema_fields, value_text
+from configs.fields import field_at
 from configs.paths import clean_path, find_special_file, shortened
+from configs.sections.cluster import ClusterConfig
+from configs.sentences import validation_sentences
 from configs.stages import STAGE_CONFIGS, Config
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _IMPLICIT_TAGS = ("tag:yaml.org,2002:null", _MERGE_TAG)
 _NULL_WORDS = ("", "null", "Null", "NULL", "~")
-_BOUNDS = {
-    "greater_than_equal": "at least",
-    "greater_than": "above",
-    "less_than_equal": "at most",
-    "less_than": "below",
-}
 _HALF_CHARACTER = (
     "half a character (a surrogate without its other half), or bytes that are not UTF-8 text; write it whole"
 )
-_NOT_A_SECTION = ("model_type", "model_attributes_type", "dict_type")
-
-_NAMES_IN_OTHERS = {
-    "num_generations": "grpo.group_size", "n": "grpo.group_size", "reward_funcs": "grpo.rewards",
-    "custom_reward_function": "grpo.rewards", "max_completion_length": "rollout.max_new_tokens",
-    "max_response_length": "rollout.max_new_tokens", "num_iterations": "grpo.num_epochs",
-    "ppo_epochs": "grpo.num_epochs", "beta": "grpo.kl.coefficient", "kl_loss_coef": "grpo.kl.coefficient",
-    "epsilon": "grpo.clip_low", "epsilon_high": "grpo.clip_high", "loss_type": "grpo.algorithm",
-    "adv_estimator": "grpo.algorithm", "loss_agg_mode": "grpo.normalisation",
-}  # fmt: skip
-"""What TRL's and verl's trainers call fields that are here under another name (configs/README.md)."""
 
 
 class _HalfCharacter(yaml.MarkedYAMLError):
@@ -95,11 +79,7 @@ def read_config(path: str, overrides: Sequence[str], stage: str) -> tuple[Config
     Unknown fields are left out; there is no config where anything more is wrong. Raises BadInput for a file that cannot
     be read.
     """
-    try:
-        values = _read_chain(_config_path(path), ())
-    except RecursionError:
-        raise BadInput(f"{path}: nested too deep, or an anchor that holds itself; write it flat") from None
-    return config_of(values, overrides, stage)
+    return config_of(_read_whole(path), overrides, stage)
 
 
 def config_of(values: dict[str, Any], overrides: Sequence[str], stage: str) -> tuple[Config | None, list[str]]:
@@ -113,7 +93,7 @@ def config_of(values: dict[str, Any], overrides: Sequence[str], stage: str) -> t
         config = STAGE_CONFIGS[stage].model_validate(values)
     except ValidationError as error:
         is_judged = not problems and _drop_unknown(values, error)
-        problems += validation_sentences(error, stage)
+        problems += validation_sentences(error, STAGE_CONFIGS[stage])
         if not is_judged:
             return None, problems
         config = STAGE_CONFIGS[stage].model_validate(values)
@@ -121,6 +101,16 @@ def config_of(values: dict[str, Any], overrides: Sequence[str], stage: str) -> t
         run = config.run.model_copy(update={"dir": _default_run_dir(config.run.name)})
         config = config.model_copy(update={"run": run})
     return config, problems
+
+
+def load_cluster(path: str) -> ClusterConfig:
+    """Read a cluster's YAML file and its bases, and validate. Raises BadInput with one line per problem."""
+    values = _read_whole(path)
+    try:
+        return ClusterConfig.model_validate(values)
+    except ValidationError as error:
+        sentences = validation_sentences(error, ClusterConfig)
+        raise BadInput("\n".join(f"{path}: {sentence}" for sentence in sentences)) from None
 
 
 def _drop_unknown(values: dict[str, Any], error: ValidationError) -> bool:
@@ -137,14 +127,17 @@ def _drop_unknown(values: dict[str, Any], error: ValidationError) -> bool:
     return True
 
 
-def validation_sentences(error: ValidationError, stage: str) -> list[str]:
-    """Return one sentence for each thing that makes values no config of a stage, naming the field."""
-    return [_sentence(detail["type"], detail["loc"], detail, stage) for detail in error.errors()]
-
-
 def resolved_dict(config: Config) -> dict[str, Any]:
     """Return every field with its value as JSON types; written to a file it loads back to an equal config."""
     return config.model_dump(mode="json")
+
+
+def _read_whole(path: str) -> dict[str, Any]:
+    """Read a file and its bases."""
+    try:
+        return _read_chain(_config_path(path), ())
+    except RecursionError:
+        raise BadInput(f"{path}: nested too deep, or an anchor that holds itself; write it flat") from None
 
 
 def _read_chain(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
@@ -264,87 +257,3 @@ def _join_halves(text: str) -> str:
     Raises UnicodeDecodeError for half a pair, and for the bytes of a command line that are not UTF-8.
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16")
-
-
-def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, Any], stage: str) -> str:
-    """Turn one pydantic error into a sentence that names the field and a value that would work."""
-    path = location_text(location)
-    if kind == "extra_forbidden":
-        return f"{path}: {_why_unknown(location, stage)}"
-    field = field_at(location, STAGE_CONFIGS[stage])
-    example = field.example if field else "see --help"
-    if isinstance(location[-1], int) and field is not None:
-        example = field.item_example
-    elif kind in _NOT_A_SECTION and field is not None and field.section is not None:
-        example = f"a mapping of {', '.join(field.section.model_fields)}"
-    elif kind == "literal_error" and field is not None:
-        example = next(iter(difflib.get_close_matches(str(detail["input"]), _choices(field), n=1)), example)
-    if kind == "missing":
-        if len(location) == 1:
-            return f"{path}: missing section; add one, or a base: that has it"
-        return f"{path}: missing; a value that would work: {example}"
-    return f"{path}: {_rule_broken(kind, detail, field)}; a value that would work: {example}"
-
-
-def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None) -> str:
-    given = detail["input"]
-    is_bound = kind in _BOUNDS
-    shown = repr(given) if isinstance(given, str) and not is_bound else value_text(given)
-    shown = shown if len(shown) <= 60 else f"{shown[:40]}... ({len(shown)} characters)"
-    if kind == "value_error":
-        return str(detail["ctx"]["error"])
-    if kind.startswith("int_"):
-        return f"{shown} is not a whole number"
-    if kind.startswith("float_"):
-        return f"{shown} is not a number"
-    if kind == "finite_number":
-        return f"{shown} is not a finite number"
-    if kind.startswith("bool_"):
-        return f"{shown} is not true or false"
-    if kind == "string_type":
-        return f"{shown} is not text"
-    if kind == "literal_error" and field is not None:
-        return f"{shown} is not one of {', '.join(_choices(field))}"
-    if kind == "tuple_type":
-        return f"{shown} is not a list"
-    if kind in _NOT_A_SECTION:
-        return f"{shown} is not a section with fields"
-    if is_bound:
-        return f"{shown} must be {_BOUNDS[kind]} {next(iter(detail['ctx'].values()))}"
-    return f"{shown} is refused ({detail['msg']})"
-
-
-def _choices(field: SchemaField) -> list[str]:
-    """Return the words that a field takes."""
-    return field.type_text.removeprefix("list of ").split(" | ")
-
-
-def _why_unknown(location: tuple[str | int, ...], stage: str) -> str:
-    """Say whose field it is where another stage has it; else what is nearest to it."""
-    for other, schema in STAGE_CONFIGS.items():
-        if other != stage and field_at(location, schema) is not None:
-            return f"belongs to the stage {other} (launch/{other}.py), this is {stage}; remove it, or start that one"
-    return f"unknown field; {_suggestion(location, stage)}"
-
-
-def _suggestion(location: tuple[str | int, ...], stage: str) -> str:
-    """Name the nearest valid field: a sibling spelt alike, the same name elsewhere, or the nearest dotted path."""
-    if any(isinstance(part, int) for part in location):
-        parent = field_at(location[:-1], STAGE_CONFIGS[stage])
-        return f"its fields are {parent.type_text.removeprefix('list of ')}" if parent else "see --help"
-    path = ".".join(str(part) for part in location)
-    parent_path, _, name = path.rpartition(".")
-    known = [field.path for field in schema_fields(STAGE_CONFIGS[stage])]
-    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent_path}
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
-    if close:
-        return f"did you mean {siblings[close[0]]}?"
-    if _NAMES_IN_OTHERS.get(name) in known:
-        return f"what it is in TRL or verl is {_NAMES_IN_OTHERS[name]} here"
-    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"did you mean {difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0)[0]}?"
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)  # below, the section's name alone is alike
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"{parent_path or 'the sections'} {'has' if parent_path else 'are'} {', '.join(siblings)}"

@@ -12,7 +12,7 @@ from configs.errors import BadInput, ExitCode
 from configs.stages import Config
 from launch.checks import config_problems, data_problems, machine_problems, path_problems, slowness, start_problems
 from parallel.environment import Environment
-from parallel.platform import CLUSTER_PLATFORM, detect_platform_name, has_transformer_engine
+from parallel.platform import CLUSTER_PLATFORM, PlatformName, detect_platform_name, has_transformer_engine
 
 
 def dry_run(
@@ -30,10 +30,7 @@ def dry_run(
     if world_size is None:
         world_size = _fewest_ranks(config) if is_fewest else environment.world_size
     platform_name = detect_platform_name()
-    problems = problems + config_problems(config, world_size, CLUSTER_PLATFORM, has_te=True)
-    closed = path_problems(config)
-    # what may not be looked at is told once, and not looked at
-    problems += closed or [*data_problems(config), *start_problems(config, stage_name)]
+    problems = problems + plan_problems(config, stage_name, world_size, CLUSTER_PLATFORM)
     if problems:
         raise BadInput("\n".join(problems))
     order = _order_of_data(config)
@@ -48,6 +45,14 @@ def dry_run(
         if slow is not None:
             print(f"slow here        {slow}")
     return ExitCode.DONE
+
+
+def plan_problems(config: Config, stage_name: str, world_size: int, platform_name: PlatformName) -> list[str]:
+    """Return every reason why no machines of a platform could run this on `world_size` ranks, one sentence each."""
+    problems = config_problems(config, world_size, platform_name, has_te=platform_name == CLUSTER_PLATFORM)
+    closed = path_problems(config)
+    # what may not be looked at is told once, and not looked at
+    return problems + (closed or [*data_problems(config), *start_problems(config, stage_name)])
 
 
 def _order_of_data(config: Config) -> list[str]:

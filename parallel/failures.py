@@ -5,12 +5,14 @@ Torch-free. Which errors a device's collectives raise is the platform's knowledg
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +64,7 @@ def report(sentence: str, exit_code: int, *, rank: int = 0) -> None:
     """Write `sentence` to stderr (with the rank unless it is 0) and into torchrun's error file, if there is one."""
     prefix = f"rank {rank}: " if rank else ""
     print(f"{prefix}{sentence}", file=sys.stderr, flush=True)
+    note_end(exit_code, sentence)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         # What torchrun reads back: its closing table then shows the sentence and takes the earliest as root cause.
@@ -97,6 +100,21 @@ def flush_streams() -> bool:
     return are_whole
 
 
+def note_end(exit_code: int, sentence: str = "") -> None:
+    """Leave a file CODE.HOST with who ended so and why in the directory that SHARDWRIGHT_ENDS names, if there is one.
+
+    A batch script reads there why the ranks ended: torchrun turns every code into 1, and srun tells the largest of all
+    nodes, which may be that of ranks that only lost a peer. A host's first rank with that code is the one that writes.
+    """
+    directory = os.environ.get("SHARDWRIGHT_ENDS")
+    if not directory:
+        return
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    with contextlib.suppress(OSError):  # also where the disk is full: the empty file says enough
+        with open(os.path.join(directory, f"{int(exit_code)}.{host}"), "x", encoding="utf-8") as file:
+            file.write(f"rank {os.environ.get('RANK', '0')} on {host}{': ' if sentence else ''}{sentence}\n")
+
+
 def leave(exit_code: int) -> NoReturn:
     """End this process with `exit_code`, without the interpreter's clean-up.
 
@@ -104,6 +122,7 @@ def leave(exit_code: int) -> NoReturn:
     which ends the thread in the middle of a destructor, and the process by SIGABRT. After a failure destructors of
     process groups moreover wait for peers that may be gone, and children have nothing left to write.
     """
+    note_end(exit_code)
     flush_streams()
     logging.shutdown()
     for child in multiprocessing.active_children():

@@ -53,7 +53,7 @@ def describe(config: Config, layout: Layout, *, is_fewest: bool = False) -> str:
         *_layout_rows(config, layout, is_fewest),
         *_batch_rows(config, layout),
         *_size_rows(config, layout),
-        *_data_rows(config),
+        *data_rows(config),
     ]
     width = max(len(name) for name, _ in rows)
     derived = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -168,7 +168,7 @@ def _fitting_device(num_bytes: int) -> str:
     return f"no GPU of the usual {sizes} GB; what takes less: more ranks (--world-size), a larger parallel.tp or pp"
 
 
-def _data_rows(config: Config) -> Iterable[tuple[str, str]]:
+def data_rows(config: Config) -> Iterable[tuple[str, str]]:
     """Say which data is on this machine; a plan for another one may name what is not here yet."""
     data = config.data
     places = [("data.tokenizer", data.tokenizer, data.tokenizer)] if data.tokenizer else []

@@ -261,6 +261,7 @@ def test_a_stage_is_validated_by_its_own_class_and_its_keys_are_refused_in_anoth
     monkeypatch: pytest.MonkeyPatch, tiny: str
 ) -> None:
     monkeypatch.setattr("configs.load.STAGE_CONFIGS", {**STAGE_CONFIGS, "chat": ChatStageConfig})
+    monkeypatch.setattr("configs.sentences.STAGE_CONFIGS", {**STAGE_CONFIGS, "chat": ChatStageConfig})
     monkeypatch.setattr("configs.plan.show.STAGE_CONFIGS", {**STAGE_CONFIGS, "chat": ChatStageConfig})
     config = load_config(tiny, ["chat.template=short"], "chat")
     assert isinstance(config, ChatStageConfig) and config.chat.template == "short"

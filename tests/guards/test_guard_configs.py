@@ -1,13 +1,16 @@
 """Every YAML that is shipped loads, and every run among them passes all checks at the world size it states."""
 
 import re
+import shlex
 
 import pytest
 import yaml
 
-from configs.load import load_config
+from configs.load import load_cluster, load_config
 from configs.rules.check import check_config
 from configs.sections.model import ModelConfig
+from launch.slurm import plan_jobs
+from launch.slurm_cli import parse_request
 
 NOT_RUNS = {"models", "clusters"}
 
@@ -51,6 +54,21 @@ def test_every_architecture_is_a_model_section_and_nothing_else(root):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert content.keys() == {"model"}, f"{path.name}: {set(content)}"
         assert ModelConfig(**content["model"]).num_layers > 0
+
+
+def test_every_cluster_names_a_command_that_passes_all_checks(root, monkeypatch):
+    for place in ("launch.slurm", "launch.scheduler"):  # another site's partitions say nothing
+        monkeypatch.setattr(f"{place}.has_slurm", lambda: False)
+    monkeypatch.chdir(root)
+    files = sorted((root / "configs" / "clusters").glob("*.yaml"))
+    assert len(files) >= 3
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        command = re.search(r"^# +python launch/slurm\.py (.+)$", path.read_text(encoding="utf-8"), flags=re.M)
+        assert command is not None and name in command.group(1), f"{name}: the comment at the top lacks its command"
+        request = parse_request(shlex.split(command.group(1)))
+        jobs, _ = plan_jobs(request, command.group(1))
+        assert [job.cluster for job in jobs] == [load_cluster(str(path))]
 
 
 def test_every_yaml_is_in_a_known_folder(root):

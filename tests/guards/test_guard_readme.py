@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from configs.errors import ExitCode
+from configs.sections.cluster import ClusterConfig
 from configs.stages import STAGE_CONFIGS
 
 PACKAGES = ("configs", "parallel", "trainer", "launch", "tools")
@@ -84,7 +85,8 @@ def find_field(dotted):
 
 def options_in(root, script):
     """Return the text in which the options of a command stand."""
-    return (root / ("launch/cli.py" if script.startswith("launch/") else script)).read_text(encoding="utf-8")
+    cli = {"launch/slurm.py": "launch/slurm_cli.py"}.get(script, "launch/cli.py")
+    return (root / (cli if script.startswith("launch/") else script)).read_text(encoding="utf-8")
 
 
 def test_paths_exist(document, root):
@@ -128,7 +130,7 @@ def test_options_exist_in_the_command_they_follow(document, root):
 
 def test_options_named_alone_exist_somewhere(document, root):
     """An option in the running text may belong to any command; it must not belong to none."""
-    sources = [options_in(root, "launch/cli.py")]
+    sources = [options_in(root, script) for script in ("launch/pretrain.py", "launch/slurm.py")]
     sources += [path.read_text(encoding="utf-8") for path in (root / "tools").rglob("*.py")]
     options = set(re.findall(r"`(--[a-z][a-z-]*)", document.text)) - FOREIGN_OPTIONS
     assert not (unknown := {one for one in options if not any(f'"{one}"' in source for source in sources)}), unknown
@@ -194,6 +196,7 @@ def test_readmes_list_what_is_looked_up_there(root):
         *lacking("parallel", [f"`{name}`" for name in parallel if "__init__" not in name]),
         *lacking("launch", [f"| {code.value} |" for code in ExitCode]),
         *lacking("launch", [f"launch/{stage}.py" for stage in STAGE_CONFIGS]),
+        *lacking("launch", [f"`{field}`" for field in ClusterConfig.model_fields]),
     ]
     assert not missing, "\n".join(missing)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.failures import describe_peer_loss, is_peer_loss, let_rank_zero_speak, report
+from parallel.failures import describe_peer_loss, is_peer_loss, let_rank_zero_speak, note_end, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +35,19 @@ def test_rank_zero_has_no_prefix(monkeypatch, capsys):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     report("wrong", 2)
     assert capsys.readouterr().err == "wrong\n"
+
+
+def test_a_batch_script_finds_who_ended_first_with_each_code_and_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SHARDWRIGHT_ENDS", str(tmp_path))
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    for rank, sentence in (("3", "run.dir: is full"), ("4", "run.dir: is full too")):
+        monkeypatch.setenv("RANK", rank)
+        report(sentence, 2, rank=int(rank))
+    note_end(0)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"2.n2": "rank 3 on n2: run.dir: is full\n", "0.n2": "rank 4 on n2\n"}
+    monkeypatch.setenv("SHARDWRIGHT_ENDS", str(tmp_path / "gone"))
+    note_end(5)  # what cannot be written changes nothing
 
 
 def test_a_lost_peer_is_found_through_the_chain():

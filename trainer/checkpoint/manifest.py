@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,7 @@ def check_architecture(
     `otherwise` is what to do instead of changing the model.
     """
     free = FREE_WARM_START_FIELDS if is_warm_start else FREE_MODEL_FIELDS
-    compared = {name: value for name, value in model.items() if name not in free}
-    differences = list(_differences("model", manifest.config["model"], compared))
+    differences = describe_differences(manifest.config["model"], model, free)
     if differences:
         raise BadInput(
             f"{where}: holds another architecture: {'; '.join(differences)}; use the model section of its "
@@ -186,6 +185,11 @@ def _check_same_adapters(manifest: Manifest, config: Config, where: Path, other:
     differences = list(_differences("lora", saved, compared))
     if differences:
         raise BadInput(f"{where}: holds other adapters: {'; '.join(differences)}; use its lora section, or {other}.")
+
+
+def describe_differences(there: Mapping[str, Any], here: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """Return every field in which two `model` sections differ, but for those that are `free` to."""
+    return list(_differences("model", there, {name: value for name, value in here.items() if name not in free}))
 
 
 def _differences(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:

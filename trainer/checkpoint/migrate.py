@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput
 from configs.fields import location_text
-from configs.load import resolved_dict, validation_sentences
+from configs.load import resolved_dict
+from configs.sentences import validation_sentences
 from configs.stages import STAGE_CONFIGS, Config
 
 RENAMED_AFTER: dict[int, dict[str, str]] = {}
@@ -35,12 +36,13 @@ def resolve_saved(values: Mapping[str, Any], stage: str, where: Path) -> dict[st
 
     Raises BadInput naming the fields that this version does not know, and ValueError for values it cannot read.
     """
+    schema = STAGE_CONFIGS.get(stage, Config)
     try:
-        config = STAGE_CONFIGS.get(stage, Config).model_validate(values)
+        config = schema.model_validate(values)
     except ValidationError as error:
         unknown = [location_text(detail["loc"]) for detail in error.errors() if detail["type"] == "extra_forbidden"]
         refuse_unknown([f"config.{name}" for name in unknown], where)
-        raise ValueError("; ".join(validation_sentences(error, stage))) from error
+        raise ValueError("; ".join(validation_sentences(error, schema))) from error
     return resolved_dict(config)
 
 

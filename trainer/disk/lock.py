@@ -63,7 +63,8 @@ class FileLock:
             file.close()
             return holder
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        job = os.environ.get("SLURM_JOB_ID")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", SLURM job {job}" if job else ""))
         file.flush()
         self._file = file
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import socket
 from pathlib import Path
 
 
@@ -12,8 +13,9 @@ def find_space_problem(directory: Path, num_bytes: int, largest_file: int) -> st
     limit = _file_limit()
     if limit is not None and largest_file > limit:
         return f"a file of it has {largest_file:,} bytes"  # `describe_file_limit` says the rest
-    if num_bytes > free_bytes(directory):
-        return f"it needs {num_bytes / 1e9:.2f} GB"
+    free = free_bytes(directory)
+    if num_bytes > free:
+        return f"it needs {num_bytes / 1e9:.2f} GB, and the host {socket.gethostname()} has {free / 1e9:.2f} GB free"
     return None
 
 

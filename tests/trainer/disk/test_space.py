@@ -32,4 +32,4 @@ def test_a_limit_on_the_size_of_files_is_named():
 def test_a_disk_that_is_too_small_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     assert find_space_problem(tmp_path, 10**9, 10**9) is None and describe_file_limit() == ""
-    assert find_space_problem(tmp_path, 2 * 10**9, 1) == "it needs 2.00 GB"
+    assert find_space_problem(tmp_path, 2 * 10**9, 1).startswith("it needs 2.00 GB, and the host ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 
@@ -110,10 +112,11 @@ def test_a_run_waits_for_its_directory_as_long_as_it_may(tmp_path, caplog):
         f"lock = FileLock(Path({str(tmp_path / '.lock')!r}))\n"
         "assert lock.take() is None; print('held', flush=True); time.sleep(3); lock.release()"
     )
-    other = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    variables = {**os.environ, "SLURM_JOB_ID": "41"}
+    other = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, env=variables)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     lock = RunLock(str(tmp_path))
-    assert "is being written to by process" in str(lock._take(0))
+    assert f"is being written to by process {other.pid} on {socket.gethostname()}, SLURM job 41;" in str(lock._take(0))
     assert not caplog.messages
     with caplog.at_level("INFO"):
         assert lock._take(30) is None

@@ -1,0 +1,123 @@
+"""What validation refuses -> one sentence that names the field, what is wrong with it, and a value that would work."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs.fields import SchemaField, field_at, location_text, schema_fields, value_text
+from configs.sections.base import Section
+from configs.stages import STAGE_CONFIGS
+
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "greater_than": "above",
+    "less_than_equal": "at most",
+    "less_than": "below",
+}
+_NOT_A_SECTION = ("model_type", "model_attributes_type", "dict_type")
+
+_NAMES_IN_OTHERS = {
+    "num_generations": "grpo.group_size", "n": "grpo.group_size", "reward_funcs": "grpo.rewards",
+    "custom_reward_function": "grpo.rewards", "max_completion_length": "rollout.max_new_tokens",
+    "max_response_length": "rollout.max_new_tokens", "num_iterations": "grpo.num_epochs",
+    "ppo_epochs": "grpo.num_epochs", "beta": "grpo.kl.coefficient", "kl_loss_coef": "grpo.kl.coefficient",
+    "epsilon": "grpo.clip_low", "epsilon_high": "grpo.clip_high", "loss_type": "grpo.algorithm",
+    "adv_estimator": "grpo.algorithm", "loss_agg_mode": "grpo.normalisation",
+}  # fmt: skip
+"""What TRL's and verl's trainers call fields that are here under another name (configs/README.md)."""
+
+
+def validation_sentences(error: ValidationError, schema: type[Section]) -> list[str]:
+    """Return one sentence for each thing that makes values none of a schema, naming the field."""
+    return [_sentence(detail["type"], detail["loc"], detail, schema) for detail in error.errors()]
+
+
+def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, Any], schema: type[Section]) -> str:
+    """Turn one pydantic error into a sentence that names the field and a value that would work."""
+    path = location_text(location)
+    if kind == "extra_forbidden":
+        return f"{path}: {_why_unknown(location, schema)}"
+    field = field_at(location, schema)
+    example = field.example if field else "see --help"
+    if isinstance(location[-1], int) and field is not None:
+        example = field.item_example
+    elif kind in _NOT_A_SECTION and field is not None and field.section is not None:
+        example = f"a mapping of {', '.join(field.section.model_fields)}"
+    elif kind == "literal_error" and field is not None:
+        example = next(iter(difflib.get_close_matches(str(detail["input"]), _choices(field), n=1)), example)
+    if kind == "missing":
+        if len(location) == 1 and field is not None and field.section is not None:
+            return f"{path}: missing section; add one, or a base: that has it"
+        return f"{path}: missing; a value that would work: {example}"
+    return f"{path}: {_rule_broken(kind, detail, field)}; a value that would work: {example}"
+
+
+def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None) -> str:
+    given = detail["input"]
+    is_bound = kind in _BOUNDS
+    shown = repr(given) if isinstance(given, str) and not is_bound else value_text(given)
+    shown = shown if len(shown) <= 60 else f"{shown[:40]}... ({len(shown)} characters)"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    if kind.startswith("int_"):
+        return f"{shown} is not a whole number"
+    if kind.startswith("float_"):
+        return f"{shown} is not a number"
+    if kind == "finite_number":
+        return f"{shown} is not a finite number"
+    if kind.startswith("bool_"):
+        return f"{shown} is not true or false"
+    if kind == "string_type":
+        return f"{shown} is not text"
+    if kind == "literal_error" and field is not None:
+        return f"{shown} is not one of {', '.join(_choices(field))}"
+    if kind == "tuple_type":
+        return f"{shown} is not a list"
+    if kind in _NOT_A_SECTION:
+        return f"{shown} is not a section with fields"
+    if is_bound:
+        return f"{shown} must be {_BOUNDS[kind]} {next(iter(detail['ctx'].values()))}"
+    return f"{shown} is refused ({detail['msg']})"
+
+
+def _choices(field: SchemaField) -> list[str]:
+    """Return the words that a field takes."""
+    return field.type_text.removeprefix("list of ").split(" | ")
+
+
+def _why_unknown(location: tuple[str | int, ...], schema: type[Section]) -> str:
+    """Say whose field it is where another stage has it; else what is nearest to it."""
+    stages = {config: stage for stage, config in STAGE_CONFIGS.items()}
+    for other, stage in stages.items():
+        if schema in stages and other is not schema and field_at(location, other) is not None:
+            this = stages[schema]
+            return f"belongs to the stage {stage} (launch/{stage}.py), this is {this}; remove it, or start that one"
+    return f"unknown field; {_suggestion(location, schema)}"
+
+
+def _suggestion(location: tuple[str | int, ...], schema: type[Section]) -> str:
+    """Name the nearest valid field: a sibling spelt alike, the same name elsewhere, or the nearest dotted path."""
+    if any(isinstance(part, int) for part in location):
+        parent = field_at(location[:-1], schema)
+        return f"its fields are {parent.type_text.removeprefix('list of ')}" if parent else "see --help"
+    path = ".".join(str(part) for part in location)
+    parent_path, _, name = path.rpartition(".")
+    known = [field.path for field in schema_fields(schema)]
+    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent_path}
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {siblings[close[0]]}?"
+    if _NAMES_IN_OTHERS.get(name) in known:
+        return f"what it is in TRL or verl is {_NAMES_IN_OTHERS[name]} here"
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"did you mean {difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0)[0]}?"
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)  # below, the section's name alone is alike
+    if close:
+        return f"did you mean {close[0]}?"
+    top = "the sections are" if schema in STAGE_CONFIGS.values() else "the fields are"
+    return f"{f'{parent_path} has' if parent_path else top} {', '.join(siblings)}"
