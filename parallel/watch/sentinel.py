@@ -1,6 +1,6 @@
 """The process beside a rank: writes down where the rank is, raises the alarm, gives the verdict, ends what hangs.
 
-Started by `parallel/watch/watch.py` as `python sentinel.py SETTINGS`; standard library alone, so that it starts at once
+Started by `parallel/watch/watch.py` as `python sentinel.py SETTINGS`; standard library alone (and what needs no more), so that it starts at once
 and is not held up by what holds up the rank. It ends with its rank.
 """
 
@@ -23,6 +23,8 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from configs.errors import ExitCode
+from parallel.failures import note_end
 from parallel.watch.beacon import Call, look, open_memory
 from parallel.watch.flight import flight_path, read_flight, with_flight
 from parallel.watch.reports import (
@@ -308,6 +310,7 @@ class Sentinel:
                 print(f"watch: {verdict.sentence}", file=sys.stderr, flush=True)
         self._write(self._report(is_over=not is_alive))
         if is_alive:
+            note_end(ExitCode.PEER_LOST, verdict.sentence)  # which the rank cannot do any more
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -139,8 +140,7 @@ class CheckpointWriter:
         if pending.thread is not None:
             pending.thread.join()
         self._pending = None
-        error = None if pending.error is None else f"rank {self._mesh.rank}: {pending.error}"
-        failure = first_of_ranks(error)
+        failure = first_of_ranks(None if pending.error is None else self._describe_error(pending.error))
         if failure is not None:
             self._discard(pending)
             raise self._failure(pending, failure)
@@ -157,12 +157,16 @@ class CheckpointWriter:
             self._discard(pending)
             raise self._failure(pending, problem)
 
-    def _failure(self, pending: _Pending, reason: str) -> CheckpointFailed:
+    def _describe_error(self, error: BaseException) -> str:
+        """Return why this rank could not write, and what its host sees of the disk: that of another may be its own."""
         free = free_bytes(self._dir) / 1e9
+        return f"rank {self._mesh.rank} on {socket.gethostname()}, which sees {free:.2f} GB free: {error}"
+
+    def _failure(self, pending: _Pending, reason: str) -> CheckpointFailed:
         return CheckpointFailed(
-            f"checkpoint of step {pending.step} could not be written to {self._dir}, which has {free:.2f} GB free "
-            f"({reason}{describe_file_limit()}); the previous checkpoint is untouched: make room there, or set run.dir "
-            "to another disk, and run the command again."
+            f"checkpoint of step {pending.step} could not be written to {self._dir} ({reason}{describe_file_limit()}); "
+            "the previous checkpoint is untouched: make room there, or set run.dir to another disk, and run the "
+            "command again."
         )
 
     def _write(self, pending: _Pending, pieces: Pieces) -> None:
