@@ -1,6 +1,7 @@
 """What programs reach of a device's published figures: a few constants for all devices, models and layouts.
 
-None is set for one run, and none was fitted to the runs that configs/README.md compares with.
+None is set for one run; configs/README.md says which came in after a comparison. The figures of single kernels are
+quoted from memory of the sources named: look them up before one is changed.
 """
 
 from __future__ import annotations
