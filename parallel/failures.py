@@ -5,20 +5,19 @@ Torch-free. Which errors a device's collectives raise is the platform's knowledg
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from configs.errors import in_one_line
+from parallel.end_notes import note_end
 
 # torch.distributed's own errors, by name so that this file needs no torch.
 _PEER_ERROR_NAMES = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
@@ -98,21 +97,6 @@ def flush_streams() -> bool:
             are_whole = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return are_whole
-
-
-def note_end(exit_code: int, sentence: str = "") -> None:
-    """Leave a file CODE.HOST with who ended so and why in the directory that SHARDWRIGHT_ENDS names, if there is one.
-
-    A batch script reads there why the ranks ended: torchrun turns every code into 1, and srun tells the largest of all
-    nodes, which may be that of ranks that only lost a peer. A host's first rank with that code is the one that writes.
-    """
-    directory = os.environ.get("SHARDWRIGHT_ENDS")
-    if not directory:
-        return
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    with contextlib.suppress(OSError):  # also where the disk is full: the empty file says enough
-        with open(os.path.join(directory, f"{int(exit_code)}.{host}"), "x", encoding="utf-8") as file:
-            file.write(f"rank {os.environ.get('RANK', '0')} on {host}{': ' if sentence else ''}{sentence}\n")
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -1,6 +1,6 @@
 """The process beside a rank: writes down where the rank is, raises the alarm, gives the verdict, ends what hangs.
 
-Started by `parallel/watch/watch.py` as `python sentinel.py SETTINGS`; standard library alone (and what needs no more), so that it starts at once
+Started by `parallel/watch/watch.py` as `python sentinel.py SETTINGS`; it imports no packages, so that it starts at once
 and is not held up by what holds up the rank. It ends with its rank.
 """
 
@@ -23,8 +23,7 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configs.errors import ExitCode
-from parallel.failures import note_end
+from parallel.end_notes import note_end
 from parallel.watch.beacon import Call, look, open_memory
 from parallel.watch.flight import flight_path, read_flight, with_flight
 from parallel.watch.reports import (
@@ -61,6 +60,8 @@ class Settings:
     host: str
     place: str
     folder: str
+    exit_code: int
+    """Of a rank that is ended."""
     limit_seconds: float
     """How long a rank may wait in a collective before the alarm is raised."""
     memory: int
@@ -310,7 +311,7 @@ class Sentinel:
                 print(f"watch: {verdict.sentence}", file=sys.stderr, flush=True)
         self._write(self._report(is_over=not is_alive))
         if is_alive:
-            note_end(ExitCode.PEER_LOST, verdict.sentence)  # which the rank cannot do any more
+            note_end(self._settings.exit_code, verdict.sentence)  # which the rank cannot do any more
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)
 

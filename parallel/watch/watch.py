@@ -120,6 +120,7 @@ class Watch:
             host=me.host,
             place=me.place,
             folder=str(folder),
+            exit_code=ExitCode.PEER_LOST,
             limit_seconds=self._limit,
             has_flight=self._mesh.platform.queues_collectives,
             memory=memory,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.failures import describe_peer_loss, is_peer_loss, let_rank_zero_speak, note_end, report
+from parallel.end_notes import note_end
+from parallel.failures import describe_peer_loss, is_peer_loss, let_rank_zero_speak, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
