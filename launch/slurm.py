@@ -19,7 +19,7 @@ from configs.load import load_cluster, read_config, resolved_dict
 from configs.rules.cluster import check_cluster, check_nodes
 from configs.sections.cluster import ClusterConfig
 from configs.stages import Config
-from launch.batch_script import RECIPE_NAME, Job, batch_script
+from launch.batch_script import GOES_ON, RECIPE_NAME, Job, batch_script
 from launch.dry_run import plan_problems
 from launch.other_launchers import pytorchjob, torchrun_script
 from launch.scheduler import cancel, check_partition, find_owner, has_slurm, list_partitions, submit
@@ -191,9 +191,9 @@ def _submit_all(jobs: Sequence[Job], chain: int) -> list[str]:
     numbers: list[str] = []
     try:
         for job in jobs:
-            for _ in range(chain):
+            for place in range(chain):
                 after = numbers[-1] if numbers else None
-                numbers.append(submit(job.script, after))
+                numbers.append(submit(job.script, after, [GOES_ON] if place < chain - 1 else []))
                 waits = f", once job {after} has ended well" if after else ""
                 print(f"job {numbers[-1]}: {job.stage} on {job.num_nodes} nodes{waits}")
                 print(f"  log: {job.log_dir / numbers[-1]}.log")

@@ -24,7 +24,7 @@ STAND_INS = {
 case "$1 $2" in
   "show hostnames") echo n1; echo n2 ;;
   "show job") echo "ExcNodeList=n9" ;;
-  requeue* | update*) echo "$*" >> "$FAKE/calls" ;;
+  requeue* | update*) echo "$*" >> "$FAKE/calls"; [ -z "${FAKE_NO_REQUEUE:-}" ] ;;
 esac""",
     # The step's own call trains; the other is the question whether a node answers.
     "srun": """
@@ -118,7 +118,7 @@ def test_stages_and_chains_wait_for_each_other_and_begin_where_the_one_before_en
     one, two = (site / "runs" / name / "submit.sbatch" for name in ("one", "two"))
     waits = [f"--parsable --dependency=afterok:{number} --kill-on-invalid-dep=yes" for number in (1, 2, 3)]
     assert (site / "submitted").read_text().splitlines() == [
-        f"--parsable {one}", f"{waits[0]} {one}", f"{waits[1]} {two}", f"{waits[2]} {two}",
+        f"--parsable {one} goes-on", f"{waits[0]} {one}", f"{waits[1]} {two} goes-on", f"{waits[2]} {two}",
     ]  # fmt: skip
     assert f"  log: {one.parent}/logs/slurm/1.log" in capsys.readouterr().out.splitlines()
     written = load_config(str(two.parent / "recipe.yaml"), (), "sft")
@@ -130,7 +130,7 @@ def test_stages_and_chains_wait_for_each_other_and_begin_where_the_one_before_en
 
 def test_a_directory_with_a_live_owner_is_left_alone(site, capsys):
     run_dir = site / "runs" / "demo"
-    (site / "queue").write_text(f"41|RUNNING|n[1-2]|{run_dir}/submit.sbatch\n42|RUNNING|n3|elsewhere/submit.sbatch\n")
+    (site / "queue").write_text(f"41|RUNNING|n[1-2]|{run_dir}/submit.sbatch goes-on\n42|RUNNING|n3|elsewhere/submit.sbatch\n")
     assert slurm.main(PLAIN) == 2
     assert f"run.dir: {run_dir} belongs to SLURM job 41 (running on n[1-2]); wait for it" in capsys.readouterr().err
     (site / "queue").unlink()
@@ -176,14 +176,14 @@ def test_other_launchers_get_files_to_start_it_with(site):
     assert not (site / "submitted").exists()
 
 
-def run_script(site: Path, *, restart: int = 0, chain: int = 1, **variables: str) -> tuple[int, str, list[str]]:
+def run_script(site: Path, *arguments: str, restart: int = 0, chain: int = 1, **variables: str) -> tuple[int, str, list[str]]:
     """Write the script, run it as SLURM would, and return its exit code, its words and what it asked SLURM to do."""
     if restart == 0:
         assert slurm.main([*PLAIN, "--chain", str(chain)]) == 0
     (site / "calls").write_text("")
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": str(restart)}
     job["SLURMD_NODENAME"] = "n1"
-    script = ["bash", str(site / "runs/demo/submit.sbatch")]
+    script = ["bash", str(site / "runs/demo/submit.sbatch"), *arguments]
     done = subprocess.run(script, env={**os.environ, **job, **variables}, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, (site / "calls").read_text().splitlines()
 
@@ -208,8 +208,17 @@ def test_the_script_does_what_the_exit_code_calls_for(site, variables, code, cal
 
 def test_the_next_of_a_chain_takes_over_at_the_limit(site):
     ends = {"FAKE_ENDS": "3.n1 3.n2", "FAKE_CODE": "1"}
-    assert run_script(site, chain=2, FAKE_SIGNAL="1", **ends)[::2] == (0, [])
-    assert run_script(site, chain=2, **ends)[::2] == (3, [])
+    assert run_script(site, "goes-on", chain=2, FAKE_SIGNAL="1", **ends)[::2] == (0, [])
+    assert run_script(site, "goes-on", chain=2, **ends)[::2] == (3, [])
+    code, said, calls = run_script(site, chain=2, FAKE_SIGNAL="1", **ends)  # the last: no stage may start from it
+    assert (code, calls) == (3, []) and "the last job of the chain, and the run is not done: sbatch" in said
+
+
+def test_a_site_that_queues_no_job_again_ends_it_without_success(site):
+    code, said, calls = run_script(site, FAKE_ENDS="5.n1 5.n2", FAKE_CODE="1", FAKE_NO_REQUEUE="1")
+    assert (code, calls) == (5, ["requeue 7"]) and "SLURM does not queue this job again: sbatch" in said
+    ends = {"FAKE_ENDS": "3.n1 3.n2", "FAKE_CODE": "1", "FAKE_SIGNAL": "1", "FAKE_NO_REQUEUE": "1"}
+    assert run_script(site, **ends)[::2] == (3, ["requeue 7"])
 
 
 def test_restarts_without_progress_end(site):
