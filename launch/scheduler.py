@@ -44,18 +44,26 @@ def list_partitions() -> list[Partition]:
 
 
 def check_partition(cluster: ClusterConfig, num_nodes: int, partitions: Sequence[Partition]) -> Iterator[str]:
-    """Yield why no partition would ever run this job: SLURM itself would let it wait for ever."""
-    found = [one for one in partitions if one.name == cluster.partition or (not cluster.partition and one.is_default)]
+    """Yield why no partition would ever run this job: SLURM itself would let it wait for ever.
+
+    Of several (`a,b`), of which SLURM takes the first that is free, it is enough that one could.
+    """
     names = [one.name for one in partitions]
-    if not found:
-        if cluster.partition is None:
-            yield f"partition: this site has no default; values that would work: {', '.join(names)}"
-            return
-        near = difflib.get_close_matches(cluster.partition, names, n=1)
+    wanted = cluster.partition.split(",") if cluster.partition else [one.name for one in partitions if one.is_default]
+    if not wanted:
+        yield f"partition: this site has no default; values that would work: {', '.join(names)}"
+    unknown = [name for name in wanted if name not in names]
+    for name in unknown:
+        near = difflib.get_close_matches(name, names, n=1)
         works = f"did you mean {near[0]}?" if near else f"values that would work: {', '.join(names)}"
-        yield f"partition: {cluster.partition} does not exist here; {works}"
-        return
-    partition = found[0]
+        yield f"partition: {name} does not exist here; {works}"
+    if not unknown:
+        found = [list(_unfit(cluster, num_nodes, one)) for one in partitions if one.name in wanted]
+        yield from min(found, key=len, default=[])
+
+
+def _unfit(cluster: ClusterConfig, num_nodes: int, partition: Partition) -> Iterator[str]:
+    """Yield why this partition would not run the job."""
     if num_nodes > partition.num_nodes:
         yield (
             f"--nodes: {num_nodes}, and the partition {partition.name} has {partition.num_nodes}; a value that would "

@@ -109,6 +109,13 @@ def test_a_cluster_file_is_judged_like_a_recipe(site, capsys, text, sentence):
     assert sentence in capsys.readouterr().err
 
 
+def test_one_of_several_partitions_is_enough(site, capsys):
+    (site / "cluster.yaml").write_text("{gpus_per_node: 4, partition: 'gpu,long'}")
+    assert slurm.main([*PLAIN, "--time", "2-0"]) == 0
+    assert slurm.main([*PLAIN, "--nodes", "9"]) == 2
+    assert "--nodes: 9, and the partition gpu has 4; a value that would work: 4" in capsys.readouterr().err
+
+
 def test_stages_and_chains_wait_for_each_other_and_begin_where_the_one_before_ended(site, capsys):
     words = [
         RECIPE,
