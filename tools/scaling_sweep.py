@@ -114,7 +114,8 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     if sweep.stage not in STAGE_CONFIGS or sweep.stage == "rft":
         yield f"stage: '{sweep.stage}' takes no steps; a value that would work: pretrain"
     if not Path(sweep.recipe).is_file():
-        yield f"recipe: {sweep.recipe} does not exist; a value that would work: configs/demo/pretrain.yaml"
+        works = Path(__file__).parents[1] / "configs/demo/pretrain.yaml"
+        yield f"recipe: {sweep.recipe} does not exist, seen from {Path.cwd()}; a value that would work: {works}"
     if (sweep.ranks is None) == (sweep.nodes is None):
         yield "ranks: give either ranks (of this machine) or nodes (of a cluster); a value that would work: [1, 2]"
     if sweep.weak is None and sweep.strong is None:
