@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,14 @@ def test_missing_and_failed_runs_are_named_with_the_reason(sweep_dir, capsys):
         ({"num_warmup": 12}, "num_warmup: 12 of 12 steps leave none to measure; a value that would work: 3"),
         ({"weak": None, "strong": None}, "neither weak nor strong scaling is asked for"),
         ({"nodes": [1]}, "give either ranks"),
-        ({"layouts": {"a/b": {"ranks": [0]}}}, "layouts.a/b: [0] is no list of numbers of ranks"),
+        ({"layouts": {"a/b": {"ranks": [0]}}}, "layouts.a/b.ranks: [0] is no list of numbers of ranks"),
+        ({"layouts": {"a": {"ranks": []}}}, "layouts.a.ranks: [] is no list of numbers of ranks"),
+        ({"layouts": {"a": {"nodes": [4]}}}, "layouts.a.nodes: the sweep's numbers are ranks"),
+        ({"layouts": {"": {}}}, "layouts.: is part of the names of directories"),
+        ({"layouts": {"a": {"train.x": date(2026, 1, 1)}}}, "layouts.a.train.x: 2026-01-01 is neither text nor number"),
+        ({"layouts": {"a": {"train.num_steps": 9}}}, "layouts.a: train.num_steps is set by num_steps"),
+        ({"settings": ["train.global_batch_size=9"]}, "settings: train.global_batch_size is set by weak and strong"),
+        ({"ranks": []}, "ranks: there is none"),
         ({"stage": "rft"}, "stage: 'rft' takes no steps"),
     ],
 )
