@@ -84,8 +84,9 @@ def test_points_of_weak_and_strong_scaling(sweep_dir, write):
 def test_efficiency_in_closed_form(sweep_dir, write):
     """Where a share s cannot be divided, N ranks take s + (1 - s)/N of the time (Amdahl): 1/(1 + s(N - 1))."""
     sweep, serial = read_sweep(write()), 0.25
+    shares = {"mfu_bf16": 0.4, "mfu_fp8": 0.2}  # rows of a GPU that has both peaks
     for ranks in (1, 2, 4):
-        add_run(sweep_dir, f"dp_{ranks}ranks_batch16", 8 * (serial + (1 - serial) / ranks), 16 * 256, mfu_bf16=0.4)
+        add_run(sweep_dir, f"dp_{ranks}ranks_batch16", 8 * (serial + (1 - serial) / ranks), 16 * 256, **shares)
     for ranks in (1, 2):
         add_run(sweep_dir, f"dp_{ranks}ranks_batch{4 * ranks}", 2.0 + 0.5 * (ranks - 1), 4 * ranks * 256)
     points = plan_points(sweep, sweep_dir, None)
@@ -95,7 +96,7 @@ def test_efficiency_in_closed_form(sweep_dir, write):
     first = strong[0].measured
     assert first.tokens_per_second == pytest.approx(16 * 256 / 8) and first.step_seconds == pytest.approx(8)
     assert first.fastest_seconds < 8 < first.slowest_seconds and first.slowest_seconds < 8 * 1.1
-    assert (first.mfu, first.peak_memory_gb) == (0.4, 13.0)
+    assert (first.mfu_bf16, first.peak_memory_gb) == (0.4, 13.0)
     weak = compute_rows("weak", measured)
     # the run on 4 ranks serves both: 16 samples in 8 * (1/4 + 3/16) s
     assert [row.efficiency for row in weak] == pytest.approx([1, 2.0 / 2.5, (4 * 256 / 3.5) / (4 * 256 / 2.0)])
