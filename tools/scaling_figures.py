@@ -31,7 +31,7 @@ class Measured:
     """90th percentile."""
     peak_memory_gb: float | None
     mfu_bf16: float | None
-    """Median model FLOPs utilisation against the device's bf16 peak, whatever the run computes in, where it is known."""
+    """Median model FLOPs utilisation against the bf16 peak, whatever the run computes in, where that is known."""
 
     @property
     def per_device(self) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import os
+import pkgutil
 import signal
 import time
 from collections.abc import Iterator
@@ -68,6 +70,22 @@ def full_disk_at_step_4(rank: int) -> Iterator[None]:
             write(self, pending, pieces)
 
     with patch.object(CheckpointWriter, "_write", write_on_full_disk):
+        yield
+
+
+@contextlib.contextmanager
+def full_disk_at_the_end_of_step_4(rank: int) -> Iterator[None]:
+    """Let the disk run full (ENOSPC) while rank 0 writes down what the ranks have written as step 4."""
+    from trainer.checkpoint.manifest import Manifest
+
+    write = Manifest.write
+
+    def write_on_full_disk(self, directory):
+        if self.step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, directory)
+
+    with patch.object(Manifest, "write", write_on_full_disk):
         yield
 
 
@@ -163,6 +181,37 @@ def moved_directory(rank: int, *, is_taken_over: bool = False) -> Iterator[None]
         yield
 
 
+SAVING = {
+    "writing": (1, "trainer.checkpoint.writing", "_save", 40),
+    "hashing": (1, "trainer.checkpoint.writing", "hash_file", 2),
+    "gathering": (1, "trainer.checkpoint.save", "gather_to_rank_zero", 2),
+    "metadata": (0, "trainer.checkpoint.writing.pickle", "dump", 2),
+    "manifest": (0, "trainer.checkpoint.manifest.json", "dump", 2),
+    "rename": (0, "trainer.checkpoint.layout.os", "replace", 3),
+    "latest": (0, "trainer.checkpoint.layout.os", "replace", 4),
+    "hiding": (0, "trainer.checkpoint.layout.os", "replace", 5),
+    "deletion": (0, "trainer.checkpoint.save", "delete_rest", 1),
+}
+"""Rank, module, function, and its call in the save of step 4, by what is under way then; of keep_last 1."""
+
+
+@contextlib.contextmanager
+def killed_while_saving(rank: int, phase: str) -> Iterator[None]:
+    """End the process, as kill -9 does, in the second save of a run."""
+    killed, module, name, last = SAVING[phase]
+    owner = pkgutil.resolve_name(module)
+    plain, calls = getattr(owner, name), [0]
+
+    def call_or_die(*args, **options):
+        calls[0] += 1
+        if calls[0] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **options)
+
+    with patch.object(owner, name, call_or_die) if rank == killed else contextlib.nullcontext():
+        yield
+
+
 @contextlib.contextmanager
 def killed_in_second_round(rank: int) -> Iterator[None]:
     """End the process, as kill -9 does, when the second file of rollouts is written but not yet named."""
@@ -228,6 +277,7 @@ FAULTS = {
     "sigterm_rank_0_second_step": lambda rank: signal_while_reading(signal.SIGTERM, call=2, is_hit=rank == 0),
     "nan_loss": nan_loss,
     "full_disk": full_disk_at_step_4,
+    "full_disk_at_the_end": full_disk_at_the_end_of_step_4,
     "too_small_disk": too_small_disk_at_step_4,
     "killed_in_second_round": killed_in_second_round,
     "sigterm_in_round": sigterm_in_round,
@@ -236,5 +286,6 @@ FAULTS = {
         2, "trainer.engine.sharded_model.ShardedModel", "compute_next_logits", call=3
     ),
     "killed_while_scoring": lambda rank: killed_in_step(3, "trainer.environments.scoring.RewardPool", "score"),
+    **{f"killed_{phase}": functools.partial(killed_while_saving, phase=phase) for phase in SAVING},
     "killed_in_the_update": lambda rank: killed_in_step(4, "trainer.engine.engine.Engine", "train_step", call=2),
 }
