@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import select
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -180,6 +183,24 @@ def test_a_directory_holds_one_sweep(sweep_dir, write, tmp_path):
         write_sweep(more, [], tmp_path / "full")
     with pytest.raises(BadInput, match=r"holds no sweep\.json; give the directory of a sweep"):
         read_sweep_dir(tmp_path / "none")
+
+
+RUNNING = """
+import subprocess, sys
+from tools.scaling import _end_with_parent
+run = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], preexec_fn=_end_with_parent)
+run.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what ends a process with its parent is Linux's")
+def test_a_run_ends_with_a_command_that_is_killed():
+    """Its output closes when it does: else it would go on, and slow down the runs of the next command."""
+    command = [sys.executable, "-c", RUNNING]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as sweeping:
+        assert sweeping.stdout.readline() == b"1\n"
+        sweeping.kill()
+        assert select.select([sweeping.stdout], [], [], 10)[0] and sweeping.stdout.read() == b""
 
 
 STUB = """
