@@ -55,4 +55,4 @@ def test_every_architecture_is_a_model_section_and_nothing_else(root):
 
 def test_every_yaml_is_in_a_known_folder(root):
     folders = {path.parent.name for path in (root / "configs").rglob("*.yaml")}
-    assert folders <= {"models", "pretrain", "long_context", "sft", "grpo", "demo", "clusters"}, folders
+    assert folders <= {"models", "pretrain", "long_context", "sft", "preference", "grpo", "demo", "clusters"}, folders

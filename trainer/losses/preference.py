@@ -24,7 +24,7 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 
 def rdpo(
     chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor, beta: float, alpha: float
 ) -> Tensor:
-    """Return -log s(beta d + alpha (|y_w| - |y_l|)): of log-ratios, with a reward for length of `alpha` a token taken out.
+    """Return -log s(beta d + alpha (|y_w| - |y_l|)): a reward for length of `alpha` a token explains its part of d.
 
     Length-regularised DPO (arXiv:2403.19159, section 3).
     """
