@@ -14,7 +14,7 @@ from configs.sections.preference import PreferenceMethod
 from configs.stages import PreferenceConfig
 from parallel.collectives import gather_objects
 from trainer.data.batch import Batch
-from trainer.data.packed_source import MISMATCHED, REJECTED
+from trainer.data.packed_source import REJECTED
 from trainer.data.sequences import sum_by_sequence, with_sequences
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
@@ -132,7 +132,6 @@ class PreferenceObjective:
     def _judge_single(self, sums: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return KTO's loss of each answer, and its figures with their weights: of good answers, or of bad ones."""
         method, side = self._method, batch.sequences["side"]
-        assert bool((side[1::2] == MISMATCHED).all())
         ratios, divergence = (sums - batch.sequences["reference"])[::2], batch.sequences["divergence"]
         is_good = side[::2] != REJECTED
         losses = preference.kto(
