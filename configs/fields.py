@@ -64,6 +64,8 @@ class SchemaField:
     @property
     def item_example(self) -> str:
         """One item of a list field, as one would type it."""
+        if self.info.examples and isinstance(self.info.examples[0], list):
+            return value_text(self.info.examples[0][0])
         return _example(self.info.annotation, self.info.metadata).removeprefix("[").removesuffix("]")
 
 

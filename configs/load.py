@@ -199,7 +199,10 @@ def _read_file(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
         raise BadInput(f"{path}: not YAML ({in_one_line(error)})") from error
     if not isinstance(values, dict):
         found = "is empty" if values is None else "holds no sections"
-        raise BadInput(f"{path}{named_by} {found}; its top level must be sections such as `model:` and `train:`")
+        raise BadInput(
+            f"{path}{named_by} {found}; its top level must be sections such as `model:` and `train:`, or a "
+            "cluster's fields such as `gpus_per_node: 8`"
+        )
     return values
 
 

@@ -42,7 +42,7 @@ def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, A
     if kind == "extra_forbidden":
         return f"{path}: {_why_unknown(location, schema)}"
     field = field_at(location, schema)
-    example = field.example if field else "see --help"
+    example = field.example if field else _example_around(location, schema)
     if isinstance(location[-1], int) and field is not None:
         example = field.item_example
     elif kind in _NOT_A_SECTION and field is not None and field.section is not None:
@@ -54,6 +54,13 @@ def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, A
             return f"{path}: missing section; add one, or a base: that has it"
         return f"{path}: missing; a value that would work: {example}"
     return f"{path}: {_rule_broken(kind, detail, field)}; a value that would work: {example}"
+
+
+def _example_around(location: tuple[str | int, ...], schema: type[Section]) -> str:
+    """Show the field that a location lies in, where it is a key or a value of a mapping with names of its own."""
+    around = (field_at(location[:depth], schema) for depth in range(len(location) - 1, 0, -1))
+    field = next((one for one in around if one is not None), None)
+    return f"{field.path}: {field.example}" if field else "see --help"
 
 
 def _rule_broken(kind: str, detail: Mapping[str, Any], field: SchemaField | None) -> str:

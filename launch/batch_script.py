@@ -15,6 +15,8 @@ from configs.sections.cluster import ClusterConfig
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT_NAME = "submit.sbatch"
 RECIPE_NAME = "recipe.yaml"
+GOES_ON = "goes-on"
+"""The script's argument in all jobs of a chain but the last: what is not done at the limit then ends well."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _settings(job: Job) -> Iterator[str]:
         ("AT_LIMIT", "end" if job.ends_at_limit else "requeue"),
     ):
         yield f"{name}={shlex.quote(value)}"
+    yield "NEXT=${1:-}  # given where a job of the same run waits for this one"
     kept = 'ls "$RUN_DIR/rollouts" | tail -n 1' if job.stage == "rft" else 'readlink "$RUN_DIR/checkpoints/latest"'
     yield f'latest() {{ local last; last=$({kept} 2> /dev/null); echo "${{last:-none}}"; }}'
     yield _SIGNALS
@@ -132,7 +135,7 @@ def _settings(job: Job) -> Iterator[str]:
     for name, value in rank_variables(cluster).items():
         yield f"export {name}={shlex.quote(value)}"
     for line in cluster.setup:
-        yield f"{line} || {{ say {shlex.quote(f'setup: this line failed: {line}')}; exit 2; }}"
+        yield f"{line}\nafter_setup {shlex.quote(line)}"
     yield ""
     srun_options, prefix = container_words(job)
     torchrun = [f"--nnodes={job.num_nodes}", f"--nproc-per-node={cluster.num_local_ranks}", "--rdzv-backend=c10d"]
@@ -144,6 +147,7 @@ def _settings(job: Job) -> Iterator[str]:
 
 _SIGNALS = r"""
 say() { echo "submit.sbatch: $*"; }
+after_setup() { [ $? = 0 ] || { say "setup: this line failed: $1"; exit 2; }; }
 limit_near=""
 trap 'limit_near=$SECONDS; say "the limit is near: the ranks are told to save"' USR1
 # When SLURM ends a job it tells the ranks too; they have until KillWait to save, and this script waits for them.
@@ -251,7 +255,11 @@ case $code in
   3) [ -n "$limit_near" ] || exit 3 ;;  # stopped by somebody else, who knows why
 esac
 [ -z "$ended" ] || exit 5  # SLURM has the say: it cancels the job, or puts it back into the queue itself
-if [ "$AT_LIMIT" = end ] && [ -n "$limit_near" ]; then exit 0; fi  # the next job of the chain goes on
+if [ "$AT_LIMIT" = end ] && [ -n "$limit_near" ]; then
+  [ -n "$NEXT" ] && exit 0
+  say "the last job of the chain, and the run is not done: sbatch $RUN_DIR/submit.sbatch goes on"
+  exit 3  # no stage may start from here
+fi
 
 [ "$(latest)" != "$begun_at" ] && idle=-1
 if [ $((idle + 1)) -gt "$MAX_IDLE_RESTARTS" ]; then
@@ -260,6 +268,9 @@ if [ $((idle + 1)) -gt "$MAX_IDLE_RESTARTS" ]; then
 fi
 [ -n "$limit_near" ] || find_silent_nodes
 say "back into the queue"
-scontrol requeue "$SLURM_JOB_ID"
+if ! scontrol requeue "$SLURM_JOB_ID" && [ -z "$ended" ]; then
+  say "SLURM does not queue this job again: sbatch $RUN_DIR/submit.sbatch goes on, and --chain does without requeueing"
+  if [ -n "$limit_near" ]; then exit 3; else exit 5; fi
+fi
 exclude "$silent"
 """

@@ -76,18 +76,18 @@ def find_owner(run_dir: Path, script: Path) -> str | None:
     if has_slurm():
         for line in _ask("squeue", "-h", "-o", "%i|%T|%N|%o").splitlines():
             job, state, nodes, command = line.split("|", 3)
-            if command == str(script):
+            if command.split(" ")[0] == str(script):  # behind it, its argument
                 return f"SLURM job {job} ({state.lower()}{f' on {nodes}' if nodes else ''})"
     return _lock_holder(run_dir / ".lock")
 
 
-def submit(script: Path, after: str | None) -> str:
+def submit(script: Path, after: str | None, arguments: Sequence[str] = ()) -> str:
     """Submit a script and return the job's number; with `after` it waits until that job has ended well.
 
     Raises BadInput with SLURM's own words where it refuses.
     """
     waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    return _ask("sbatch", "--parsable", *waits, str(script)).strip().split(";")[0]
+    return _ask("sbatch", "--parsable", *waits, str(script), *arguments).strip().split(";")[0]
 
 
 def cancel(jobs: Sequence[str]) -> None:

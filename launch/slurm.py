@@ -5,6 +5,8 @@ Run: python launch/slurm.py configs/demo/pretrain.yaml --cluster configs/cluster
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from configs.load import load_cluster, read_config, resolved_dict
 from configs.rules.cluster import check_cluster, check_nodes
 from configs.sections.cluster import ClusterConfig
 from configs.stages import Config
-from launch.batch_script import RECIPE_NAME, Job, batch_script
+from launch.batch_script import GOES_ON, RECIPE_NAME, Job, batch_script
 from launch.dry_run import plan_problems
 from launch.other_launchers import pytorchjob, torchrun_script
 from launch.scheduler import cancel, check_partition, find_owner, has_slurm, list_partitions, submit
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         if request is None:
             print(USAGE)
         else:
-            run_request(request, shlex.join(["python", "launch/slurm.py", *argv]))
+            run_request(request, shlex.join(["python", "launch/slurm.py", *argv]).replace("\n", " "))
         flush_streams()
         return ExitCode.DONE
     except BadInput as error:
@@ -104,7 +106,9 @@ def _plan_stage(stage: StageRequest, cluster: ClusterConfig, before: Config | No
         return None, problems
     world_size = stage.num_nodes * cluster.num_local_ranks
     platform_name = CLUSTER_PLATFORM if cluster.gpus_per_node else "cpu"
-    ranks = f" (--nodes {stage.num_nodes}, {cluster.num_local_ranks} ranks each)"
+    unit = math.lcm(config.parallel.tp * config.parallel.pp * config.parallel.cp, cluster.num_local_ranks)
+    works = ", ".join(str(times * unit // cluster.num_local_ranks) for times in (1, 2, 3))
+    ranks = f" (--nodes {stage.num_nodes}, {cluster.num_local_ranks} ranks each; such as --nodes {works})"
     found = plan_problems(config, stage.stage, world_size, platform_name)
     problems += [one + ranks if one.startswith("parallel: world size") else one for one in found]
     problems += check_nodes(config, cluster)
@@ -128,10 +132,13 @@ def _place_problems(job: Job, earlier: Sequence[Path], request: Request) -> list
     problems = []
     if job.run_dir in earlier:
         problems.append(f"run.dir: {job.run_dir} is that of an earlier stage too; give each stage its own run.name")
-    if any(letter.isspace() or letter in "%\"'#\\" for letter in str(job.run_dir)):
-        problems.append(f"run.dir: {str(job.run_dir)!r} has letters that sbatch does not take in paths; use others")
     if request.format != "sbatch":
         return problems
+    refused = r"[\s%\"'#\\]" if job.cluster.container is None else r"[\s%\"'#\\,:]"  # as srun and apptainer list mounts
+    for name, place in (("run.dir", job.run_dir), ("the directory of the command", job.working_dir)):
+        if re.search(refused, str(place)):
+            works = re.sub(refused, "_", str(place))
+            problems.append(f"{name}: '{place}' has letters that sbatch does not take in paths; such as {works} works")
     try:
         if has_slurm() or not request.dry_run:
             problems += check_partition(job.cluster, job.num_nodes, list_partitions())
@@ -191,9 +198,9 @@ def _submit_all(jobs: Sequence[Job], chain: int) -> list[str]:
     numbers: list[str] = []
     try:
         for job in jobs:
-            for _ in range(chain):
+            for place in range(chain):
                 after = numbers[-1] if numbers else None
-                numbers.append(submit(job.script, after))
+                numbers.append(submit(job.script, after, [GOES_ON] if place < chain - 1 else []))
                 waits = f", once job {after} has ended well" if after else ""
                 print(f"job {numbers[-1]}: {job.stage} on {job.num_nodes} nodes{waits}")
                 print(f"  log: {job.log_dir / numbers[-1]}.log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if name == "--dry-run" and not equals:
             options[name] = ""
         elif name in _VALUED:
-            if not equals and (not rest or rest[0].startswith("-")):
+            if not equals and (not rest or re.match("-(?![0-9])", rest[0])):  # -2 is a value, and a wrong one
                 raise BadInput(f"{name}: lacks its value; --help shows one")
             options[name] = value if equals else rest.pop(0)
         elif word.startswith("-"):
@@ -138,11 +139,14 @@ def _recipes(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
 def _stages(options: dict[str, str], recipes: Sequence[str]) -> list[str]:
     if "--stage" in options and len(recipes) > 1:
         raise BadInput(f"--stage: names one stage, and there are {len(recipes)} recipes; use --stages A,B,...")
-    given = options.get("--stages", options.get("--stage"))
+    option = "--stages" if "--stages" in options else "--stage"
+    given = options.get(option)
     stages = given.split(",") if given is not None else [_stage_of(recipe) for recipe in recipes]
     for stage in stages:
         if stage not in STAGE_CONFIGS:
-            raise BadInput(f"--stages: '{stage}' is not one of {', '.join(STAGE_CONFIGS)}")
+            near = next(iter(difflib.get_close_matches(stage, STAGE_CONFIGS, n=1)), "pretrain")
+            known = ", ".join(STAGE_CONFIGS)
+            raise BadInput(f"{option}: '{stage}' is not one of {known}; a value that would work: {near}")
     if len(stages) != len(recipes):
         raise BadInput(f"--stages: {len(stages)} stages for {len(recipes)} recipes; name a recipe for each stage")
     if "rft" in stages[:-1]:

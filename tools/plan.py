@@ -24,6 +24,7 @@ from configs.sections.parallel import ParallelConfig
 from configs.stages import STAGE_CONFIGS, Config
 from parallel.platform import CLUSTER_PLATFORM
 from tools.console import end_process, run_command
+from tools.outputs import check_file
 from tools.paths import path_argument
 from tools.plan_rehearse import ENDS, rehearse
 from tools.plan_table import (
@@ -74,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, differing: list[str]) -> None:
     machine = _machine(arguments)
+    for option, out in (("--json", arguments.json), ("--html", arguments.html)):
+        if out is not None:
+            check_file(out, option)
+            if arguments.why or arguments.rehearse is not None:
+                raise BadInput(f"{option}: is of the whole table; remove --why or --rehearse, or {option}")
     config = _load(arguments)
     if arguments.rehearse is not None:
         if not rehearse(config, arguments.stage, machine, arguments.rehearse):

@@ -24,9 +24,9 @@ from pathlib import Path
 if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
-
 from configs.errors import BadInput
+from configs.load import load_cluster
+from configs.rules.cluster import check_cluster
 from tools.console import end_process, run_command
 from tools.paths import path_argument
 from tools.scaling_figures import count_steps, describe_failure, log_of, outcome_of
@@ -165,20 +165,12 @@ def _drop_checkpoints(sweep_dir: Path, point: Point) -> None:
 
 
 def _ranks_per_node(cluster: Path) -> int:
-    """Return the ranks that a cluster file has on each node. Raises BadInput."""
-    try:
-        content = yaml.safe_load(cluster.read_text(encoding="utf-8"))
-        ranks = content.get("ranks_per_node") or content.get("gpus_per_node")
-    except OSError as error:
-        raise BadInput(
-            f"--cluster {cluster}: cannot be read ({(error.strerror or str(error)).lower()}); a value that would work: "
-            "configs/clusters/h100.yaml"
-        ) from None
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise BadInput(f"--cluster {cluster}: holds no fields; configs/clusters/h100.yaml shows what works") from None
-    if type(ranks) is not int or ranks < 1:
-        raise BadInput(f"--cluster {cluster}: says neither gpus_per_node nor ranks_per_node; such as gpus_per_node: 8")
-    return ranks
+    """Return the ranks that a cluster file, with its bases, has on each node. Raises BadInput."""
+    found = load_cluster(str(cluster))
+    problems = [f"{cluster}: {problem}" for problem in check_cluster(found)]
+    if problems:
+        raise BadInput("\n".join(problems))
+    return found.num_local_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:

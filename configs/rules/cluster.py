@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from configs.sections.cluster import ClusterConfig, time_limit_seconds
 from configs.stages import Config
+
+_INSTEAD = {
+    "--account": "account", "--array": "--chain on the command line", "--chdir": "the directory of the command",
+    "--constraint": "constraint", "--cpus-per-task": "cpus_per_rank", "--exclude": "exclude", "--export": "environment",
+    "--gpus-per-node": "gpus_per_node", "--mem": "memory_per_node", "--nodes": "--nodes on the command line",
+    "--ntasks": "ranks_per_node", "--ntasks-per-node": "ranks_per_node", "--output": "run.dir",
+    "--partition": "partition",
+    "--qos": "qos", "--reservation": "reservation", "--signal": "signal_seconds", "--time": "time_limit",
+}  # fmt: skip
+"""Options that the script sets: the last of two wins in sbatch, and the rest of the script would not know."""
 
 
 def check_cluster(cluster: ClusterConfig) -> Iterator[str]:
@@ -23,6 +34,10 @@ def check_cluster(cluster: ClusterConfig) -> Iterator[str]:
             f"signal_seconds: {cluster.signal_seconds} before a limit of {limit} seconds (time_limit, --time) leaves "
             f"no time to train; a value that would work: {max(1, limit // 10)}, or a longer time limit"
         )
+    for option in cluster.sbatch_options:
+        name = re.split("[= ]", option, maxsplit=1)[0]
+        if name in _INSTEAD:
+            yield f"sbatch_options: {name} is set by the script itself; remove it here and use {_INSTEAD[name]}"
     both = sorted({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} & cluster.environment.keys())
     if cluster.interface is not None and both:
         yield f"interface: sets {both[0]}, which environment: sets too; keep one of the two"

@@ -78,30 +78,31 @@ class ClusterConfig(Section):
 
     gpus_per_node: Annotated[int, Field(ge=0, le=64, examples=[8])]
     """GPUs asked for on each node, a rank each; 0 for ranks on the CPU."""
-    gpu_type: Word | None = None
+    gpu_type: Word | None = Field(None, examples=["h100"])
     """Type of the GPUs where a partition has several, such as h100."""
     ranks_per_node: Count | None = None
     """Ranks on each node; default `gpus_per_node`, and must be given where that is 0."""
     tp_across_nodes: bool = False
     """Allow tensor parallelism across nodes: true where fast links span nodes (racks of NVL72)."""
-    partition: Word | None = None
+    partition: Word | None = Field(None, examples=["gpu"])
     """Partition to submit to; null for the site's default."""
-    account: Word | None = None
+    account: Word | None = Field(None, examples=["my_project"])
     """Account that is charged; null for the user's default."""
-    qos: Word | None = None
+    qos: Word | None = Field(None, examples=["normal"])
     """Quality of service; null for the default."""
-    reservation: Word | None = None
+    reservation: Word | None = Field(None, examples=["maintenance_1"])
     """Reservation to run in."""
-    constraint: Word | None = None
+    constraint: Word | None = Field(None, examples=["ib"])
     """Features that the nodes must have (`--constraint`)."""
-    exclude: Word | None = None
+    exclude: Word | None = Field(None, examples=["node[07-09,12]"])
     """Nodes not to run on, as SLURM writes lists: node[07-09,12]."""
     exclusive: bool = True
     """Take whole nodes; false shares them with other jobs."""
     cpus_per_rank: PositiveInt | None = None
-    """CPUs asked for per rank; null for all of an exclusive node, else for the site's default."""
+    """CPUs asked for per rank; null for all of an exclusive node, else for the site's default, which is SLURM's one CPU
+    for all ranks of a node where the site says nothing."""
     memory_per_node: Word = "0"
-    """Memory asked for on each node, such as 500G; 0 for all of it."""
+    """Memory asked for on each node, such as 500G; 0 for all of it, also of a node that is shared."""
     time_limit: TimeLimit = "24:00:00"
     """Wall time of a job; `--time` replaces it."""
     signal_seconds: Annotated[int, Field(ge=1, le=65535)] = 600
@@ -112,9 +113,9 @@ class ClusterConfig(Section):
     """Image that the ranks run in; null for none."""
     setup: tuple[Line, ...] = Field((), examples=[["module load cuda/12.8"]])
     """Shell lines to run on the first node before the ranks start; the environment they leave goes to all ranks."""
-    python: Word | None = None
+    python: Word | None = Field(None, examples=["/opt/venv/bin/python"])
     """Python on the nodes; default the one that submits, and in a container `python`."""
-    interface: Word | None = None
+    interface: Word | None = Field(None, examples=["ib0"])
     """Network interface that ranks meet on: sets NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME."""
     environment: dict[Name, str] = Field({}, examples=["{NCCL_IB_HCA: mlx5}"])
     """Variables of all ranks: nothing else is taken from the shell that submits."""

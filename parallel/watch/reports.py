@@ -122,11 +122,14 @@ def write_ranks(folder: Path, ranks: Iterable[Rank]) -> None:
 def read_ranks(folder: Path) -> list[Rank]:
     """Return who the ranks are, in order; of a folder that lacks this, those that have written something."""
     try:
-        return [Rank(**one) for one in json.loads((folder / RANKS).read_text(encoding="utf-8"))]
+        ranks = [Rank(**one) for one in json.loads((folder / RANKS).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
-        numbers = sorted(int(path.stem[len("rank_") :]) for path in folder.glob("rank_*.json"))
-        found = (read_report(folder, number) for number in numbers)
-        return [one.rank for one in found if one is not None]
+        ranks = []
+    if ranks:
+        return ranks
+    numbers = sorted(int(path.stem[len("rank_") :]) for path in folder.glob("rank_*.json") if path.stem[5:].isdecimal())
+    found = (read_report(folder, number) for number in numbers)
+    return [one.rank for one in found if one is not None]
 
 
 def read_report(folder: Path, rank: int) -> Report | None:
@@ -143,9 +146,13 @@ def read_report(folder: Path, rank: int) -> Report | None:
 
 def parse_report(text: str) -> Report:
     """Return the report of a file's first line. Raises ValueError, KeyError or TypeError where it is none."""
-    fields: dict[str, Any] = json.loads(text.split("\n", 1)[0])
+    fields: dict[str, Any] = dict(json.loads(text.split("\n", 1)[0]))
     rank, last, waits_in = Rank(**fields.pop("rank")), fields.pop("last"), fields.pop("waits_in")
-    return Report(rank=rank, last=_read_call(last), waits_in=_read_call(waits_in), **fields)
+    report = Report(rank=rank, last=_read_call(last), waits_in=_read_call(waits_in), **fields)
+    times = (report.phase_seconds, report.idle_seconds, report.wait_seconds, report.written_at)
+    if not all(isinstance(one, float | int) for one in times):
+        raise TypeError("a time that is no number")
+    return report
 
 
 class ReportFile:

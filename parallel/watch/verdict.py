@@ -51,7 +51,7 @@ def write_verdict(folder: Path, alarm: str, verdict: Verdict) -> None:
 
 def read_verdict(folder: Path) -> tuple[str, Verdict]:
     """Return the last alarm and the verdict on it. Raises OSError, ValueError, KeyError or TypeError for none."""
-    fields = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    fields = dict(json.loads((folder / _FILE).read_text(encoding="utf-8")))
     alarm = fields.pop("alarm")
     return alarm, Verdict(**{**fields, "culprits": tuple(fields["culprits"])})
 

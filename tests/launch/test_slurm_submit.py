@@ -24,7 +24,7 @@ STAND_INS = {
 case "$1 $2" in
   "show hostnames") echo n1; echo n2 ;;
   "show job") echo "ExcNodeList=n9" ;;
-  requeue* | update*) echo "$*" >> "$FAKE/calls" ;;
+  requeue* | update*) echo "$*" >> "$FAKE/calls"; [ -z "${FAKE_NO_REQUEUE:-}" ] ;;
 esac""",
     # The step's own call trains; the other is the question whether a node answers.
     "srun": """
@@ -69,12 +69,14 @@ PLAIN = [RECIPE, "--cluster", "cluster.yaml", "--nodes", "2"]
         ([*PLAIN, "--nodes", "5"], "--nodes: 5, and the partition gpu has 4; a value that would work: 4"),
         ([*PLAIN, "parallel.tp=8"], "parallel.tp: 8 does not divide the 4 ranks of a node"),
         ([*PLAIN, "--nodes", "3", "parallel.pp=5"], "parallel: world size 12 is no multiple of tp*pp*cp = 2*5*1 = 10;"),
-        ([*PLAIN, "--nodes", "3", "parallel.pp=5"], "(--nodes 3, 4 ranks each)"),
+        ([*PLAIN, "--nodes", "3", "parallel.pp=5"], "(--nodes 3, 4 ranks each; such as --nodes 5, 10, 15)"),
         ([*PLAIN, "trian.num_steps=3"], "trian: unknown field; did you mean train?"),
         ([*PLAIN, SFT, "--stages", "pretrain"], "--stages: 1 stages for 2 recipes; name a recipe for each stage"),
         ([*PLAIN, SFT, "run.name=demo"], "is that of an earlier stage too; give each stage its own run.name"),
         ([*PLAIN, SFT, "model.num_layers=2"], "sft: model: cannot take over the weights of the stage before: model."),
-        ([*PLAIN, "run.dir=a%b"], "has letters that sbatch does not take in paths"),
+        ([*PLAIN, "run.dir=a%b"], "has letters that sbatch does not take in paths; such as"),
+        ([*PLAIN, "--nodes", "-2"], "--nodes: '-2' is not a number from 1; a value that would work: 2"),
+        ([*PLAIN, "--stage", "stf"], "--stage: 'stf' is not one of pretrain, long_context, sft, grpo, rft; a value"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told_before_anything_is_written(site, capsys, words, sentence):
@@ -92,6 +94,11 @@ def test_what_cannot_be_is_told_before_anything_is_written(site, capsys, words, 
         ("{gpus_per_node: 4, ranks_per_node: 8}", "ranks_per_node: 8 ranks for gpus_per_node: 4, and each needs one"),
         ("{gpus_per_node: 4, partition: gup}", "partition: gup does not exist here; did you mean gpu?"),
         ("{gpus_per_node: 4, environment: {A-B: 1}}", "environment.A-B"),
+        ("{gpus_per_node: 4, environment: {A: null}}", "a value that would work: environment: {NCCL_IB_HCA: mlx5}"),
+        ("{gpus_per_node: 4, account: a b}", "not one word without quotes; a value that would work: my_project"),
+        ("{gpus_per_node: 4, sbatch_options: [mail-type=END]}", "of sbatch; a value that would work: --mail-type="),
+        ("{gpus_per_node: 4, sbatch_options: [--export=ALL]}", "--export is set by the script itself; remove it"),
+        ("", "cluster.yaml is empty; its top level must be sections such as `model:` and `train:`, or a cluster's"),
         ("{gpus_per_node: 4, interface: ib0, environment: {NCCL_SOCKET_IFNAME: eth0}}", "interface: sets NCCL_SOCKET"),
         ("{gpus_per_node: 4, container: {runtime: docker, image: x}}", "'docker' is not one of pyxis, apptainer"),
     ],
@@ -118,7 +125,7 @@ def test_stages_and_chains_wait_for_each_other_and_begin_where_the_one_before_en
     one, two = (site / "runs" / name / "submit.sbatch" for name in ("one", "two"))
     waits = [f"--parsable --dependency=afterok:{number} --kill-on-invalid-dep=yes" for number in (1, 2, 3)]
     assert (site / "submitted").read_text().splitlines() == [
-        f"--parsable {one}", f"{waits[0]} {one}", f"{waits[1]} {two}", f"{waits[2]} {two}",
+        f"--parsable {one} goes-on", f"{waits[0]} {one}", f"{waits[1]} {two} goes-on", f"{waits[2]} {two}",
     ]  # fmt: skip
     assert f"  log: {one.parent}/logs/slurm/1.log" in capsys.readouterr().out.splitlines()
     written = load_config(str(two.parent / "recipe.yaml"), (), "sft")
@@ -130,7 +137,9 @@ def test_stages_and_chains_wait_for_each_other_and_begin_where_the_one_before_en
 
 def test_a_directory_with_a_live_owner_is_left_alone(site, capsys):
     run_dir = site / "runs" / "demo"
-    (site / "queue").write_text(f"41|RUNNING|n[1-2]|{run_dir}/submit.sbatch\n42|RUNNING|n3|elsewhere/submit.sbatch\n")
+    (site / "queue").write_text(
+        f"41|RUNNING|n[1-2]|{run_dir}/submit.sbatch goes-on\n42|RUNNING|n3|elsewhere/submit.sbatch\n"
+    )
     assert slurm.main(PLAIN) == 2
     assert f"run.dir: {run_dir} belongs to SLURM job 41 (running on n[1-2]); wait for it" in capsys.readouterr().err
     (site / "queue").unlink()
@@ -161,29 +170,55 @@ def test_a_dry_run_needs_no_torch_and_no_slurm_and_writes_nothing(tmp_path):
 def test_other_launchers_get_files_to_start_it_with(site):
     assert slurm.main([*PLAIN, "--format", "torchrun"]) == 0
     text = (site / "runs/demo/torchrun.sh").read_text()
-    assert "--nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d" in text and '--rdzv-endpoint="$1:29400"' in text
+    alone = subprocess.run(["bash", str(site / "runs/demo/torchrun.sh")], capture_output=True, text=True)
+    assert alone.returncode != 0 and "is missing: bash torchrun.sh FIRST_HOST" in alone.stderr
+    assert "--nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d" in text and '--rdzv-endpoint="$first:29400"' in text
     assert slurm.main([*PLAIN, "--format", "pytorchjob"]) == 2, "it needs an image"
-    (site / "cluster.yaml").write_text(
-        "{gpus_per_node: 4, container: {runtime: pyxis, image: a/b:1, mounts: ['/d:/e']}}"
+    image = (
+        "{gpus_per_node: 4, setup: ['true # here'], container: {runtime: pyxis, image: a/b:1, mounts: ['/d:/e:ro']}}"
     )
-    assert slurm.main([*PLAIN, "--format", "pytorchjob"]) == 0
+    (site / "cluster.yaml").write_text(image.replace("a/b:1", "/b.sqsh"))
+    assert slurm.main([*PLAIN, "--format", "pytorchjob"]) == 2, "no registry has a file"
+    (site / "cluster.yaml").write_text(image)
+    assert slurm.main([*PLAIN, "--format", "pytorchjob", "run.name=8b", "run.dir=runs/demo"]) == 0
     job = yaml.safe_load((site / "runs/demo/pytorchjob.yaml").read_text())
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert [replicas[kind]["replicas"] for kind in ("Master", "Worker")] == [1, 1]
     pod = replicas["Worker"]["template"]["spec"]
-    assert {"hostPath": {"path": "/d"}, "name": "mount-3"} in pod["volumes"]
+    number = next(one["name"] for one in pod["volumes"] if one.get("hostPath") == {"path": "/d"})
+    assert {"name": number, "mountPath": "/e", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+    assert job["metadata"]["name"] == "run-8b", "names of Services begin with a letter"
+    assert pod["containers"][0]["command"][2].splitlines()[:2] == ["set -e", "true # here"]
     assert pod["containers"][0]["resources"] == {"limits": {"nvidia.com/gpu": 4}}
     assert not (site / "submitted").exists()
 
 
-def run_script(site: Path, *, restart: int = 0, chain: int = 1, **variables: str) -> tuple[int, str, list[str]]:
+def test_a_directory_that_sbatch_could_not_enter_is_refused(site, capsys, monkeypatch):
+    (site / "my dir").mkdir()
+    monkeypatch.chdir(site / "my dir")
+    words = [RECIPE, f"run.dir={site}/run", "--cluster", "../cluster.yaml", "--nodes", "2"]
+    assert slurm.main(words) == 2
+    assert f"'{site}/my dir' has letters that sbatch does not take in paths" in capsys.readouterr().err
+    assert slurm.main([*words, "--format", "torchrun"]) == 0
+
+
+def test_a_line_of_setup_that_fails_ends_the_job(site):
+    with (site / "cluster.yaml").open("a") as file:
+        file.write("setup: ['export A=1  # first', 'false  # a comment']\n")
+    code, said, _ = run_script(site)
+    assert code == 2 and "setup: this line failed: false  # a comment" in said
+
+
+def run_script(
+    site: Path, *arguments: str, restart: int = 0, chain: int = 1, **variables: str
+) -> tuple[int, str, list[str]]:
     """Write the script, run it as SLURM would, and return its exit code, its words and what it asked SLURM to do."""
     if restart == 0:
         assert slurm.main([*PLAIN, "--chain", str(chain)]) == 0
     (site / "calls").write_text("")
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": str(restart)}
     job["SLURMD_NODENAME"] = "n1"
-    script = ["bash", str(site / "runs/demo/submit.sbatch")]
+    script = ["bash", str(site / "runs/demo/submit.sbatch"), *arguments]
     done = subprocess.run(script, env={**os.environ, **job, **variables}, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, (site / "calls").read_text().splitlines()
 
@@ -208,8 +243,17 @@ def test_the_script_does_what_the_exit_code_calls_for(site, variables, code, cal
 
 def test_the_next_of_a_chain_takes_over_at_the_limit(site):
     ends = {"FAKE_ENDS": "3.n1 3.n2", "FAKE_CODE": "1"}
-    assert run_script(site, chain=2, FAKE_SIGNAL="1", **ends)[::2] == (0, [])
-    assert run_script(site, chain=2, **ends)[::2] == (3, [])
+    assert run_script(site, "goes-on", chain=2, FAKE_SIGNAL="1", **ends)[::2] == (0, [])
+    assert run_script(site, "goes-on", chain=2, **ends)[::2] == (3, [])
+    code, said, calls = run_script(site, chain=2, FAKE_SIGNAL="1", **ends)  # the last: no stage may start from it
+    assert (code, calls) == (3, []) and "the last job of the chain, and the run is not done: sbatch" in said
+
+
+def test_a_site_that_queues_no_job_again_ends_it_without_success(site):
+    code, said, calls = run_script(site, FAKE_ENDS="5.n1 5.n2", FAKE_CODE="1", FAKE_NO_REQUEUE="1")
+    assert (code, calls) == (5, ["requeue 7"]) and "SLURM does not queue this job again: sbatch" in said
+    ends = {"FAKE_ENDS": "3.n1 3.n2", "FAKE_CODE": "1", "FAKE_SIGNAL": "1", "FAKE_NO_REQUEUE": "1"}
+    assert run_script(site, **ends)[::2] == (3, ["requeue 7"])
 
 
 def test_restarts_without_progress_end(site):

@@ -57,6 +57,17 @@ def test_files_of_other_ranks_may_be_missing_or_damaged(run_dir, capsys):
     (folder / "rank_3.json").write_text("{")
     found = explained(run_dir, capsys)
     assert [one["rank"] for one in found["culprits"]] == [2] and found["without_report"] == [0, 3]
+    # Other JSON than a report's, and the list of ranks without any.
+    whole = json.loads((folder / "rank_1.json").read_text())
+    for text in ("3", "null", '"x"', "[]", json.dumps({**whole, "wait_seconds": "x"})):
+        (folder / "rank_3.json").write_text(text)
+        (folder / "verdict.json").write_text(text)
+        assert explained(run_dir, capsys)["without_report"] == [0, 3], text
+    (folder / "ranks.json").write_text("[]")
+    (folder / "rank_x.json").write_text("{}")
+    assert [one["rank"] for one in explained(run_dir, capsys)["culprits"]] == [2]
+    write_ranks(folder, RANKS)
+    (folder / "verdict.json").unlink()
     (folder / "rank_2.json").unlink()
     found = explained(run_dir, capsys)
     assert [one["rank"] for one in found["culprits"]] == [0, 2, 3] and "of which nothing was heard" in found["sentence"]

@@ -70,6 +70,8 @@ def test_the_first_layout_can_be_pasted(recipe, tmp_path, capsys):
         (["--gpus", "16", "--device", "h100", "--why", "tp=x"], "--why: 'tp=x' is not a size; .*such as tp=8,pp=4"),
         (["--gpus", "16", "--device", "h100", "--rehearse", "16"], "--rehearse: '16' is not a rank of 16; .*0,15"),
         (["--gpus", "8", "--device", "h100", BLOCKS, "--rehearse"], "blockwise runs in Transformer Engine alone"),
+        (["--gpus", "16", "--device", "h100", "--html", "none/p.html"], "p.html: cannot be written, as there is no"),
+        (["--gpus", "16", "--device", "h100", "--why", "tp=2", "--json", "p.json"], "--json: is of the whole table"),
         (["--gpus", "1", "--device", "h100", "model.num_layers=100"], "no layout fits .* nearest is tp=1 .* too much"),
     ],
 )  # fmt: skip

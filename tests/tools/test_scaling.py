@@ -220,7 +220,8 @@ def test_points_are_submitted_as_jobs(write, tmp_path, monkeypatch, capsys, is_b
     """With a stand-in for launch/slurm.py, which takes and refuses jobs."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "slurm.py").write_text(STUB.replace("BAD", str(is_bad)))
-    (tmp_path / "cluster.yaml").write_text("gpus_per_node: 0\nranks_per_node: 2\n")
+    (tmp_path / "site.yaml").write_text("gpus_per_node: 0\nranks_per_node: 2\n")
+    (tmp_path / "cluster.yaml").write_text("base: site.yaml\n")
     monkeypatch.setattr(scaling, "ROOT", tmp_path)
     path = write(ranks=None, nodes=[1, 2], layouts={"dp": {}, "tp2": {"tp": 2, "nodes": [1]}})
     out = tmp_path / "out"
