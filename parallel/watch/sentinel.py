@@ -191,7 +191,7 @@ class Sentinel:
 
     def _report(self, *, is_over: bool = False) -> Report:
         glance = look(self._cells)
-        begun = {group["group"]: glance.begun[place] for place, group in enumerate(self._groups)}
+        begun = {group["group"]: count for group, count in zip(self._groups, glance.begun, strict=False)}
         state = ("done" if self._is_done else "ended") if is_over else process_state(self._settings.pid)
         return Report(
             rank=self._rank,
