@@ -313,7 +313,28 @@ def full_disk_on_a_host(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def long_answers(rank: int) -> Iterator[None]:
+    """Let the first call of a replica of ranks 0 and 1 take 8 s, in which these wait for each other at every token."""
+    import torch.distributed as dist
+
+    from trainer.generate.generator import EngineGenerator
+
+    answer, calls = EngineGenerator._answer, []
+
+    def slow(self, *args):
+        calls.append(self)
+        for _ in range(400 if rank in (0, 1) and len(calls) == 1 else 0):
+            time.sleep(0.02 * rank)
+            dist.barrier(group=self._model.mesh.tp_group)
+        return answer(self, *args)
+
+    with patch.object(EngineGenerator, "_answer", slow):
+        yield
+
+
 FAULTS = {
+    "long_answers": long_answers,
     "wrong_sums": wrong_sums,
     "other_torch": other_torch,
     "full_disk_on_a_host": full_disk_on_a_host,
