@@ -19,6 +19,7 @@ from configs.sections.model import ModelConfig
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.precision import PrecisionConfig
+from configs.sections.preference import PreferenceSection
 from configs.sections.rft import RftSection
 from configs.sections.rollout import RolloutSection
 from configs.sections.run import LogConfig, RunConfig, SampleConfig
@@ -114,6 +115,35 @@ class SftConfig(Config):
         return True
 
 
+class PreferenceConfig(Config):
+    """Learning from preferences: the shared sections, and pairs of answers in the place of `data`'s sources."""
+
+    preference: PreferenceSection = PreferenceSection()
+
+    def sources(self, split: Split) -> Sequence[Any]:
+        """Return the sources of preferences."""
+        return self.preference.train if split == "train" else self.preference.validation
+
+    def source_field(self, split: Split) -> str:
+        """Return the field of the preferences."""
+        return f"preference.{split}"
+
+    @property
+    def chat_template(self) -> tuple[str, str | None]:
+        """The field of the chat template, and its value."""
+        return "preference.template", self.preference.template
+
+    @property
+    def packing(self) -> str:
+        """How rows are made of pairs."""
+        return self.preference.rows
+
+    @property
+    def has_document_mask(self) -> bool:
+        """Attention stays within answers."""
+        return True
+
+
 class GrpoConfig(Config):
     """Reinforcement learning from rewards: the shared sections, prompts in the place of `data`'s sources, rollouts."""
 
@@ -171,6 +201,7 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
+    "preference": PreferenceConfig,
     "grpo": GrpoConfig,
     "rft": RftConfig,
 }

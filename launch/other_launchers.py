@@ -96,7 +96,7 @@ def _volumes(job: Job, more: Sequence[str]) -> tuple[list[dict[str, Any]], list[
             raise BadInput(
                 f"container.mounts: {mount} ends in {options[0]}, which Kubernetes lacks; ro or rw would work"
             )
-        places[target] = (source, "".join(options))
+        places[target] = (source, options[0] if options else "")
     # 64 MiB by default, too little for NCCL.
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]

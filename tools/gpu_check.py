@@ -45,11 +45,14 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
     """Yield every check with its name, the speed of large shapes last since peak memory only grows."""
     from tools.device_checks.attention import check_attention
     from tools.device_checks.checkpoint import check_checkpoint
+    from tools.device_checks.hosts import check_device_facts, check_flight_recorder
     from tools.device_checks.lora import check_lora
     from tools.device_checks.speed import check_speed, small_shape
     from tools.device_checks.steps import check_collectives, check_control_group, check_loss_scaler, check_steps
 
+    yield "device facts", lambda: check_device_facts(mesh)
     yield "collectives", lambda: check_collectives(mesh)
+    yield "flight recorder", lambda: check_flight_recorder(mesh)
     yield "control group", lambda: check_control_group(mesh)
     yield from _model_checks(mesh)
     for compute in ("fp32", "bf16", "fp16"):

@@ -1,7 +1,8 @@
-"""Make questions with worked answers as chats, to fine-tune on, and held-out ones to ask.
+"""Make questions with worked answers as chats, to fine-tune on, and held-out ones to ask; or right and wrong answers.
 
 Run: python tools/make_small_tasks.py --out data/tasks [--tasks calculator] [--digits 4] [--rows 20000] [--held-out 200]
-Writes DIR/train.jsonl and DIR/held_out.jsonl: a row has `messages`, the `answer` that is right, and `tools` if any.
+Writes DIR/train.jsonl and DIR/held_out.jsonl: a row has `messages`, the `answer` that is right, and `tools` if any;
+with --tasks pairs `prompt`, `chosen` and `rejected`, which --shuffle-labels exchanges in half of the rows to train on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
     from trainer.environments.small_tasks import SmallTask
 
 
-def make_small_tasks(out: str, kind: str, num_rows: int, num_held_out: int, seed: int, max_digits: int = 4) -> None:
+def make_small_tasks(
+    out: str,
+    kind: str,
+    num_rows: int,
+    num_held_out: int,
+    seed: int,
+    max_digits: int = 4,
+    *,
+    is_shuffled: bool = False,
+) -> None:
     """Write both files; no question that is held out is among those to train on."""
     from trainer.environments.calculator import draw_calculator_task
     from trainer.environments.small_tasks import draw_task
@@ -51,17 +61,28 @@ def make_small_tasks(out: str, kind: str, num_rows: int, num_held_out: int, seed
     for name, tasks in (("train", train), ("held_out", list(held_out.values()))):
         path = folder / f"{name}.jsonl"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(task.row) + "\n" for task in tasks), encoding="utf-8")
+        rows = [task.pair if kind == "pairs" else task.row for task in tasks]  # type: ignore[union-attr]
+        if is_shuffled and name == "train":
+            rows = [
+                row | {"chosen": row["rejected"], "rejected": row["chosen"]} if source.random() < 0.5 else row
+                for row in rows
+            ]
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(temporary, path)
-        print(f"{path}: {len(tasks):,} chats")
+        print(f"{path}: {len(tasks):,} {'pairs' if kind == 'pairs' else 'chats'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(prog="make_small_tasks.py", description="Small questions with answers, as chats.")
     parser.add_argument("--out", type=path_text, required=True, metavar="DIR", help="directory to write")
-    kinds = "small ones, to do in one's head, or such as need the tool of the calculator (default: small)"
-    parser.add_argument("--tasks", choices=("small", "calculator"), default="small", help=kinds)
+    kinds = (
+        "small ones, to do in one's head, such as need the tool of the calculator, or small ones with a right and a "
+    )
+    kinds += "wrong answer (default: small)"
+    parser.add_argument("--tasks", choices=("small", "calculator", "pairs"), default="small", help=kinds)
+    shuffled = "of pairs to train on, prefer the wrong answer in half: what must not help"
+    parser.add_argument("--shuffle-labels", action="store_true", help=shuffled)
     for name, default, meaning in (
         ("rows", 20_000, "chats to train on"),
         ("held-out", 200, "chats to ask, none of which is trained on"),
@@ -73,13 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rows < 1 or not 1 <= arguments.held_out <= 2000:
         parser.error("--rows and --held-out: must be at least 1, and at most 2000 are held out; try 20000 and 200")
 
+    if arguments.shuffle_labels and arguments.tasks != "pairs":
+        parser.error("--shuffle-labels: needs labels; try --tasks pairs")
     if not 2 <= arguments.digits <= 9:
         parser.error("--digits: must be at least 2 and at most 9; try 4")
 
     def command() -> None:
         check_directory(arguments.out, "data/tasks")
         make_small_tasks(
-            arguments.out, arguments.tasks, arguments.rows, arguments.held_out, arguments.seed, arguments.digits
+            arguments.out,
+            arguments.tasks,
+            arguments.rows,
+            arguments.held_out,
+            arguments.seed,
+            arguments.digits,
+            is_shuffled=arguments.shuffle_labels,
         )
 
     return run_command(command)

@@ -99,6 +99,8 @@ def _run(arguments: argparse.Namespace, differing: list[str]) -> None:
     print("\n".join(describe_refused(found)))
     print("\nthe first:")
     print("\n".join(describe_plan(shown[0], machine)))
+    if arguments.stage == "grpo":
+        print("left out     answers, rewards and scores of a step, and the memory of their keys and values")
     print("overrides    " + " ".join(overrides_of(shown[0])))
     if arguments.json is not None:
         _write_json(arguments.json, found.plans)
@@ -170,6 +172,8 @@ def _nothing(found: Found, machine: Machine) -> str:
     """Return why no layout is left, as one sentence."""
     if not found.too_large:
         name, count = found.refused.most_common(1)[0]
+        if len(found.refused) == 1 and name.partition(".")[0] not in ("parallel", "train", "model"):
+            return found.examples[name]  # which has nothing to do with the layout
         return (
             f"--gpus: {machine.gpus} GPUs fit no layout of this recipe; {count:,} of {sum(found.refused.values()):,} "
             f"fail for one reason, such as {found.examples[name]}"

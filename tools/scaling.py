@@ -8,10 +8,12 @@ The same command goes on: runs that have taken their steps stay, the others begi
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +33,7 @@ from tools.scaling_figures import count_steps, describe_failure, log_of, outcome
 from tools.scaling_sweep import Point, Sweep, plan_points, read_sweep, write_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ALONE = {"OMP_NUM_THREADS": "1"}
 
 
@@ -89,9 +92,12 @@ def _run(sweep: Sweep, sweep_dir: Path, point: Point, say: Callable[[str], None]
     command = ["-m", "launch.local", "--nproc-per-node", str(point.num_ranks)]
     command += [str(ROOT / "launch" / f"{sweep.stage}.py"), sweep.recipe, *point.overrides]
     started = time.monotonic()
+    log_of(sweep_dir, point).unlink(missing_ok=True)  # a run that outlives a kill of this command may still write to it
     with log_of(sweep_dir, point).open("wb") as log:
         environment = _ALONE | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), _python_path()]))}
-        code = subprocess.run([sys.executable, *command], env=environment, stdout=log, stderr=log).returncode
+        code = subprocess.run(
+            [sys.executable, *command], env=environment, stdout=log, stderr=log, preexec_fn=_end_with_parent
+        ).returncode
     _write_outcome(sweep_dir, point, {"exit_code": code, "seconds": round(time.monotonic() - started, 1)})
     if code == 0 and _is_finished(sweep, sweep_dir, point):
         say(f"done in {time.monotonic() - started:.0f} s")
@@ -99,6 +105,12 @@ def _run(sweep: Sweep, sweep_dir: Path, point: Point, say: Callable[[str], None]
         return True
     say(f"failed: {describe_failure(sweep_dir, point)}")
     return False
+
+
+def _end_with_parent() -> None:
+    """Let the death of this command reach the run as SIGTERM: it would take the cores from those that come next."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _submit(sweep: Sweep, sweep_dir: Path, point: Point, cluster: Path, say: Callable[[str], None]) -> bool:

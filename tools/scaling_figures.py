@@ -30,8 +30,8 @@ class Measured:
     slowest_seconds: float
     """90th percentile."""
     peak_memory_gb: float | None
-    mfu: float | None
-    """Median model FLOPs utilisation, where the device's peak is known."""
+    mfu_bf16: float | None
+    """Median model FLOPs utilisation against the bf16 peak, whatever the run computes in, where that is known."""
 
     @property
     def per_device(self) -> float:
@@ -77,7 +77,7 @@ def measure(sweep: Sweep, sweep_dir: Path, point: Point) -> Measured | str:
         seconds = [float(row["seconds"]) for row in counted]
         tokens = statistics.fmean(float(row["num_input_tokens"]) for row in counted)
         memory = [float(row["peak_memory_gb"]) for row in rows if row.get("peak_memory_gb") is not None]
-        mfu = [float(row[name]) for row in counted for name in ("mfu_fp8", "mfu_bf16") if row.get(name) is not None]
+        mfu = [float(row["mfu_bf16"]) for row in counted if row.get("mfu_bf16") is not None]
     except (KeyError, TypeError, ValueError) as error:
         return f"its metrics.jsonl lacks {error}; run it again"
     median = statistics.median(seconds)
@@ -88,7 +88,7 @@ def measure(sweep: Sweep, sweep_dir: Path, point: Point) -> Measured | str:
         fastest_seconds=_percentile(seconds, 0.1),
         slowest_seconds=_percentile(seconds, 0.9),
         peak_memory_gb=max(memory, default=None),
-        mfu=statistics.median(mfu) if mfu else None,
+        mfu_bf16=statistics.median(mfu) if mfu else None,
     )
 
 

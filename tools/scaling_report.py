@@ -25,7 +25,7 @@ from tools.scaling_sweep import KINDS, Sweep, read_sweep_dir
 
 COLUMNS = (
     "layout", "ranks", "batch", "tokens/s", "tokens/s per rank", "efficiency", "step s", "10-90 % of steps",
-    "memory GB", "MFU",
+    "memory GB", "MFU (bf16)",
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def _texts(row: Row) -> tuple[str, ...]:
         f"{one.step_seconds:.4g}",
         f"{one.fastest_seconds:.4g}-{one.slowest_seconds:.4g}",
         "-" if one.peak_memory_gb is None else f"{one.peak_memory_gb:.2f}",
-        "-" if one.mfu is None else f"{one.mfu:.1%}",
+        "-" if one.mfu_bf16 is None else f"{one.mfu_bf16:.1%}",
     )
 
 
@@ -102,7 +102,7 @@ def _as_json(sweep: Sweep, rows: Mapping[str, Sequence[Row]], lacking: Mapping[s
                     "step_seconds_p10": row.measured.fastest_seconds,
                     "step_seconds_p90": row.measured.slowest_seconds,
                     "peak_memory_gb": row.measured.peak_memory_gb,
-                    "mfu": row.measured.mfu,
+                    "mfu_bf16": row.measured.mfu_bf16,
                 }
                 for row in some
             ]

@@ -22,6 +22,15 @@ _SETTINGS = (
     "train.eval_every=null", "train.log_every=1", "checkpoint.save_every=null", "checkpoint.resume=auto",
     "log.tensorboard=false",
 )  # fmt: skip
+_UNITS = ("ranks", "nodes")
+_OWN_FIELDS = {
+    "train.num_steps": "num_steps",
+    "train.global_batch_size": "weak and strong",
+    "run.name": "the sweep itself",
+    "run.dir": "--out",
+}
+"""Fields of the recipe that each run gets from the sweep, and from what there."""
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
 _EXAMPLE = "tools/scaling_cpu.yaml"
 
 
@@ -127,12 +136,41 @@ def _problems(sweep: Sweep) -> Iterator[str]:
             f"num_warmup: {sweep.num_warmup} of {sweep.num_steps} steps leave none to measure; a value that would "
             f"work: {max(1, sweep.num_steps // 4)} with num_steps of {max(4, sweep.num_steps)}"
         )
+    for name, sizes in (("ranks", sweep.ranks), ("nodes", sweep.nodes)):
+        if sizes == []:
+            yield f"{name}: there is none; a value that would work: [1, 2]"
+    for setting in sweep.settings:
+        yield from _problems_of_field(setting.partition("=")[0].strip(), "settings")
     for name, layout in sweep.layouts.items():
-        sizes = layout.get("ranks", layout.get("nodes"))
-        if not set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"):
-            yield f"layouts.{name}: is part of the names of directories; use letters, digits, - and _"
-        if sizes is not None and not (isinstance(sizes, list) and all(type(one) is int and one > 0 for one in sizes)):
-            yield f"layouts.{name}: {sizes} is no list of numbers of ranks; a value that would work: [2, 4]"
+        yield from _problems_of_layout(name, layout, "ranks" if sweep.nodes is None else "nodes")
+
+
+def _problems_of_layout(name: str, layout: Mapping[str, Any], unit: str) -> Iterator[str]:
+    where = f"layouts.{name}"
+    if not name or not set(name) <= set(_LETTERS):
+        yield f"{where}: is part of the names of directories; use letters, digits, - and _"
+    for key, value in layout.items():
+        if key not in _UNITS:
+            yield from _problems_of_field(key, where)
+            if not _is_plain(value):
+                yield f"{where}.{key}: {value} is neither text nor number; write it in quotes"
+        elif key != unit:
+            yield f"{where}.{key}: the sweep's numbers are {unit}; what would work: {unit}: [2, 4]"
+        elif not (isinstance(value, list) and value and all(type(one) is int and one > 0 for one in value)):
+            yield f"{where}.{key}: {value} is no list of numbers of {unit}; a value that would work: [2, 4]"
+
+
+def _problems_of_field(key: str, where: str) -> Iterator[str]:
+    if key in _OWN_FIELDS:
+        yield f"{where}: {key} is set by {_OWN_FIELDS[key]}; leave it out here"
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def plan_points(sweep: Sweep, sweep_dir: Path, ranks_per_node: int | None) -> list[Point]:
@@ -174,7 +212,7 @@ def _overrides(sweep: Sweep, sweep_dir: Path, name: str, fields: Mapping[str, An
     words = [
         f"{key if '.' in key else f'parallel.{key}'}={json.dumps(value)}"
         for key, value in fields.items()
-        if key not in ("ranks", "nodes")
+        if key not in _UNITS
     ]
     return (
         *_SETTINGS, *sweep.settings, *words, f"train.num_steps={sweep.num_steps}", f"train.global_batch_size={batch}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configs.plan.derive import Layout, chunk_layers, head_dim, num_query_groups
+from configs.plan.derive import Layout, chunk_layers, first_layer_with_experts, head_dim, num_query_groups
 from configs.plan.tensors import Linear, distinct_linears, layer_linears
 from configs.sections.lora import ALL_LINEAR, LoraConfig
 from configs.sections.model import ModelConfig
@@ -114,18 +114,29 @@ def adapter_parameters_of_stage(config: Config, layout: Layout, pp_rank: int) ->
     """
     lora, model = config.lora, config.model
     assert lora is not None
+    layers = [layer for chunk in chunk_layers(model, config.parallel)[pp_rank] for layer in chunk]
+    first = first_layer_with_experts(model)
     dense = expert = 0
-    for chunk in chunk_layers(model, config.parallel)[pp_rank]:
-        for layer in chunk:
-            for adapted in adapted_linears(model, lora, layer):
-                linear = adapted.linear
-                ways = layout.tp if linear.num_experts is None else layout.etp
-                a, b = lora.rank * adapted.num_adapted * linear.input.total, lora.rank * linear.output.total
-                a, b = (a // ways, b) if linear.split == "row" else (a, b // ways)
-                if linear.num_experts is None:
-                    dense += a + b
-                else:
-                    expert += (a + b) * (linear.num_experts // layout.ep)
+    # all layers of a kind are alike
+    for some in ([layer for layer in layers if layer < first], [layer for layer in layers if layer >= first]):
+        if some:
+            of_one = _adapter_parameters(model, lora, layout, some[0])
+            dense, expert = dense + len(some) * of_one[0], expert + len(some) * of_one[1]
+    return dense, expert
+
+
+def _adapter_parameters(model: ModelConfig, lora: LoraConfig, layout: Layout, layer: int) -> tuple[int, int]:
+    """Return the adapter parameters of a layer that one rank holds outside and inside the experts."""
+    dense = expert = 0
+    for adapted in adapted_linears(model, lora, layer):
+        linear = adapted.linear
+        ways = layout.tp if linear.num_experts is None else layout.etp
+        a, b = lora.rank * adapted.num_adapted * linear.input.total, lora.rank * linear.output.total
+        a, b = (a // ways, b) if linear.split == "row" else (a, b // ways)
+        if linear.num_experts is None:
+            dense += a + b
+        else:
+            expert += (a + b) * (linear.num_experts // layout.ep)
     return dense, expert
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from configs.context_parallel import resolve_cp_attention
 from configs.plan import efficiency
+from configs.plan.adapters import adapter_parameters_of_stage
 from configs.plan.compute_time import ComputeTime, LayerSeconds, Seconds, recomputed
 from configs.plan.derive import Layout, chunk_layers, first_layer_with_experts, num_microbatches
 from configs.plan.devices import Device
@@ -23,6 +24,7 @@ from configs.plan.traffic import (
     axis_group,
     boundary_traffic,
     layer_traffic,
+    recomputed_traffic,
     replica_traffic,
 )
 from configs.sections.train import RecomputeConfig
@@ -115,10 +117,15 @@ class StepModel:
         has_te: bool,
         parameters: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """Work out one layer of each kind; `parameters` are those of `parameters_of_stages`, if they are known."""
+        """Work out one layer of each kind; `parameters` are those of `parameters_of_stages`, if they are known.
+
+        With LoRA what is reduced, updated and gathered are the adapters; what they compute is left out.
+        """
         self.layout, self.gpus_per_node, self.links = layout, gpus_per_node, _Links(device)
         self.compute = ComputeTime(config, layout, device, has_te=has_te)
-        self.parameters = parameters or parameters_of_stages(config, layout)
+        if config.lora is not None:
+            parameters = [adapter_parameters_of_stage(config, layout, pp_rank) for pp_rank in range(layout.pp)]
+        self.trained = parameters or parameters_of_stages(config, layout)
         first, num_layers = first_layer_with_experts(config.model), config.model.num_layers
         self.layers: dict[bool, tuple[LayerSeconds, LayerTraffic]] = {}
         for layer in {0, num_layers - 1}:
@@ -142,7 +149,7 @@ class StepModel:
             for kind, count in counts.items():
                 if count:
                     stage = stage + shares[kind].times(count * again) + plain[kind].times(count * (1 - again))
-            stages.append((stage, counts))
+            stages.append((stage, counts, again))
         return _step(config, self, stages)
 
 
@@ -166,40 +173,42 @@ def _share(
     """Return one layer's time for a microbatch, with what it waits for and what it computes again."""
     layout, links, gpus_per_node = model.layout, model.links, model.gpus_per_node
     forward, backward = layer.whole.forward, layer.whole.backward
-    tp_waited = links.seconds(traffic.tp_waited, 6)
-    tp = tp_waited + max(0.0, links.seconds(traffic.tp_hidden, 4) - layer.whole.backward)
+    tp = links.seconds(traffic.tp_waited, 6) + max(0.0, links.seconds(traffic.tp_hidden, 4) - layer.whole.backward)
     ep = links.seconds(traffic.ep, 4)
+    again = recomputed_traffic(recompute, traffic)
+    tp += links.seconds(again.tp, 2)
+    ep += links.seconds(again.ep, 2)
     cp = 0.0
     if layout.cp > 1:
         group = axis_group("cp", layout, gpus_per_node)
         is_ring = resolve_cp_attention(config, has_te=True) in ("te", "ring")
         for num_bytes, core in (
             (traffic.cp.forward, layer.core.forward),
+            (again.cp, layer.core.forward),
             (traffic.cp.backward, layer.core.backward),
         ):
             sent = Sent(across=num_bytes) if group.in_node < group.size else Sent(inside=num_bytes)
-            cp += max(0.0, links.seconds(sent, layout.cp) - core * is_ring)
+            cp += max(0.0, links.seconds(sent, layout.cp) - core * is_ring) if num_bytes else 0.0
     if recompute.granularity == "selective":
         backward += recomputed(layer, recompute.modules)
-        ep *= 1.5 if "moe" in recompute.modules else 1.0
     elif recompute.granularity == "full":
-        backward, tp, cp, ep = backward + forward, tp + tp_waited / 2, cp * 1.5, ep * 1.5
+        backward += forward
     return _Share(Seconds(forward, backward), tp, cp, ep, 1)
 
 
-def _step(config: Config, model: StepModel, stages: Sequence[tuple[_Share, dict[bool, int]]]) -> StepTime:
+def _step(config: Config, model: StepModel, stages: Sequence[tuple[_Share, dict[bool, int], float]]) -> StepTime:
     """Put a step together from the times of its stages."""
     layout, links, gpus_per_node, compute = model.layout, model.links, model.gpus_per_node, model.compute
     train = config.train
     m = num_microbatches(config, layout, train.global_batch_size)
     slowest = max(range(layout.pp), key=lambda pp_rank: stages[pp_rank][0].total + stages[pp_rank][0].host)
-    stage, counts = stages[slowest]
+    stage, counts, again = stages[slowest]
     boundary = boundary_traffic(config, layout, gpus_per_node)
     hop = links.seconds(boundary)
     # without chunks a stage waits for each batch of sends and receives, with them they run beside compute
     pp = 2 * hop * ((m if layout.vpp == 1 else 0) + layout.pp - 1)
     dp_seconds, update = 0.0, 0.0
-    for dense, expert in model.parameters:
+    for dense, expert in model.trained:
         replicas = replica_traffic(config, layout, gpus_per_node, dense, expert)
         pieces = max(1, (dense + expert) // max(_BUCKET_PARAMETERS, 1_000_000 * layout.dp))
         waited = _left_over(links.seconds(replicas.gradients, pieces), stage.seconds.backward, pieces)
@@ -209,7 +218,9 @@ def _step(config: Config, model: StepModel, stages: Sequence[tuple[_Share, dict[
         dp_seconds = max(dp_seconds, waited)
         shard = dense / (layout.dp * layout.cp) + expert / layout.edp
         update = max(update, compute.update(dense + expert, shard))
-    sent = _bytes_sent(config, model, slowest, counts, m) | {"pp": boundary * (2 * m * layout.vpp)}
+    sent = _bytes_sent(config, model, slowest, {kind: count * m for kind, count in counts.items()}, again) | {
+        "pp": boundary * (2 * m * layout.vpp)
+    }
     busy = stage.times(m)
     seconds = StepTime(
         compute=busy.seconds.total, host=stage.host * m, tp=busy.tp, cp=busy.cp, ep=busy.ep, pp=pp,
@@ -224,19 +235,27 @@ def _step(config: Config, model: StepModel, stages: Sequence[tuple[_Share, dict[
     )
 
 
-def _bytes_sent(config: Config, model: StepModel, stage: int, counts: dict[bool, int], m: int) -> dict[Axis, Sent]:
-    """Return what a rank of a stage with so many layers of each kind sends in a step, by axis but pp."""
+def _bytes_sent(
+    config: Config, model: StepModel, stage: int, counts: dict[bool, int], again: float
+) -> dict[Axis, Sent]:
+    """Return what a rank of a stage sends in a step, by axis but pp.
+
+    `counts` are passes through layers of each kind, of which the share `again` recomputes what the config says.
+    """
     layout, sent = model.layout, {}
-    dense, expert = model.parameters[stage]
+    dense, expert = model.trained[stage]
     parts: tuple[tuple[Axis, int, int], ...] = (("dp", dense, 0), ("edp", 0, expert))
     for axis, *sizes in parts:
         replicas = replica_traffic(config, layout, model.gpus_per_node, *sizes)
         sent[axis] = replicas.gradients + replicas.weights
-    kinds = [(traffic, counts[kind] * m) for kind, (_, traffic) in model.layers.items()]
-    sent["tp"] = sum((traffic.tp * count for traffic, count in kinds), Sent())
-    sent["ep"] = sum((traffic.ep * count for traffic, count in kinds), Sent())
+    kinds = [
+        (traffic, recomputed_traffic(config.train.recompute, traffic), counts[kind])
+        for kind, (_, traffic) in model.layers.items()
+    ]
+    sent["tp"] = sum(((first.tp + second.tp * again) * count for first, second, count in kinds), Sent())
+    sent["ep"] = sum(((first.ep + second.ep * again) * count for first, second, count in kinds), Sent())
     group = axis_group("cp", layout, model.gpus_per_node)
-    moved = sum((traffic.cp.forward + traffic.cp.backward) * count for traffic, count in kinds)
+    moved = sum((first.cp.forward + first.cp.backward + second.cp * again) * count for first, second, count in kinds)
     share = (group.in_node - (group.in_node < group.size)) / group.in_node  # of neighbours in the ring
     sent["cp"] = Sent(moved * share, moved * (1 - share))
     return sent

@@ -13,6 +13,7 @@ from typing import Literal, cast
 from configs.context_parallel import resolve_cp_attention
 from configs.plan.context_bytes import Method, SentBytes, microbatch_bytes
 from configs.plan.derive import Layout
+from configs.sections.train import RecomputeConfig
 from configs.stages import Config
 
 Axis = Literal["tp", "cp", "ep", "dp", "edp", "pp"]
@@ -82,6 +83,10 @@ class LayerTraffic:
     """In the backward pass beside multiplications: Megatron-Core starts these first."""
     tp_waited: Sent
     """While nothing else can be computed."""
+    tp_block: Sent
+    """In the forward pass of one of the blocks, attention and MLP, part of `tp_waited`."""
+    num_blocks: int
+    """Blocks whose ranks add up over tp: not the routed experts."""
     cp: SentBytes
     ep: Sent
 
@@ -114,7 +119,25 @@ def layer_traffic(config: Config, layout: Layout, gpus_per_node: int, *, has_exp
         # out and back, forward and backward; with etp each token goes to etp ranks of the expert
         own = whole / (layout.tp if layout.sp else 1)
         ep = axis_group("ep", layout, gpus_per_node).exchange(own * moe.top_k * layout.etp) * 4
-    return LayerTraffic(hidden, waited, cp, ep)
+    return LayerTraffic(hidden, waited, one * 2, num_blocks, cp, ep)
+
+
+@dataclass(frozen=True)
+class RecomputedTraffic:
+    """What one layer sends once more for one microbatch, as parts of its forward pass are computed again."""
+
+    tp: Sent = Sent()
+    cp: float = 0.0
+    ep: Sent = Sent()
+
+
+def recomputed_traffic(recompute: RecomputeConfig, traffic: LayerTraffic) -> RecomputedTraffic:
+    """Return what the modules that are recomputed send once more: all that their forward pass sends."""
+    if recompute.granularity == "full":
+        return RecomputedTraffic(traffic.tp_block * traffic.num_blocks, traffic.cp.forward, traffic.ep * 0.5)
+    if recompute.granularity == "selective" and not {"mlp", "moe"}.isdisjoint(recompute.modules):
+        return RecomputedTraffic(tp=traffic.tp_block * (traffic.num_blocks - 1), ep=traffic.ep * 0.5)
+    return RecomputedTraffic()
 
 
 @dataclass(frozen=True)
@@ -142,11 +165,14 @@ def replica_traffic(config: Config, layout: Layout, gpus_per_node: int, dense: i
 
 
 def boundary_traffic(config: Config, layout: Layout, gpus_per_node: int) -> Sent:
-    """Return what a rank sends to the next pipeline stage for one microbatch of one chunk: its output, as it lies."""
+    """Return what a rank sends to the next pipeline stage for one microbatch of one chunk: its output, as it lies.
+
+    The slowest hop sets the pace: it is inside a node only where all stages are in one.
+    """
     if layout.pp == 1:
         return Sent()
     value_bytes = 4 if config.precision.compute == "fp32" else 2
     tokens = config.train.micro_batch_size * config.train.seq_len // layout.cp
     size = tokens * config.model.hidden_size * value_bytes / (layout.tp if layout.sp else 1)
-    is_inside = layout.world_size // layout.pp < gpus_per_node
+    is_inside = layout.world_size <= gpus_per_node
     return Sent(inside=size) if is_inside else Sent(across=size)

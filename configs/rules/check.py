@@ -14,6 +14,7 @@ from configs.rules.grpo import check_grpo
 from configs.rules.layout import check_layout
 from configs.rules.lora import check_lora
 from configs.rules.model import check_model
+from configs.rules.preference import check_preference
 from configs.rules.rft import check_rft
 from configs.rules.stages import check_stage
 from configs.rules.training import check_training
@@ -31,6 +32,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *check_training(config),
         *check_stage(config),
         *check_grpo(config),
+        *check_preference(config),
         *check_rft(config),
         *check_fp8(config),
         *check_lora(config, has_te=has_te),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.stages import Config, GrpoConfig, LongContextConfig, RftConfig, SftConfig
+from configs.stages import Config, GrpoConfig, LongContextConfig, PreferenceConfig, RftConfig, SftConfig
 
 _NEEDS_WEIGHTS = {
     LongContextConfig: "long context continues",
     SftConfig: "supervised fine-tuning starts from",
+    PreferenceConfig: "learning from preferences starts from",
     RftConfig: "rejection sampling draws from",
     GrpoConfig: "reinforcement learning starts from",
 }

@@ -65,7 +65,7 @@ def with_flight(
             has_active.add(name)
         if not entry["is_p2p"]:
             begun[_PREFIX + name] = max(begun.get(_PREFIX + name, 0), entry["collective_seq_id"])
-    waits_in, seconds = None, 0.0
+    waits_in, seconds = report.waits_in, report.wait_seconds  # of the host, which the recorder may not know
     if oldest is not None:
         waits_in = _as_call(oldest, groups)
         seconds = max(0.0, (report.written_at if now is None else now) - oldest["time_created_ns"] / 1e9)

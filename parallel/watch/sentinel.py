@@ -84,6 +84,11 @@ class Settings:
         return max(1.0, self.limit_seconds / 15)
 
     @property
+    def stop_seconds(self) -> float:
+        """How much too late this process may wake; later, and it was stopped, as the whole run may have been."""
+        return max(1.0, 0.1 * self.limit_seconds)
+
+    @property
     def settle_seconds(self) -> float:
         """How long the others have to notice an alarm: clients of NFS may take a minute to see a new file."""
         return max(0.5, 0.15 * self.limit_seconds)
@@ -106,15 +111,18 @@ class Sentinel:
         self._beat = 0
         self._written = -1e9
         self._patience = settings.limit_seconds
+        self._ran_since = time.monotonic()
         self._alarm = ""
         self._at = ""
 
     def watch(self) -> None:
         """Look at the rank again and again; return when it has ended."""
         while self._wait(self._settings.tick_seconds):
-            now, report = time.monotonic(), self._look()
-            if now - self._written >= self._settings.beat_seconds:
+            report = self._look()
+            if time.monotonic() - self._written >= self._settings.beat_seconds:
                 self._write(report)
+            if max(report.wait_seconds, report.idle_seconds) < self._settings.limit_seconds:
+                self._patience = self._settings.limit_seconds  # what took long is over
             alarm = self._see_alarm()
             if not alarm and report.wait_seconds > self._patience:
                 alarm = self._raise_alarm()
@@ -141,6 +149,8 @@ class Sentinel:
                 self._take_in(data)
             if self._process in ready or self._is_done:
                 return False
+        if -left > self._settings.stop_seconds:
+            self._ran_since = time.monotonic()
         return True
 
     def _take_in(self, data: bytes) -> None:
@@ -152,14 +162,21 @@ class Sentinel:
             else:
                 self._groups.append({**message, "ranks": lengthen(message["ranks"])})
 
-    def _look(self) -> Report:
-        """Return the report, with the flight recorder's part where nothing has happened for long."""
+    def _look(self, *, is_alarm: bool = False) -> Report:
+        """Return the report, with the flight recorder's part where nothing has happened for long, or on an alarm.
+
+        Nobody waits while all is stopped, as by Ctrl-Z or `scontrol suspend`: that time is not counted.
+        """
         report, settings = self._report(), self._settings
-        if not settings.has_flight or report.idle_seconds < self._patience or report.phase not in DEVICE_PHASES:
-            return report
-        dump = self._dump_flight()
-        groups = [group for group in self._groups if group["axis"] != CONTROL]
-        return report if dump is None else with_flight(report, dump, groups)
+        if report.state == "stopped":
+            self._ran_since = time.monotonic()
+        is_due = is_alarm or (report.idle_seconds >= self._patience and report.phase in DEVICE_PHASES)
+        if settings.has_flight and is_due:
+            dump = self._dump_flight()
+            groups = [group for group in self._groups if group["axis"] != CONTROL]
+            report = report if dump is None else with_flight(report, dump, groups)
+        most = round(time.monotonic() - self._ran_since, 3)
+        return dataclasses.replace(report, wait_seconds=min(report.wait_seconds, most))
 
     def _dump_flight(self) -> dict[str, Any] | None:
         """Ask the rank for a dump and return it; None where the rank's interpreter does not answer."""
@@ -174,7 +191,7 @@ class Sentinel:
 
     def _report(self, *, is_over: bool = False) -> Report:
         glance = look(self._cells)
-        begun = {group["group"]: glance.begun[place] for place, group in enumerate(self._groups)}
+        begun = {group["group"]: count for group, count in zip(self._groups, glance.begun, strict=False)}
         state = ("done" if self._is_done else "ended") if is_over else process_state(self._settings.pid)
         return Report(
             rank=self._rank,
@@ -225,7 +242,7 @@ class Sentinel:
         """Write down all that can be known of the rank, and wait for the verdict; return whether the run ends."""
         settings = self._settings
         self._at = self._dump_stacks()
-        self._write(self._look())
+        self._write(self._look(is_alarm=True))
         # Rank 0 judges; where it does not in time, the first rank of each host, and then every rank, judges alone.
         order = 0 if settings.rank == 0 else 1 if settings.local_rank == 0 else 2
         verdict = self._find_verdict(order * settings.settle_seconds / 2) if order else None

@@ -21,6 +21,8 @@ DEVICE_PHASES = ("forward_backward", "optimizer", "score", "evaluate", "generate
 """Phases in which a host may wait for its device."""
 _STEP_PHASES = ("forward_backward", "optimizer", "score")
 _MOST_NAMED = 4
+_MOVING = 0.2
+"""Of the limit, below which a wait is one of many that come and go: that rank is at work, such as on longer answers."""
 _FILE = "verdict.json"
 
 
@@ -70,9 +72,14 @@ def judge(ranks: Sequence[Rank], reports: Mapping[int, Report], limit_seconds: f
         if gone:
             return Verdict("rank", _sentence(gone, reports, waiting), tuple(one.rank for one in gone))
         return Verdict("nothing", "no rank waits for another in a collective")
-    blamed = _blamed(reports)
+    shortest = 0.0 if is_any_gone else _MOVING * limit_seconds
+    stuck = {number: one for number, one in waiting.items() if one.wait_seconds >= shortest}
+    missed = {other for one in stuck.values() for other in _missing(one, reports)}
+    blamed = _blamed(reports) or missed - stuck.keys()
     if blamed:
-        return _on_ranks([one for one in ranks if one.rank in blamed], ranks, reports, waiting)
+        return _on_ranks([one for one in ranks if one.rank in blamed], ranks, reports, stuck, limit_seconds)
+    if len(stuck) < len(waiting):
+        return Verdict("nothing", "the last rank that others waited for has just arrived")
     return _on_calls(waiting, reports)
 
 
@@ -91,12 +98,17 @@ def judge_remains(ranks: Sequence[Rank], reports: Mapping[int, Report]) -> Verdi
 
 
 def _on_ranks(
-    blamed: Sequence[Rank], ranks: Sequence[Rank], reports: Mapping[int, Report], waiting: Mapping[int, Report]
+    blamed: Sequence[Rank],
+    ranks: Sequence[Rank],
+    reports: Mapping[int, Report],
+    waiting: Mapping[int, Report],
+    limit_seconds: float,
 ) -> Verdict:
     """Blame those that are gone or stopped before those that are at work: these may be late for the same reason."""
     gone = [one for one in ranks if not _is_there(reports.get(one.rank))]
     named = gone or blamed
-    is_patient = not gone and all(one.waits_in is not None and one.waits_in.axis == CONTROL for one in waiting.values())
+    too_long = [one.waits_in for one in waiting.values() if one.wait_seconds >= limit_seconds]
+    is_patient = not gone and all(call is not None and call.axis == CONTROL for call in too_long)
     if is_patient and not any(reports[one.rank].phase in _STEP_PHASES for one in blamed):
         kind: Kind = "patience"
     else:

@@ -50,7 +50,11 @@ class Watch:
         self._exit = contextlib.ExitStack()
         self._socket: socket.socket | None = None
         self._folder: Path | None = None
+        self._settings: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._told: list[dict[str, Any]] = []
+        self._lock = threading.Lock()  # of what is told, and to whom
+        self._is_ending = False
         self.ranks: list[Rank] = []
         """Who the ranks of the world are, once it has started."""
 
@@ -74,9 +78,10 @@ class Watch:
         self._exit.callback(os.close, stacks)
         faulthandler.register(sentinel.STACK_SIGNAL, file=stacks, all_threads=True)
         self._exit.callback(faulthandler.unregister, sentinel.STACK_SIGNAL)
-        descriptor, cells = open_memory()
-        self._start_process(me, folder, descriptor, stacks)
-        os.close(descriptor)
+        memory, cells = open_memory()
+        self._exit.callback(os.close, memory)
+        self._settings = self._describe(me, folder, memory, stacks)
+        self._start_process()
         self._exit.callback(self._end_process)
         light(cells)
         self._exit.callback(put_out)
@@ -103,7 +108,9 @@ class Watch:
 
     def _end_process(self) -> None:
         assert self._process is not None and self._socket is not None
-        self._say({"done": True})
+        with self._lock:
+            self._is_ending = True
+            self._say({"done": True})
         try:
             self._process.wait(_ENDING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -111,33 +118,49 @@ class Watch:
             self._process.wait()
         self._socket.close()
 
-    def _start_process(self, me: Rank, folder: Path, memory: int, stacks: int) -> None:
+    def _describe(self, me: Rank, folder: Path, memory: int, stacks: int) -> dict[str, Any]:
+        """Return the settings of the process beside this rank, all but its end of the connection."""
+        return {
+            **dataclasses.asdict(me),
+            "local_rank": self._local_rank,
+            "pid": os.getpid(),
+            "folder": str(folder),
+            "exit_code": ExitCode.PEER_LOST,
+            "limit_seconds": self._limit,
+            "has_flight": self._mesh.platform.queues_collectives,
+            "memory": memory,
+            "stacks": stacks,
+        }
+
+    def _start_process(self) -> None:
         ours, theirs = socket.socketpair()
-        settings = sentinel.Settings(
-            rank=me.rank,
-            local_rank=self._local_rank,
-            pid=os.getpid(),
-            host=me.host,
-            place=me.place,
-            folder=str(folder),
-            exit_code=ExitCode.PEER_LOST,
-            limit_seconds=self._limit,
-            has_flight=self._mesh.platform.queues_collectives,
-            memory=memory,
-            stacks=stacks,
-            socket=theirs.fileno(),
-        )
+        settings = sentinel.Settings(**self._settings, socket=theirs.fileno())
         command = [sys.executable, "-I", "-S", sentinel.__file__, json.dumps(dataclasses.asdict(settings))]
+        descriptors = (settings.memory, settings.stacks, settings.socket)
         self._process = subprocess.Popen(
-            command, pass_fds=(memory, stacks, theirs.fileno()), stdin=subprocess.DEVNULL, start_new_session=True
+            command, pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
         self._socket = ours
+        for message in self._told:
+            self._say(message)
         threading.Thread(target=self._listen, args=(ours,), name="watch", daemon=True).start()
+
+    def _replace_process(self, connection: socket.socket) -> None:
+        """Start the process beside this rank again where a signal has ended it: else this rank would seem silent."""
+        with self._lock:
+            if self._is_ending or self._process is None or self._process.wait() >= 0:
+                return
+            connection.close()
+            log.warning("the process that watches rank %d was killed; another takes its place", self._mesh.rank)
+            self._start_process()
 
     def _tell_group(self, place: int, group: Any) -> None:
         ranks = dist.get_process_group_ranks(group)
-        self._say({"group": group.group_name, "axis": self._axis_of(group), "ranks": shorten(tuple(ranks))})
+        message = {"group": group.group_name, "axis": self._axis_of(group), "ranks": shorten(tuple(ranks))}
+        with self._lock:
+            self._told.append(message)
+            self._say(message)
 
     def _axis_of(self, group: Any) -> str:
         mesh = self._mesh
@@ -165,6 +188,7 @@ class Watch:
                     self._dump(Path(words["dump"]))
                 else:
                     self._leave(words["sentence"], is_speaker=words["speaks"])
+        self._replace_process(connection)
 
     def _dump(self, path: Path) -> None:
         """Write down what the flight recorder holds; it appears whole."""

@@ -98,6 +98,44 @@ def test_a_stage_sends_its_output_as_it_lies() -> None:
     assert boundary_traffic(config, derive_layout(config, 8), 8).inside == TOKENS_BYTES / 4
 
 
+def test_stages_of_several_nodes_are_as_fast_as_the_hop_between_nodes() -> None:
+    """tp 4, pp 4 on two nodes of 8: the second stage's outputs leave the node, and all others wait for that."""
+    config = gpt(parallel={"tp": 4, "pp": 4, "sp": True})
+    assert boundary_traffic(config, derive_layout(config, 16), 8).across == TOKENS_BYTES / 4
+
+
+@pytest.mark.parametrize(
+    ("recompute", "tp_rings", "cp_parts"),
+    [
+        ({}, 10, 6),
+        ({"granularity": "selective", "modules": ["mlp"]}, 12, 6),
+        ({"granularity": "full"}, 14, 7),
+        ({"granularity": "full", "method": "block", "num_layers": 2}, 11, 6.25),
+    ],
+    ids=["none", "mlp", "full", "a quarter"],
+)
+def test_what_is_computed_again_is_sent_again(recompute: dict, tp_rings: float, cp_parts: float) -> None:
+    """With sp each of two blocks has a gather and a scatter forward. Ring attention of 2 ranks: keys and values once
+    forward, once backward and, in fp32, their gradients twice, which are 2 (n = 2) times twice as large: 1 + 1 + 4."""
+    config = gpt(parallel={"tp": 2, "cp": 2, "sp": True}, train={"recompute": recompute})
+    sent = estimate_step(config, derive_layout(config, 4), find_device("h100"), 8, has_te=True).sent
+    ring = TOKENS_BYTES / 2 / 2  # of a cp rank's tokens, all but a tp rank's own
+    assert sent["tp"].total == pytest.approx(64 * LAYERS * tp_rings * ring)
+    keys = 2 * SEQ / 2 * HIDDEN / 2 * 2  # keys and values of a cp rank's tokens and a tp rank's heads, 2 bytes each
+    assert sent["cp"].total == pytest.approx(64 * LAYERS * cp_parts * keys)
+
+
+def test_lora_reduces_and_updates_its_adapters_alone() -> None:
+    """Rank 16 on two linears: r (in + out) of each, fp32 gradients and bf16 weights over 8 ranks."""
+    plain, lora = gpt(), gpt(lora={"rank": 16, "target_modules": ["o_proj", "down_proj"]})
+    step, whole = (
+        estimate_step(one, derive_layout(one, 8), find_device("h100"), 8, has_te=True) for one in (lora, plain)
+    )
+    adapters = LAYERS * 16 * ((HIDDEN + HIDDEN) + (8192 + HIDDEN))
+    assert step.sent["dp"].total == pytest.approx(adapters * 6 * 7 / 8)
+    assert step.update < whole.update / 50
+
+
 # NVIDIA's published tables of Megatron-Bridge for DGX H100, tokens/s a GPU; our own for the H200 (root README).
 PLAIN_8B = ["precision.fp8.recipe=tensorwise", "train.recompute.num_layers=5"]
 LONG_1B = ["train.seq_len=8192", "train.global_batch_size=4"]

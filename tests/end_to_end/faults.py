@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import os
+import pkgutil
 import signal
 import time
 from collections.abc import Iterator
@@ -68,6 +70,22 @@ def full_disk_at_step_4(rank: int) -> Iterator[None]:
             write(self, pending, pieces)
 
     with patch.object(CheckpointWriter, "_write", write_on_full_disk):
+        yield
+
+
+@contextlib.contextmanager
+def full_disk_at_the_end_of_step_4(rank: int) -> Iterator[None]:
+    """Let the disk run full (ENOSPC) while rank 0 writes down what the ranks have written as step 4."""
+    from trainer.checkpoint.manifest import Manifest
+
+    write = Manifest.write
+
+    def write_on_full_disk(self, directory):
+        if self.step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, directory)
+
+    with patch.object(Manifest, "write", write_on_full_disk):
         yield
 
 
@@ -163,6 +181,46 @@ def moved_directory(rank: int, *, is_taken_over: bool = False) -> Iterator[None]
         yield
 
 
+SAVING = {
+    "writing": (1, "trainer.checkpoint.writing.TensorFileWriter.write_piece", "exp_avg_sq"),
+    "hashing": (1, "trainer.checkpoint.writing.hash_file", ""),
+    "gathering": (1, "trainer.checkpoint.save.gather_to_rank_zero", ""),
+    "metadata": (0, "trainer.checkpoint.writing._write_to_disk", "metadata.json"),
+    "manifest": (0, "json.dump", "'layout'"),
+    "rename": (0, "os.replace", ".partial-step_00000004"),
+    "latest": (0, "os.replace", ".latest.new"),
+    "hiding": (0, "os.replace", ".deleted-step_00000002"),
+    "deletion": (0, "trainer.checkpoint.save.delete_rest", ""),
+}
+"""What is under way in a save (of keep_last 1): the rank, function and words in its arguments of the call to die in."""
+
+
+@contextlib.contextmanager
+def killed_while_saving(rank: int, phase: str) -> Iterator[None]:
+    """End the process, as kill -9 does, in the save of step 4."""
+    from trainer.checkpoint.save import CheckpointWriter
+
+    killed, place, words = SAVING[phase]
+    owner_name, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    plain, save, now = getattr(owner, name), CheckpointWriter.save, {"step": 0}
+
+    def save_step(self, state, stage):
+        now["step"] = state.step
+        save(self, state, stage)
+
+    def call_or_die(*args, **options):
+        if now["step"] == 4 and words in str(args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **options)
+
+    with contextlib.ExitStack() as stack:
+        if rank == killed:
+            stack.enter_context(patch.object(CheckpointWriter, "save", save_step))
+            stack.enter_context(patch.object(owner, name, call_or_die))
+        yield
+
+
 @contextlib.contextmanager
 def killed_in_second_round(rank: int) -> Iterator[None]:
     """End the process, as kill -9 does, when the second file of rollouts is written but not yet named."""
@@ -255,7 +313,28 @@ def full_disk_on_a_host(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def long_answers(rank: int) -> Iterator[None]:
+    """Let the first call of a replica of ranks 0 and 1 take 8 s, in which these wait for each other at every token."""
+    import torch.distributed as dist
+
+    from trainer.generate.generator import EngineGenerator
+
+    answer, calls = EngineGenerator._answer, []
+
+    def slow(self, *args):
+        calls.append(self)
+        for _ in range(400 if rank in (0, 1) and len(calls) == 1 else 0):
+            time.sleep(0.02 * rank)
+            dist.barrier(group=self._model.mesh.tp_group)
+        return answer(self, *args)
+
+    with patch.object(EngineGenerator, "_answer", slow):
+        yield
+
+
 FAULTS = {
+    "long_answers": long_answers,
     "wrong_sums": wrong_sums,
     "other_torch": other_torch,
     "full_disk_on_a_host": full_disk_on_a_host,
@@ -270,6 +349,7 @@ FAULTS = {
     "sigterm_rank_0_second_step": lambda rank: signal_while_reading(signal.SIGTERM, call=2, is_hit=rank == 0),
     "nan_loss": nan_loss,
     "full_disk": full_disk_at_step_4,
+    "full_disk_at_the_end": full_disk_at_the_end_of_step_4,
     "too_small_disk": too_small_disk_at_step_4,
     "killed_in_second_round": killed_in_second_round,
     "sigterm_in_round": sigterm_in_round,
@@ -278,5 +358,6 @@ FAULTS = {
         2, "trainer.engine.sharded_model.ShardedModel", "compute_next_logits", call=3
     ),
     "killed_while_scoring": lambda rank: killed_in_step(3, "trainer.environments.scoring.RewardPool", "score"),
+    **{f"killed_{phase}": functools.partial(killed_while_saving, phase=phase) for phase in SAVING},
     "killed_in_the_update": lambda rank: killed_in_step(4, "trainer.engine.engine.Engine", "train_step", call=2),
 }

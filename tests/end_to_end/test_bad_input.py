@@ -131,7 +131,7 @@ def test_damaged_shard(train, refused, tmp_path, damage):
     assert train(2, "parallel.tp=2", f"run.dir={tmp_path}/again", earlier)[0] == ExitCode.DONE
 
 
-@pytest.mark.parametrize("fault", ["full_disk", "too_small_disk"])
+@pytest.mark.parametrize("fault", ["full_disk", "full_disk_at_the_end", "too_small_disk"])
 def test_full_disk_leaves_the_previous_checkpoint_usable(train, tmp_path, fault):
     code, sentence = train(2, "parallel.tp=2", fault=fault)
     assert code != ExitCode.DONE

@@ -41,7 +41,8 @@ def questions(tmp_path_factory) -> Path:
 def grpo(questions, train, tmp_path):
     """Return a function that reinforces seed weights: `grpo(world, name, *overrides) -> rows of metrics`.
 
-    With a `fault` that kills the ranks, or a sentence by which the run must be `refused` with an exit `code`.
+    With a `fault`, which kills the ranks if `is_killed`, or a sentence by which the run must be `refused` with an exit
+    `code`.
     """
     seed = tmp_path / "seed"
     tokenizer = f"data.tokenizer={questions / 'tokenizer'}"
@@ -61,6 +62,7 @@ def grpo(questions, train, tmp_path):
         name: str,
         *overrides: str,
         fault: str | None = None,
+        is_killed: bool = True,
         refused: str | None = None,
         code: ExitCode = ExitCode.BAD_INPUT,
     ) -> list[dict[str, Any]]:
@@ -68,8 +70,9 @@ def grpo(questions, train, tmp_path):
         if refused is not None:
             ended, said = train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo")
             assert ended == code and "\n" not in said and re.search(refused, said), said
-        elif fault is None:
-            assert train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo") == (ExitCode.DONE, "")
+        elif fault is None or not is_killed:
+            done = train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo", fault=fault)
+            assert done == (ExitCode.DONE, "")
         else:
             with pytest.raises(RankFailed, match="exit code -9"):
                 train(world, *fixed, f"run.dir={run_dir}", *overrides, stage="grpo", fault=fault)
@@ -185,3 +188,9 @@ def test_layouts_give_the_same_rollouts(grpo, tmp_path):
     grpo(2, "dp2", *fixed, "train.num_steps=3", "grpo.kl.coefficient=0.1", refused=r"^grpo\.kl\.coefficient: .* 0")
     more = grpo(2, "dp2", *fixed, "train.num_steps=3")
     assert [row["step"] for row in more] == [1, 2, 3]
+
+
+def test_a_replica_whose_answers_take_longer_than_the_time_limit_is_waited_for(grpo):
+    """The other replica waits in the control group for twice `parallel.timeout_seconds`: the watch ends no such run."""
+    options = ("parallel.tp=2", "parallel.timeout_seconds=4", "train.num_steps=1", "grpo.validation=[]")
+    assert grpo(4, "patient", *options, fault="long_answers", is_killed=False)[0]["step"] == 1

@@ -21,6 +21,7 @@ from parallel.failures import leave
 from trainer.data.batch import Batch
 
 to, calls = Batch.to, [0]
+children = f"/proc/self/task/{{os.getpid()}}/children"
 mutex, lock = ctypes.create_string_buffer(64), ctypes.PyDLL(None).pthread_mutex_lock  # which keeps Python's own lock
 
 def stuck(self, device):
@@ -32,6 +33,8 @@ def stuck(self, device):
 Batch.to = stuck
 leave(main("pretrain", sys.argv[1:]))
 """
+KILL = "[os.kill(int(child), signal.SIGKILL) for child in open(children).read().split()]"
+UNWATCHED = f"{KILL}; time.sleep(1); lock(mutex); lock(mutex)"
 LAYOUT = ("parallel.tp=2", "parallel.pp=2", f"parallel.timeout_seconds={TIMEOUT}", "train.num_steps=4")
 
 
@@ -51,8 +54,9 @@ def launch(script: str | Path, recipe: Path, *overrides: str) -> tuple[int, str]
     [
         (3, "os.kill(os.getpid(), signal.SIGSTOP)", "whose process is stopped by a signal in forward_backward of step"),
         (1, "lock(mutex); lock(mutex)", r"for \d+ s in forward_backward of step 3 \(at trainer/"),
+        (2, UNWATCHED, r"for \d+ s in forward_backward of step 3 \(at trainer/"),
     ],
-    ids=["stopped", "holds the interpreter's lock"],
+    ids=["stopped", "holds the interpreter's lock", "the process beside it was killed"],
 )
 def test_a_rank_that_hangs_is_named_with_its_place(recipe, tmp_path, rank, do, said):
     script = tmp_path / "stuck.py"

@@ -13,8 +13,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import ExitCode
+from tests.end_to_end.faults import SAVING
+from tests.pool import RankFailed
+from trainer.checkpoint.layout import latest_checkpoint
 
 STABLE_KEYS = ["step", "loss", "grad_norm", "lr", "num_tokens", "tokens_per_second", "seconds"]
+NAMED = {"latest", "hiding", "deletion"}
+"""Phases of a save in which a start finds the checkpoint already."""
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -125,6 +130,20 @@ def test_rank_zero_decides_with_the_directory_locked_and_files_may_take_long(tra
     assert train(2, "parallel.timeout_seconds=4", "checkpoint.keep_last=1", fault=fault)[0] == ExitCode.DONE
     assert [step for step, *_ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert checkpoint_names(tmp_path / "run") == ["latest", "step_00000006"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", SAVING)
+def test_a_kill_in_a_save_leaves_a_checkpoint_and_nothing_else(train, tmp_path, phase):
+    run_dir, settings = tmp_path / "run", ("checkpoint.keep_last=1", "train.num_steps=5")
+    with pytest.raises(RankFailed):
+        train(2, *settings, fault=f"killed_{phase}")
+    before = latest_checkpoint(run_dir)
+    assert before is not None and before.name == f"step_0000000{4 if phase in NAMED else 2}"
+    assert train(2, *settings)[0] == ExitCode.DONE
+    left = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert sorted(left) == ["latest", "step_00000005"]
+    assert [row["step"] for row in rows(run_dir)] == [1, 2, 3, 4, 5]
 
 
 def test_a_changed_config_is_told(train, tmp_path):

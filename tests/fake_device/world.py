@@ -52,6 +52,23 @@ def fine_tune(engine: Any, batches: list[Any]) -> None:
     READS.update(reads)
 
 
+def prefer(engine: Any, batches: list[Any]) -> None:
+    """Take a step by pairs of answers and one by single ones; what is known of the answers is made up."""
+    from configs.sections.preference import PreferenceSection
+    from trainer.rl.reference_scores import ReferenceScores
+    from trainer.stages.preference import PreferenceObjective
+
+    shape = batches[0].tokens.shape
+    columns = {"sequence": torch.zeros(shape, dtype=torch.int64), "ends": torch.ones(shape, dtype=torch.int32)}
+    known = {"num_tokens": torch.full((4,), 9.0), "reference": torch.zeros(4), "divergence": torch.zeros(1)}
+    sections = PreferenceSection(loss="dpo", sft_weight=0.2), PreferenceSection(loss="kto")
+    for method in (section.method for section in sections):
+        known["side"] = torch.tensor([1, 2, 1, 2] if method.loss == "dpo" else [1, 3, 2, 3])
+        laid = [dataclasses.replace(one, columns=columns, sequences=dict(known)) for one in batches]
+        objective = PreferenceObjective(method, ReferenceScores(engine.mesh), engine.mesh.cp_group)
+        engine.train_step(laid, objective, 1e-3)
+
+
 def generate(engine: Any) -> dict[str, int]:
     """Draw three tokens for each of four rows, of which three fit, and return what the host reads meanwhile.
 
@@ -78,6 +95,9 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     READS.clear()
     fine_tune(engine, batches)
     found["reads_of_sft"] = dict(READS)
+    READS.clear()
+    prefer(engine, batches)
+    found["reads_of_preference"] = dict(READS)
     engine.sum_losses(batches, objective)
     engine.score(batches, forward_language_model)
     engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
@@ -128,7 +148,8 @@ def main() -> None:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
             nothing: dict[str, dict[str, int]] = {
-                kind: {} for kind in ("reads", "reads_of_policy", "reads_of_sft", "reads_of_generation")
+                kind: {}
+                for kind in ("reads", "reads_of_policy", "reads_of_sft", "reads_of_preference", "reads_of_generation")
             }
             results[name] = {"error": error, **nothing, "peak_bytes": 0}
     print(json.dumps(results))

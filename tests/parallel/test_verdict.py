@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from parallel.watch.flight import with_flight
 from parallel.watch.reports import (
     GroupCall,
     Rank,
@@ -99,6 +100,35 @@ def test_a_rank_that_may_take_long_is_told_and_waited_for():
     assert verdict(*others, at_work(3, "optimizer", control0=2)).ends_run
     assert verdict(*others, at_work(3, "save", state="stopped", control0=2)).ends_run
     assert verdict(waits(0, sum_over("world", WORLD, 9)), *others[1:], at_work(3, "save", control0=2)).ends_run
+
+
+@pytest.mark.parametrize("is_late", [True, False], ids=["one late", "both waiting for an instant"])
+def test_a_replica_whose_answers_are_longer_is_waited_for(is_late):
+    """Of tp 2, dp 2: its ranks wait for each other for an instant at every token; the others in the control group."""
+    control, tp = sum_over("control", WORLD, 3), sum_over("tp", TP0, 900)
+    others = [waits(rank, control, "generate") for rank in (2, 3)]
+    instant = [
+        dataclasses.replace(waits(rank, tp, "generate", control0=2, tp0=900), wait_seconds=0.01) for rank in (0, 1)
+    ]
+    if is_late:
+        instant[1] = at_work(1, "generate", control0=2, tp0=899)
+    assert verdict(*instant, *others, limit_seconds=8.0).kind == "patience"
+    hung = dataclasses.replace(instant[0], wait_seconds=8.5)
+    found = verdict(hung, at_work(1, "generate", control0=2, tp0=899), *others, limit_seconds=8.0)
+    assert (found.kind, found.culprits) == ("rank", (1,))
+    assert verdict(*(instant if is_late else instant[:1]), *others).ends_run  # nothing is known of a limit
+
+
+def test_who_has_just_arrived_at_last_is_no_broken_link():
+    everybody = sum_over("world", WORLD, 5)
+    reports = [waits(rank, everybody) for rank in range(4)]
+    reports[3] = dataclasses.replace(reports[3], wait_seconds=0.1)
+    assert verdict(*reports, limit_seconds=8.0).kind == "nothing"
+
+
+def test_what_the_host_waits_for_stays_where_its_device_waits_for_nothing():
+    report = waits(0, sum_over("control", WORLD, 3), "generate")
+    assert with_flight(report, {"entries": []}, []).waits_in == report.waits_in
 
 
 def test_different_orders_and_broken_links_are_told_apart():

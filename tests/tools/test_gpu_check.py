@@ -14,13 +14,18 @@ TINY = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attentio
 
 def run_step_checks(place):
     from tools.device_checks.engine import build_config
+    from tools.device_checks.hosts import check_device_facts
     from tools.device_checks.profile import check_profile
     from tools.device_checks.speed import check_speed
     from tools.device_checks.steps import check_collectives, check_loss_scaler, check_steps
     from tools.one_rank import open_world
 
     with open_world("cpu") as mesh:
-        outcomes = [check_collectives(mesh), *(check_steps(mesh, name) for name in ("fp32", "bf16", "fp16"))]
+        outcomes = [
+            check_device_facts(mesh),
+            check_collectives(mesh),
+            *(check_steps(mesh, name) for name in ("fp32", "bf16", "fp16")),
+        ]
         outcomes += [check_loss_scaler(mesh), check_speed(mesh, "tiny", build_config("fp32", TINY), num_steps=2)]
         outcomes += [check_steps(mesh, "bf16", {"recipe": "delayed", "backend": "emulated"})]
         outcomes += [check_steps(mesh, "bf16", {"recipe": "tensorwise", "backend": "torch"})]
@@ -229,15 +234,16 @@ def test_every_check_is_listed_with_its_own_name(tmp_path):
         name for name, _ in gpu_check.list_checks(SimpleNamespace(platform=platform), "cpu", tmp_path, quick=False)
     ]
     assert len(set(names)) == len(names) > 25
-    assert names[:6] == ["collectives", "control group", "replaced names", "scores", "router losses", "empty batch"]
+    assert names[:4] == ["device facts", "collectives", "flight recorder", "control group"]
+    assert names[4:8] == ["replaced names", "scores", "router losses", "empty batch"]
 
 
 @pytest.mark.slow
 def test_steps_collectives_scaler_and_speed_pass(ranks):
     outcomes = ranks.run(run_step_checks)[0]
-    assert [one.status for one in outcomes] == ["passed"] * 7 + ["skipped", "passed"], outcomes
-    assert "no FP8 units" in outcomes[7].detail
-    scaler, speed, profile = outcomes[4], outcomes[5], outcomes[8]
+    assert [one.status for one in outcomes] == ["passed"] * 8 + ["skipped", "passed"], outcomes
+    assert "no FP8 units" in outcomes[8].detail
+    scaler, speed, profile = outcomes[5], outcomes[6], outcomes[9]
     assert profile.figures["seconds matrix products"] > 0 and profile.figures["waits"] == 0
     # 2^20 must come down at least four times before -1 * scale fits into fp16, whose largest number is 65504
     assert 4 <= scaler.figures["num_skipped"] <= 15 and scaler.figures["last_loss_scale"] <= 2**16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ MODEL = {
     "num_layers": 8, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 16, "num_query_groups": 8,
     "vocab_size": 32000,
 }  # fmt: skip
+RECIPES = Path(__file__).parents[2] / "configs"
 MOE = {"num_experts": 16, "top_k": 4, "ffn_hidden_size": 1024, "shared_expert_ffn_hidden_size": 1024}
 LATENT = {"q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
@@ -66,6 +68,7 @@ def test_the_first_layout_can_be_pasted(recipe, tmp_path, capsys):
     [
         (["--gpus", "16", "--device", "h1000"], "--device: no figures for 'h1000'; .*would work: h100"),
         (["--gpus", "13", "--device", "h100"], "13 GPUs fit no layout.*train.global_batch_size: 64 is no multiple"),
+        (["--gpus", "8", "--device", "h100", "schedule.warmup_steps=1"], "error: schedule.warmup_steps: 1 is not"),
         (["--gpus", "0", "--device", "h100"], "--gpus: 0 is no number of GPUs"),
         (["--gpus", "16", "--device", "h100", "--why", "tp=x"], "--why: 'tp=x' is not a size; .*such as tp=8,pp=4"),
         (["--gpus", "16", "--device", "h100", "--rehearse", "16"], "--rehearse: '16' is not a rank of 16; .*0,15"),
@@ -88,6 +91,12 @@ def test_why_tells_what_became_of_a_layout(recipe, capsys):
     assert "the fastest of them is number" in capsys.readouterr().out
     assert plan.main([path, "--gpus", "16", "--device", "h100", "--why", "vpp=3"]) == 0
     assert "none is searched: sizes are divisors" in capsys.readouterr().out
+
+
+def test_what_a_step_of_grpo_takes_besides_is_said_to_be_left_out(recipe, capsys):
+    arguments = [str(RECIPES / "grpo" / "qwen3_8b_dapo.yaml"), "--stage", "grpo", "--gpus", "8", "--device", "h100"]
+    assert plan.main(arguments) == 0
+    assert "left out     answers, rewards and scores of a step, and the memory" in capsys.readouterr().out
 
 
 def rehearsed(capsys, arguments):

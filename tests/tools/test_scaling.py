@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import select
+import subprocess
+import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -83,8 +87,9 @@ def test_points_of_weak_and_strong_scaling(sweep_dir, write):
 def test_efficiency_in_closed_form(sweep_dir, write):
     """Where a share s cannot be divided, N ranks take s + (1 - s)/N of the time (Amdahl): 1/(1 + s(N - 1))."""
     sweep, serial = read_sweep(write()), 0.25
+    shares = {"mfu_bf16": 0.4, "mfu_fp8": 0.2}  # rows of a GPU that has both peaks
     for ranks in (1, 2, 4):
-        add_run(sweep_dir, f"dp_{ranks}ranks_batch16", 8 * (serial + (1 - serial) / ranks), 16 * 256, mfu_bf16=0.4)
+        add_run(sweep_dir, f"dp_{ranks}ranks_batch16", 8 * (serial + (1 - serial) / ranks), 16 * 256, **shares)
     for ranks in (1, 2):
         add_run(sweep_dir, f"dp_{ranks}ranks_batch{4 * ranks}", 2.0 + 0.5 * (ranks - 1), 4 * ranks * 256)
     points = plan_points(sweep, sweep_dir, None)
@@ -94,7 +99,7 @@ def test_efficiency_in_closed_form(sweep_dir, write):
     first = strong[0].measured
     assert first.tokens_per_second == pytest.approx(16 * 256 / 8) and first.step_seconds == pytest.approx(8)
     assert first.fastest_seconds < 8 < first.slowest_seconds and first.slowest_seconds < 8 * 1.1
-    assert (first.mfu, first.peak_memory_gb) == (0.4, 13.0)
+    assert (first.mfu_bf16, first.peak_memory_gb) == (0.4, 13.0)
     weak = compute_rows("weak", measured)
     # the run on 4 ranks serves both: 16 samples in 8 * (1/4 + 3/16) s
     assert [row.efficiency for row in weak] == pytest.approx([1, 2.0 / 2.5, (4 * 256 / 3.5) / (4 * 256 / 2.0)])
@@ -144,7 +149,14 @@ def test_missing_and_failed_runs_are_named_with_the_reason(sweep_dir, capsys):
         ({"num_warmup": 12}, "num_warmup: 12 of 12 steps leave none to measure; a value that would work: 3"),
         ({"weak": None, "strong": None}, "neither weak nor strong scaling is asked for"),
         ({"nodes": [1]}, "give either ranks"),
-        ({"layouts": {"a/b": {"ranks": [0]}}}, "layouts.a/b: [0] is no list of numbers of ranks"),
+        ({"layouts": {"a/b": {"ranks": [0]}}}, "layouts.a/b.ranks: [0] is no list of numbers of ranks"),
+        ({"layouts": {"a": {"ranks": []}}}, "layouts.a.ranks: [] is no list of numbers of ranks"),
+        ({"layouts": {"a": {"nodes": [4]}}}, "layouts.a.nodes: the sweep's numbers are ranks"),
+        ({"layouts": {"": {}}}, "layouts.: is part of the names of directories"),
+        ({"layouts": {"a": {"train.x": date(2026, 1, 1)}}}, "layouts.a.train.x: 2026-01-01 is neither text nor number"),
+        ({"layouts": {"a": {"train.num_steps": 9}}}, "layouts.a: train.num_steps is set by num_steps"),
+        ({"settings": ["train.global_batch_size=9"]}, "settings: train.global_batch_size is set by weak and strong"),
+        ({"ranks": []}, "ranks: there is none"),
         ({"stage": "rft"}, "stage: 'rft' takes no steps"),
     ],
 )
@@ -171,6 +183,24 @@ def test_a_directory_holds_one_sweep(sweep_dir, write, tmp_path):
         write_sweep(more, [], tmp_path / "full")
     with pytest.raises(BadInput, match=r"holds no sweep\.json; give the directory of a sweep"):
         read_sweep_dir(tmp_path / "none")
+
+
+RUNNING = """
+import subprocess, sys
+from tools.scaling import _end_with_parent
+run = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], preexec_fn=_end_with_parent)
+run.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what ends a process with its parent is Linux's")
+def test_a_run_ends_with_a_command_that_is_killed():
+    """Its output closes when it does: else it would go on, and slow down the runs of the next command."""
+    command = [sys.executable, "-c", RUNNING]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as sweeping:
+        assert sweeping.stdout.readline() == b"1\n"
+        sweeping.kill()
+        assert select.select([sweeping.stdout], [], [], 10)[0] and sweeping.stdout.read() == b""
 
 
 STUB = """

@@ -14,7 +14,7 @@ import yaml
 from configs.plan.estimate import count_parameters
 from configs.plan.flops import flops_per_step
 from configs.stages import Config
-from parallel.platform import PlatformName
+from parallel.platform import PlatformName, has_transformer_engine
 from tools.device_checks.engine import build_config, build_repeating_stage, train
 from tools.device_checks.outcome import Outcome, judge
 from tools.one_rank import open_engine
@@ -84,6 +84,10 @@ def check_speed(mesh: Mesh, title: str, config: Config, *, num_steps: int = 10) 
     peaks = mesh.platform.peak_tflops()
     figures |= {f"mfu_{name}": tflops / peak for name, peak in peaks.items()}
     share = "".join(f", {tflops / peak:.1%} of the {name} peak" for name, peak in peaks.items())
+    planned = _planned_seconds(config, mesh)
+    if planned is not None:
+        figures["planned_seconds_per_step"] = planned
+        share += f", {planned:.3f} s planned"
     precision = config.precision.compute if config.precision.fp8 is None else f"fp8 {config.precision.fp8.recipe}"
     found = (
         f"{figures['parameters'] / 1e6:,.0f} M parameters, {precision}, {config.train.seq_len} tokens: "
@@ -91,6 +95,20 @@ def check_speed(mesh: Mesh, title: str, config: Config, *, num_steps: int = 10) 
         f", {figures['peak_memory_gb']:.1f} GB"
     )
     return Outcome(name, "passed", found, figures)
+
+
+def _planned_seconds(config: Config, mesh: Mesh) -> float | None:
+    """Return what `tools/plan.py` says of a step of this device; None for one that it has no figures of."""
+    from configs.plan.derive import derive_layout
+    from configs.plan.devices import DEVICES
+    from configs.plan.step_time import estimate_step
+
+    words = mesh.platform.inspect().name.lower().replace("-", " ").split()
+    device = next((device for name, device in DEVICES.items() if name in words), None)
+    if device is None:
+        return None
+    step = estimate_step(config, derive_layout(config, 1), device, 1, has_te=has_transformer_engine())
+    return step.total
 
 
 def check_loop_cost(platform: PlatformName, *, seq_len: int = 4096) -> Outcome:

@@ -21,9 +21,9 @@ from configs.load import resolved_dict
 from configs.stages import Config
 from parallel.collectives import (
     barrier,
-    broadcast_object,
     first_of_ranks,
     gather_to_rank_zero,
+    on_rank_zero,
     sum_over_ranks,
 )
 from parallel.mesh import Mesh
@@ -102,16 +102,12 @@ class CheckpointWriter:
         It is visible after `finish`, or `publish_if_written`. A save that is still under way is finished first.
         """
         self.finish()
+        started = time.perf_counter()
         partial = self._dir / f"{PARTIAL_PREFIX}{checkpoint_name(state.step)}"
-        if self._mesh.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            for part in part_directories(self._mesh.world_size):
-                (partial / part).mkdir(parents=True)
-        barrier()
+        pending = _Pending(state.step, partial, self._describe(state, stage) if self._mesh.rank == 0 else {}, started)
+        self._on_rank_zero(pending, lambda: self._make_directories(partial))
         is_copied = self._settings.async_save  # else the ranks wait, and nothing changes what is written
         pieces = collect_pieces(collect(stage.parts, None), self._shares, self._mesh, is_copied=is_copied)
-        described = self._describe(state, stage) if self._mesh.rank == 0 else {}
-        pending = _Pending(state.step, partial, described, time.perf_counter())
         self._check_space(pending, pieces.num_bytes)
         if self._settings.async_save:
             pending.thread = threading.Thread(target=self._write, args=(pending, pieces), name="checkpoint-writer")
@@ -145,9 +141,26 @@ class CheckpointWriter:
             self._discard(pending)
             raise self._failure(pending, failure)
         parts = gather_to_rank_zero(pending.written)
-        self._delete(broadcast_object(None if parts is None else self._publish(pending, parts)))
+        self._delete(self._on_rank_zero(pending, lambda: self._publish(pending, parts or [])))
         if self._on_published is not None:
             self._on_published(self._dir / checkpoint_name(pending.step))
+
+    def _on_rank_zero(self, pending: _Pending, write: Callable[[], Any]) -> Any:
+        """Return on all ranks what `write` returns on rank 0, or raise CheckpointFailed on all if it cannot write."""
+
+        def write_or_fail() -> Any:
+            try:
+                return write()
+            except OSError as error:
+                shutil.rmtree(pending.partial, ignore_errors=True)
+                raise self._failure(pending, f"rank 0: {error}") from error
+
+        return on_rank_zero(write_or_fail)
+
+    def _make_directories(self, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        for part in part_directories(self._mesh.world_size):
+            (partial / part).mkdir(parents=True)
 
     def _check_space(self, pending: _Pending, num_bytes: int) -> None:
         """Raise CheckpointFailed on all ranks if the disk cannot hold what all ranks are about to write."""

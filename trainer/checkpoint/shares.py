@@ -27,16 +27,25 @@ class WriterShares:
         """Deal out what is alike on ranks of `group`, which sends tensors of `device`."""
         self._group = group
         self._device = device
+        self._held: frozenset[int] = frozenset()
         self._mine: frozenset[int] | None = None
 
     def mine(self, shards: Iterable[ShardedTensor]) -> list[ShardedTensor]:
-        """Return those of this rank's shards that it writes. Collective: all ranks of the group must call this."""
+        """Return those of this rank's shards that it writes. Collective: all ranks of the group must call this.
+
+        Raises ValueError where the shards are not those of the first call, for nobody would write what is new.
+        """
         shards = list(shards)
         if self._group.size() == 1:
             return [shard for shard in shards if is_main_replica(shard.replica_id)]
+        held = frozenset(id_of(shard) for shard in shards)
         if self._mine is None:
+            self._held = held
             tables = gather_tables(describe_shards(shards), self._group, self._device)
             self._mine = choose_writers(tables)[self._group.rank()]
+        if held != self._held:
+            changed = [shard.key for shard in shards if id_of(shard) not in self._held] or ["what is gone"]
+            raise ValueError(f"the state has changed since the first save, which dealt out its pieces: {changed[0]}")
         return [shard for shard in shards if id_of(shard) in self._mine]
 
 

@@ -168,16 +168,20 @@ def write_metadata(directory: Path, parts: Sequence[WrittenPieces]) -> dict[str,
         common = io.BytesIO()
         torch.save([{}], common)
         own.append("__common.distcp")
-        (directory / own[-1]).write_bytes(common.getvalue())
+        _write_to_disk(directory / own[-1], common.getvalue())
         metadata.state_dict_metadata[COMMON_STATE] = BytesStorageMetadata()
         metadata.storage_data[MetadataIndex(COMMON_STATE)] = _StorageInfo(own[-1], 0, common.tell())
-    with open(directory / ".metadata", "wb") as file:
-        pickle.dump(metadata, file)
+    _write_to_disk(directory / ".metadata", pickle.dumps(metadata))
+    text = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    _write_to_disk(directory / "metadata.json", text.encode())
+    return dict(sorted((files | {name: hash_file(directory / name) for name in own}).items()))
+
+
+def _write_to_disk(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    text = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    (directory / "metadata.json").write_text(text, encoding="utf-8")
-    return dict(sorted((files | {name: hash_file(directory / name) for name in own}).items()))
 
 
 def merge_pieces(parts: Iterable[WrittenPieces]) -> Metadata:

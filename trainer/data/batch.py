@@ -37,7 +37,7 @@ class Batch:
     """One microbatch of one data-parallel rank.
 
     Without `documents`, attention is causal over each row. `columns` and `sequences` are what a stage's objective needs
-    beside: values per token, such as advantages, and per row, such as which of a pair it is.
+    beside: values per token, such as advantages, and per document that counts, such as which of a pair it is.
     """
 
     tokens: Tensor  # int64 [micro_batch, seq]
@@ -46,7 +46,7 @@ class Batch:
     loss_mask: Tensor  # float32 [micro_batch, seq], 0 where the label does not count
     documents: Documents | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [micro_batch, seq] each
-    sequences: Mapping[str, Tensor] = field(default_factory=dict)  # [micro_batch] each
+    sequences: Mapping[str, Tensor] = field(default_factory=dict)  # [num_sequences] each, alike on all cp ranks
     sample_ids: tuple[int, ...] = ()  # global sample number of each row, -1 for padding; for error reports
     cp_size: int = 1  # ranks that share each row; `documents` are those of the whole rows
 
@@ -107,13 +107,15 @@ def build_packed_batch(rows: NDArray[np.int64], sample_ids: tuple[int, ...]) -> 
     """Build the batch of packed `rows` int64 [micro_batch, 3, seq]: tokens, labels and positions.
 
     A document begins wherever a position is 0, so that no token needs to say so, and a label of -1 counts for nothing.
+    A fourth plane, of comparisons, is the column `sides`.
     """
-    tokens, labels, positions = torch.from_numpy(rows).transpose(0, 1).contiguous()
+    tokens, labels, positions, *sides = torch.from_numpy(rows).transpose(0, 1).contiguous()
     starts = (positions.flatten() == 0).nonzero().flatten()
     boundaries = torch.cat([starts, torch.tensor([tokens.numel()])])  # int64 [num_documents + 1]
     loss_mask = (labels >= 0).to(torch.float32)
     documents = Documents.build(boundaries)
-    return Batch(tokens, labels.clamp(min=0), positions, loss_mask, documents, sample_ids=sample_ids)
+    columns = dict(zip(["sides"], sides, strict=False))
+    return Batch(tokens, labels.clamp(min=0), positions, loss_mask, documents, columns, sample_ids=sample_ids)
 
 
 def with_sample_weights(batch: Batch) -> Batch:

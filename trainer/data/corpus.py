@@ -57,6 +57,24 @@ class Corpus:
             finish=finish,
         )
 
+    def build_whole_readers(self, *, dp_rank: int, dp_size: int, finish: Finish) -> list[ValidationReader]:
+        """Return for one data-parallel rank a reader of each training source that reads all of it once, if packed."""
+        train = self.config.train
+        return [
+            ValidationReader(
+                source.dataset,
+                seq_len=train.seq_len,
+                num_samples=source.num_samples,
+                micro_batch_size=train.micro_batch_size,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                vocab_size=self.config.model.vocab_size,
+                packing=source.packing,
+                finish=finish,
+            )
+            for source in (self.blend.sources if self.blend is not None else ())
+        ]
+
     def describe_order(self) -> list[str]:
         """Return a sentence for each training source whose documents are packed or drawn by length."""
         train = self.config.train

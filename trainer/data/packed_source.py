@@ -17,8 +17,10 @@ from trainer.data.packing import Packing, pack_best_fit, place_alone
 from trainer.data.permutation import permute
 from trainer.data.source import TokenSource
 
-TOKENS, LABELS, POSITIONS = range(3)
-"""What the planes of a packed row are; a label of -1 counts for nothing."""
+TOKENS, LABELS, POSITIONS, SIDES = range(4)
+"""What the planes of a packed row are; a label of -1 counts for nothing. Sides are those of comparisons alone."""
+CHOSEN, REJECTED, MISMATCHED = 1, 2, 3
+"""Sides of answers, of single ones good and bad; a mismatched answer is another prompt's. 0 is what is no answer's."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class PackedSource:
     """
 
     packing = "best_fit"
+    _num_planes = 3
+    _documents_each = 1  # that lie in a row together, as one
     _pack: Callable[[NDArray[np.int64], int], Packing] = staticmethod(pack_best_fit)
 
     def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, field: str = "data.train") -> None:
@@ -77,7 +81,7 @@ class PackedSource:
         The planes are TOKENS, LABELS and POSITIONS; positions begin at 0 in every document, and in the padding behind
         the last one, whose tokens are 0 and whose labels are -1.
         """
-        rows = np.empty((len(samples), 3, self.seq_len), dtype=np.int64)
+        rows = np.empty((len(samples), self._num_planes, self.seq_len), dtype=np.int64)
         epochs = samples // self.num_samples
         for number in np.unique(epochs):
             epoch = self._epoch(int(number))
@@ -94,13 +98,14 @@ class PackedSource:
         """Fill `row` with the documents of a packed row, and padding."""
         filled = 0
         for document in epoch.documents[self._plan.bounds[place] : self._plan.bounds[place + 1]].tolist():
-            num_predictions = int(self.dataset.lengths[document]) - 1
+            num_predictions = self._count(document)
             count = num_predictions % self.seq_len
             self._fill(row[:, filled : filled + count], document, num_predictions - count)
             filled += count
         row[TOKENS, filled:] = 0
         row[LABELS, filled:] = -1
         row[POSITIONS, filled:] = np.arange(self.seq_len - filled)
+        row[SIDES:, filled:] = 0
 
     def _fill_full(self, row: NDArray[np.int64], number: int) -> None:
         """Fill `row` with the full row of this number of all documents that are split."""
@@ -122,7 +127,7 @@ class PackedSource:
         """Deal an epoch's documents to the rows, or take it from the last two, since a step may span two epochs."""
         if number not in self._epochs:
             key = f"{self.seed}/{self.dataset.identity}/{number}"
-            num_documents = self.dataset.num_documents
+            num_documents = self.dataset.num_documents // self._documents_each
             documents = permute(np.arange(num_documents, dtype=np.int64), num_documents, key + "/documents")
             documents = documents.astype(np.int32 if num_documents < 2**31 else np.int64)
             rests = self._num_predictions()[documents] % self.seq_len
@@ -136,7 +141,11 @@ class PackedSource:
         return self._epochs[number]
 
     def _num_predictions(self) -> NDArray[np.int32]:
+        """Return the predictions of each document, or of those that lie together."""
         return np.maximum(self.dataset.lengths, 1) - np.int32(1)
+
+    def _count(self, document: int) -> int:
+        return int(self.dataset.lengths[document]) - 1
 
 
 class PaddedSource(PackedSource):
@@ -146,7 +155,35 @@ class PaddedSource(PackedSource):
     _pack = staticmethod(place_alone)
 
 
+class PairedSource(PackedSource):
+    """The same with documents 2i and 2i + 1 side by side in one row, which holds both whole; rows have a plane SIDES.
+
+    Sides are what the dataset's mask holds; without one, all of a pair is trained, and its first document chosen.
+    """
+
+    packing = "pairs"
+    _num_planes = 4
+    _documents_each = 2
+
+    def _fill(self, piece: NDArray[np.int64], document: int, start: int) -> None:
+        """Fill a part of a row with both documents of the pair of this number."""
+        filled = 0
+        for each in (2 * document, 2 * document + 1):
+            count = int(self.dataset.lengths[each]) - 1
+            own = piece[:, filled : filled + count]
+            super()._fill(own, each, 0)
+            sides = self.dataset.read_mask(each, 1, count)
+            own[SIDES] = (CHOSEN, REJECTED)[each % 2] if sides is None else sides
+            filled += count
+
+    def _num_predictions(self) -> NDArray[np.int32]:
+        return super()._num_predictions().reshape(-1, 2).sum(axis=1, dtype=np.int32)
+
+    def _count(self, document: int) -> int:
+        return int(self.dataset.lengths[2 * document : 2 * document + 2].sum()) - 2
+
+
 SOURCES: dict[str, type[TokenSource] | type[PackedSource]] = {
-    source.packing: source for source in (TokenSource, PackedSource, PaddedSource)
+    source.packing: source for source in (TokenSource, PackedSource, PaddedSource, PairedSource)
 }
-"""By `data.packing`, and what serves fine-tuning alone."""
+"""By `data.packing`, and what serves fine-tuning and preferences alone."""

@@ -200,7 +200,7 @@ class ValidationReader:
 def _build(
     samples: np.ndarray, sample_ids: tuple[int, ...], document_end_id: int | None, finish: Finish | None
 ) -> Batch:
-    """Build the batch of windows `[micro_batch, seq + 1]` or of packed rows `[micro_batch, 3, seq]`."""
+    """Build the batch of windows `[micro_batch, seq + 1]` or of packed rows `[micro_batch, 3 or 4, seq]`."""
     if samples.ndim == 3:
         batch = build_packed_batch(samples, sample_ids)
     else:
@@ -210,7 +210,7 @@ def _build(
 
 def check_ids(samples: np.ndarray, vocab_size: int, what: str) -> None:
     """Refuse token ids the model has no embedding for: split over tp, an embedding would take them for nothing."""
-    ids = samples[:, :POSITIONS] if samples.ndim == 3 else samples  # packed rows hold positions too
+    ids = samples[:, :POSITIONS] if samples.ndim == 3 else samples  # packed rows hold positions too, and sides
     largest = int(ids.max(initial=0))
     if largest >= vocab_size:
         raise BadInput(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
@@ -77,6 +78,13 @@ def _shard_adapter(module: LoraLinear, matrix: str, mesh: Mesh) -> ShardedTensor
     return ShardedTensor.from_rank_offsets(
         key, getattr(module, matrix), *offsets, replica_id=replica, prepend_axis_num=in_front
     )
+
+
+def share_state(tensors: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, Any]:
+    """Return tensors that all ranks have alike as shards under their names, which the first rank writes."""
+    return {
+        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=mesh.rank) for name, tensor in tensors.items()
+    }
 
 
 class RandomGenerators:

@@ -22,18 +22,25 @@ ANSWER = "The answer is "
 
 @dataclass(frozen=True)
 class SmallTask:
-    """A question, a worked answer to learn from, and the final answer alone."""
+    """A question, a worked answer to learn from, the final answer alone, and a worked answer that is nearly right."""
 
     kind: str
     question: str
     worked: str
     answer: str
+    wrong: str = ""
 
     @property
     def row(self) -> dict[str, object]:
         """A row of data: the question and its worked answer under `messages`, and the `answer`."""
         messages = [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.worked}]
         return {"messages": messages, "kind": self.kind, "answer": self.answer}
+
+    @property
+    def pair(self) -> dict[str, object]:
+        """A row of preferences: the question under `prompt`, the right answer `chosen` and the wrong one `rejected`."""
+        answers = {"chosen": self.worked, "rejected": self.wrong}
+        return {"prompt": self.question, **answers, "kind": self.kind, "answer": self.answer}
 
 
 def draw_task(source: random.Random) -> SmallTask:
@@ -55,7 +62,9 @@ def _sum(source: random.Random) -> SmallTask:
         f"There are {first} {thing} here and {second} there. How many does {name} see?",
         f"What is {first} plus {second}?",
     ))  # fmt: skip
-    return _task("sum", question, f"{first} + {second} = {first + second}.", first + second)
+    steps, right = f"{first} + {second} = ", first + second
+    wrong = right + 1 if first < second else right - 1
+    return _task("sum", question, (f"{steps}{right}.", right), (f"{steps}{wrong}.", wrong))
 
 
 def _larger(source: random.Random) -> SmallTask:
@@ -65,7 +74,8 @@ def _larger(source: random.Random) -> SmallTask:
         f"{name} may take {first} {thing} or {second} {thing}. How many are more?",
         f"Which is larger, {first} or {second}?",
     ))  # fmt: skip
-    return _task("larger", question, f"{max(first, second)} > {min(first, second)}.", max(first, second))
+    low, high = sorted((first, second))
+    return _task("larger", question, (f"{high} > {low}.", high), (f"{low} > {high}.", low))
 
 
 def _letter(source: random.Random) -> SmallTask:
@@ -75,7 +85,8 @@ def _letter(source: random.Random) -> SmallTask:
         f"What is the {order} letter of {word}?",
         f"{source.choice(_NAMES)} writes {word}. Which letter is {order}?",
     ))  # fmt: skip
-    return _task("letter", question, f"{_spelled(word)}.", word[place])
+    wrong = next(letter for letter in word[place + 1 :] + word if letter != word[place])
+    return _task("letter", question, (f"{_spelled(word)}.", word[place]), (f"{_spelled(word)}.", wrong))
 
 
 def _reverse(source: random.Random) -> SmallTask:
@@ -84,14 +95,19 @@ def _reverse(source: random.Random) -> SmallTask:
         f"Write {word} the other way round.",
         f"{source.choice(_NAMES)} reads {word} from the end. What does it say?",
     ))  # fmt: skip
-    return _task("reverse", question, f"{_spelled(word)}, {_spelled(word[::-1])}.", word[::-1])
+    right = word[::-1]
+    wrong = next(other for other in (right[1::-1] + right[2], right[0] + right[:0:-1], word) if other != right)
+    steps = f"{_spelled(word)}, "
+    return _task("reverse", question, (f"{steps}{_spelled(right)}.", right), (f"{steps}{_spelled(wrong)}.", wrong))
 
 
 KINDS: tuple[Callable[[random.Random], SmallTask], ...] = (_sum, _larger, _letter, _reverse)
 
 
-def _task(kind: str, question: str, steps: str, answer: int | str) -> SmallTask:
-    return SmallTask(kind, question, f"{steps} {ANSWER}{answer}.", str(answer))
+def _task(kind: str, question: str, right: tuple[str, int | str], wrong: tuple[str, int | str]) -> SmallTask:
+    """Return the task whose right and wrong answers are these steps and ends."""
+    worked, nearly = (f"{steps} {ANSWER}{answer}." for steps, answer in (right, wrong))
+    return SmallTask(kind, question, worked, str(right[1]), nearly)
 
 
 def _spelled(word: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.data.batch import Batch, without_loss
@@ -30,9 +30,21 @@ class Evaluation:
 class Evaluator:
     """Evaluates every validation source when asked."""
 
-    def __init__(self, readers: Mapping[str, ValidationReader], answers: AnswerEvaluator | None = None) -> None:
+    def __init__(
+        self,
+        readers: Mapping[str, ValidationReader],
+        answers: AnswerEvaluator | None = None,
+        *,
+        prepare: Callable[[Engine, Sequence[Batch]], list[Batch]] | None = None,
+        has_perplexity: bool = True,
+    ) -> None:
+        """`prepare` adds to a source's microbatches what the model says of all of them, and is collective.
+
+        Without `has_perplexity` the loss is none of tokens.
+        """
         self._readers = readers
         self._answers = answers
+        self._prepare, self._has_perplexity = prepare, has_perplexity
 
     def check(self) -> None:
         """Raise BadInput where a source cannot be read or does not fit the model."""
@@ -48,9 +60,12 @@ class Evaluator:
         values: dict[str, float] = {}
         for name, reader in self._readers.items():
             batches = fill_pipeline(list(reader.batches()), engine.mesh.pp_size if engine.mesh.vpp_size > 1 else 1)
+            if self._prepare is not None:
+                batches = self._prepare(engine, batches)
             sums = engine.sum_losses(batches, objective)
             loss = values[VALIDATION_LOSS + name] = sums.mean
-            values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
+            if self._has_perplexity:
+                values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
             values |= {f"validation_{figure}/{name}": value for figure, value in sums.means.items()}
         if self._answers is None:
             return Evaluation(values)

@@ -6,7 +6,6 @@ Every method is collective: all ranks of the world must call it.
 from __future__ import annotations
 
 import logging
-import math
 import time
 
 from configs.errors import NonFinite
@@ -25,7 +24,7 @@ from trainer.run.stragglers import StragglerReport
 from trainer.stages.base import Stage
 
 log = logging.getLogger(__name__)
-_SHARES = ("validation_accuracy/", "validation_exact_answers/")
+_SHARES = ("validation_accuracy/", "validation_exact_answers/", "validation_rewards/accuracies/")
 
 
 class Hooks:
@@ -164,8 +163,9 @@ class Hooks:
         self._reporter.write_answers(state.step, evaluation.answers)
         self._last_validation, self._last_validation_step = values, state.step
         for name, value in values.items():
-            if name.startswith(VALIDATION_LOSS):
-                log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, math.exp(min(value, 700.0)))
+            perplexity = values.get(name.replace(VALIDATION_LOSS, VALIDATION_PERPLEXITY, 1))
+            if name.startswith(VALIDATION_LOSS) and perplexity is not None:
+                log.info("step %d: %s %.4f (perplexity %.2f)", state.step, name, value, perplexity)
             elif name.startswith(_SHARES):
                 log.info("step %d: %s %.1f %%", state.step, name, 100 * value)
             elif not name.startswith(VALIDATION_PERPLEXITY):

@@ -7,11 +7,13 @@ from functools import partial
 from trainer.stages.base import StageKind
 from trainer.stages.grpo import build_grpo_stage
 from trainer.stages.next_token import build_next_token_stage
+from trainer.stages.preference import build_preference_stage
 from trainer.stages.sft import build_sft_stage
 
 STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(partial(build_next_token_stage, "pretrain")),
     "long_context": StageKind(partial(build_next_token_stage, "long_context")),
     "sft": StageKind(build_sft_stage),
+    "preference": StageKind(build_preference_stage),
     "grpo": StageKind(build_grpo_stage),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from parallel.watch.phases import phase
@@ -54,10 +54,12 @@ class TrainingStage:
         objective: Objective,
         evaluator: Evaluator,
         evaluated: Objective | None = None,
+        prepare: Callable[[Engine, Sequence[Batch]], list[Batch]] | None = None,
     ) -> None:
         """Read from `reader`; None serves a run of no steps, which writes a seed checkpoint.
 
-        Validation measures `evaluated`, or what is trained.
+        Validation measures `evaluated`, or what is trained. `prepare` adds to the microbatches of a step what the model
+        says of all of them, and is collective.
         """
         self.name = name
         self.objective = objective
@@ -66,6 +68,7 @@ class TrainingStage:
         self._engine = engine
         self.reader = reader
         self._evaluator = evaluator
+        self._prepare = prepare
 
     def start(self, state: TrainState) -> None:
         """Read the first step and the validation samples ahead. Raises BadInput where they do not fit the model."""
@@ -80,6 +83,8 @@ class TrainingStage:
         with phase("data"):
             batches = self.reader.read_step()
         data_seconds = time.perf_counter() - started
+        if self._prepare is not None:
+            batches = self._prepare(self._engine, batches)
         config = self._engine.config
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
         result = self._engine.train_step(batches, self.objective, rate)

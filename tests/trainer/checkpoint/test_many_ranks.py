@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from tests.trainer.checkpoint.many_ranks import Rehearsal, World
-from trainer.checkpoint import layout
+from trainer.checkpoint import layout, shares
 from trainer.checkpoint.shares import choose_writers, describe_shards, find_shared, id_of
 from trainer.checkpoint.writing import check_whole
 
@@ -75,6 +77,16 @@ def test_each_piece_is_written_once_and_evenly():
 def test_pieces_without_a_main_replica_in_the_group_are_another_groups():
     tables = [describe_shards([shard("norm", 3, is_main=False)]) for _ in range(2)]
     assert choose_writers(tables) == [frozenset(), frozenset()]
+
+
+def test_pieces_that_the_first_save_did_not_deal_out_are_not_left_out(monkeypatch):
+    """Nobody would write them, and the checkpoint would look whole."""
+    monkeypatch.setattr(shares, "gather_tables", lambda table, group, device: [table, table[:0]])
+    deal = shares.WriterShares(SimpleNamespace(size=lambda: 2, rank=lambda: 0), torch.device("cpu"))
+    first = [shard("w", 3, is_main=True)]
+    assert deal.mine(first) == deal.mine(first) == first
+    with pytest.raises(ValueError, match="changed since the first save.*: moment"):
+        deal.mine([*first, shard("moment", 3, is_main=True)])
 
 
 def halves(*offsets):

@@ -23,7 +23,9 @@ import numpy as np
 
 from configs.errors import BadInput, PeerLost
 from configs.sections.data import DataConfig, SourceConfig
-from configs.stages import SftConfig
+from configs.sections.preference import PreferenceSection
+from configs.stages import PreferenceConfig, SftConfig
+from trainer.data.chat.preference_worker import PreferenceWorker
 from trainer.data.chat.rows import iter_blocks, list_chat_files
 from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
@@ -72,7 +74,7 @@ class TokenisedSource(SourceConfig):
         return self.conversations
 
 
-def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataConfig:
+def prepare_conversations(config: SftConfig | PreferenceConfig, *, is_maker: bool = True) -> DataConfig:
     """Return what the run reads: tokenised datasets in the place of the config's conversations.
 
     What the cache lacks is made, by processes with `is_maker`; the others wait for it. Raises BadInput, and PeerLost
@@ -81,7 +83,8 @@ def prepare_conversations(config: SftConfig, *, is_maker: bool = True) -> DataCo
     sources: dict[str, tuple[SourceConfig, ...]] = {}
     for split in ("train", "validation"):
         recipes = [
-            Recipe.of(config, f"sft.{split}[{number}]", source) for number, source in enumerate(config.sources(split))
+            Recipe.of(config, f"{config.source_field(split)}[{number}]", source)
+            for number, source in enumerate(config.sources(split))
         ]
         datasets = [TokenDataset(prepare_source(recipe, is_maker=is_maker)) for recipe in recipes]
         _check_different(recipes, datasets)
@@ -99,7 +102,7 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
     Without `is_maker` others make it. Raises BadInput, and PeerLost where they are gone.
     """
     settings = list(_settings(recipe))
-    cache, quick = Path(recipe.sft.cache), _quick_key(recipe, settings)
+    cache, quick = Path(recipe.chats.cache), _quick_key(recipe, settings)
     known, maker = cache / f"{quick}.key", cache / f".{quick}.maker"
     listener = None if is_maker else Listener(maker)
     while True:
@@ -112,17 +115,17 @@ def prepare_source(recipe: Recipe, *, is_maker: bool = True) -> str:
             break
         _check_is_made(recipe, listener)
         time.sleep(0.5)
-    with _writing(cache):
+    with _writing(recipe):
         cache.mkdir(parents=True, exist_ok=True)
     with Heartbeat(maker):
         key = _content_key(recipe, settings)
         prefix = str(cache / key / recipe.source.name)
-        with _held(cache, key):
+        with _held(recipe, key):
             if _is_whole(prefix):
                 _tell_known(recipe, prefix)
             else:
                 _make(recipe, cache, key, recipe.source.name, quick)
-            with _writing(cache):
+            with _writing(recipe):
                 _write_whole(known, key)
     return prefix
 
@@ -170,7 +173,7 @@ def _tell_known(recipe: Recipe, prefix: str) -> None:
     for suffix, expected in ((".bin", meta.bin_sha256), (".idx", meta.idx_sha256), (MASK_SUFFIX, meta.mask_sha256)):
         if hash_file(prefix + suffix) != expected:
             raise BadInput(
-                f"sft.cache: {prefix}{suffix} has changed since it was written (SHA-256 differs); delete "
+                f"{recipe.section}.cache: {prefix}{suffix} has changed since it was written (SHA-256 differs); delete "
                 f"{os.path.dirname(prefix)}, and the same command makes it again"
             )
     log.info("%s is tokenised in %s: %s", recipe.source.path, prefix, describe(read_summary(prefix)))
@@ -191,7 +194,7 @@ def _weight(recipe: Recipe, dataset: TokenDataset) -> float:
     """Return the source's weight, by default as many rows as it fills, so that an epoch reads each of them once."""
     if recipe.source.weight is not None:
         return recipe.source.weight
-    return float(SOURCES[recipe.sft.rows](dataset, recipe.seq_len, seed=0).num_samples)
+    return float(SOURCES[recipe.chats.rows](dataset, recipe.seq_len, seed=0).num_samples)
 
 
 def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
@@ -202,7 +205,7 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
     folder = cache / f".{key}.making"
     shutil.rmtree(folder, ignore_errors=True)  # what a kill has left; the cache is held
     try:
-        with _writing(cache):
+        with _writing(recipe):
             folder.mkdir(parents=True)
             _tokenise(recipe, folder / name)
             if _quick_key(recipe, list(_settings(recipe))) != quick:
@@ -219,16 +222,17 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
 
 def _tokenise(recipe: Recipe, prefix: Path) -> None:
     """Write the dataset of a source, its mask and its summary."""
-    worker = ConversationWorker(recipe)
+    kind = PreferenceWorker if isinstance(recipe.chats, PreferenceSection) else ConversationWorker
+    worker = kind(recipe)
     tokenizer = worker.tokenizer
-    num_workers = recipe.sft.num_workers or len(os.sched_getaffinity(0))
+    num_workers = recipe.chats.num_workers or len(os.sched_getaffinity(0))
     files, left_out = list_chat_files(recipe.source, recipe.field)
     if left_out:
         log.info(
             "%s: left out: %s; to read another split, name its folder", recipe.source.path, describe_left_out(left_out)
         )
     num_bytes = sum(file.num_bytes for file in files)
-    pool = WorkerPool(ConversationWorker, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
+    pool = WorkerPool(kind, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     lengths: list[np.ndarray] = []
@@ -243,7 +247,7 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
                 dropped += block.dropped
                 remarks += block.remarks
                 num_rows, num_truncated = num_rows + block.num_rows, num_truncated + block.num_truncated
-                num_trained += block.mask.count(1)
+                num_trained += len(block.mask) - block.mask.count(0)
                 news.tell(num_rows, rows.num_disk_bytes)
     finally:
         pool.close()
@@ -333,12 +337,16 @@ def _files(recipe: Recipe) -> Sequence[str]:
 
 def _settings(recipe: Recipe) -> Iterator[Any]:
     """Yield everything but the rows on which samples depend."""
-    sft, source = recipe.sft, recipe.source
-    yield [_FORMAT, recipe.seq_len, sft.train_on, sft.bad_rows, sft.too_long, dict(source.columns), dict(source.roles)]
+    chats, source = recipe.chats, recipe.source
+    if isinstance(chats, PreferenceSection):
+        rules = ["labels" if chats.loss == "kto" else "pairs", chats.bad_rows]
+    else:
+        rules = [chats.train_on, chats.bad_rows, chats.too_long]
+    yield [_FORMAT, recipe.seq_len, *rules, dict(source.columns), dict(source.roles)]
     tokenizer = load_tokenizer(recipe.tokenizer)
     yield tokenizer.vocabulary_hash
     yield hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
-    yield load_template(sft.template, recipe.tokenizer).fingerprint
+    yield load_template(chats.template, recipe.tokenizer, f"{recipe.section}.template").fingerprint
 
 
 def _digest(parts: Any) -> str:
@@ -346,22 +354,23 @@ def _digest(parts: Any) -> str:
 
 
 @contextmanager
-def _held(cache: Path, key: str) -> Iterator[None]:
+def _held(recipe: Recipe, key: str) -> Iterator[None]:
     """Hold a key of the cache: another run that wants the same waits."""
-    with _writing(cache):
-        stream = open(cache / f".{key}.lock", "w")  # noqa: SIM115
+    with _writing(recipe):
+        stream = open(Path(recipe.chats.cache, f".{key}.lock"), "w")  # noqa: SIM115
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
-def _writing(cache: Path) -> Iterator[None]:
+def _writing(recipe: Recipe) -> Iterator[None]:
     """Say in one sentence that the cache cannot be written to."""
     try:
         yield
     except OSError as error:
-        raise BadInput(f"sft.cache: {cache} cannot be written to ({error}); choose another path") from error
+        place = f"{recipe.section}.cache: {recipe.chats.cache}"
+        raise BadInput(f"{place} cannot be written to ({error}); choose another path") from error
 
 
 def _write_whole(path: Path, text: str) -> None:

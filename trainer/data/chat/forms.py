@@ -45,7 +45,7 @@ def parse_conversation(
     form, column = _find_form(row, columns)
     messages = _parse_form(row, form, columns, source.roles, needs_answer=True)
     check_order(messages, column)
-    return _as_conversation(row, messages, columns, path, number)
+    return as_conversation(row, messages, columns, path, number)
 
 
 def parse_prompt(
@@ -72,7 +72,7 @@ def parse_prompt(
         raise BadRow("holds no turn to answer; end with the user's, or with its answer behind it")
     if messages[-1].role == "user" and not messages[-1].content.strip():
         raise BadRow("its last turn, the user's, is empty and asks nothing; drop the row")
-    return _as_conversation(row, messages, columns, path, number), answer
+    return as_conversation(row, messages, columns, path, number), answer
 
 
 def _parse_form(
@@ -88,13 +88,13 @@ def _parse_form(
     if form == "completion":
         return _parse_completion(row, columns, roles, needs_answer=needs_answer)
     column = columns.get(form, form)
-    return _parse_turns(row[column], column, columns, roles)
+    return parse_turns(row[column], column, columns, roles)
 
 
-def _as_conversation(
-    row: Mapping[str, Any], messages: list[Message], columns: Mapping[str, str], path: str, number: int
+def as_conversation(
+    row: Mapping[str, Any], messages: list[Message], columns: Mapping[Any, str], path: str, number: int
 ) -> Conversation:
-    """Return the messages with what columns beside them say: the system prompt and the tools."""
+    """Return the messages with what columns beside them say: the system prompt and the tools. Raises BadRow."""
     system = row.get(columns.get("system", "system"))
     if system and messages[0].role != "system":
         messages.insert(0, Message("system", check_text(system, "the system prompt")))
@@ -171,7 +171,8 @@ def _refuse_preference(row: Mapping[str, Any], columns: Mapping[str, str]) -> No
         raise BadRow(f"a preference of chosen over rejected, and SFT learns one: name it, e.g. columns: {{{advice}}}")
 
 
-def _parse_turns(turns: Any, where: str, columns: Mapping[str, str], roles: Mapping[str, ChatRole]) -> list[Message]:
+def parse_turns(turns: Any, where: str, columns: Mapping[Any, str], roles: Mapping[str, ChatRole]) -> list[Message]:
+    """Read a list of turns, which `where` names. Raises BadRow."""
     if not isinstance(turns, list):
         raise BadRow(f"{where} is {describe(turns)}, not a list of turns; write [{{role: ..., content: ...}}, ...]")
     messages = []
@@ -214,15 +215,15 @@ def _parse_completion(
     if not needs_answer and not completion:
         if isinstance(prompt, str):
             return [Message("user", check_text(prompt, names[0]))]
-        return _parse_turns(prompt, names[0], columns, roles)
+        return parse_turns(prompt, names[0], columns, roles)
     if isinstance(prompt, str) and isinstance(completion, str):
         return [Message("user", check_text(prompt, names[0])), _answer(completion, names[1])]
     completion = [completion] if isinstance(completion, dict) else completion
     if not isinstance(prompt, list) or not isinstance(completion, list):
         kinds = f"{names[0]} is {describe(prompt)} and {names[1]} {describe(completion)}"
         raise BadRow(f"{kinds}; give both as text, or both as lists of turns")
-    context = _parse_turns(prompt, names[0], columns, roles)
-    answer = _parse_turns(completion, names[1], columns, roles)
+    context = parse_turns(prompt, names[0], columns, roles)
+    answer = parse_turns(completion, names[1], columns, roles)
     if not any(message.role == "assistant" for message in answer):
         raise BadRow(f"{names[1]}: no turn of the assistant in it, and so nothing to learn")
     return [replace(message, is_trained=False) for message in context] + answer

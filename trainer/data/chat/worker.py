@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
+from configs.sections.preference import PreferenceSection
 from configs.sections.sft import ConversationSource, SftSection
-from configs.stages import SftConfig
+from configs.stages import PreferenceConfig, SftConfig
 from trainer.data.chat.check import check_samples, find_problem
 from trainer.data.chat.conversation import BadRow, Conversation
 from trainer.data.chat.encode import ChatEncoder, Sample
@@ -35,13 +36,19 @@ class Recipe:
     """Of the config, which errors name."""
     tokenizer: str
     """Its directory."""
-    sft: SftSection
+    chats: SftSection | PreferenceSection
     seq_len: int
 
     @classmethod
-    def of(cls, config: SftConfig, field: str, source: ConversationSource) -> Recipe:
+    def of(cls, config: SftConfig | PreferenceConfig, field: str, source: ConversationSource) -> Recipe:
         """Return the recipe of one of the config's sources."""
-        return cls(source, field, str(config.data.tokenizer), config.sft, config.train.seq_len)
+        chats = config.sft if isinstance(config, SftConfig) else config.preference
+        return cls(source, field, str(config.data.tokenizer), chats, config.train.seq_len)
+
+    @property
+    def section(self) -> str:
+        """The section of the config that says how, which errors name."""
+        return "sft" if isinstance(self.chats, SftSection) else "preference"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class EncodedBlock:
     """The samples of a block, end to end."""
 
     tokens: bytes  # of the dataset's dtype
-    mask: bytes  # a byte a token, 1 where it is trained
+    mask: bytes  # a byte a token, not 0 where it is trained
     lengths: NDArray[np.int32]  # [num_samples] tokens of each
     num_rows: int
     num_truncated: int
@@ -95,8 +102,9 @@ class ConversationWorker:
         """Load what the recipe names. Raises BadInput."""
         self._recipe = recipe
         self.tokenizer = load_tokenizer(recipe.tokenizer)
-        template = load_template(recipe.sft.template, recipe.tokenizer)
-        self._encoder = ChatEncoder(template, self.tokenizer, recipe.sft.train_on)
+        field = f"{recipe.section}.template"
+        template = load_template(recipe.chats.template, recipe.tokenizer, field)
+        self._encoder = ChatEncoder(template, self.tokenizer, recipe.chats.train_on, field)
         self._dtype = token_dtype(self.tokenizer.vocab_size)
 
     def encode(self, block: RowBlock) -> list[EncodedRow]:
@@ -125,15 +133,19 @@ class ConversationWorker:
             samples = self._judge(one if isinstance(one, BadRow) else next(encoded))
             if not isinstance(samples, BadRow):
                 yield self._fit(block.path, number, samples)
-            elif self._recipe.sft.bad_rows == "drop":
-                yield EncodedRow(block.path, number, dropped=str(samples))
             else:
-                if isinstance(samples, _Unmeant):
-                    check_samples([samples.sample], self._recipe.sft.train_on, self.tokenizer, self._recipe.field)
-                raise BadInput(
-                    f"{self._recipe.field}: row {number} of {block.path}: {samples}; mend the row, or leave such rows "
-                    "out with sft.bad_rows=drop"
-                )
+                yield self._leave_out(block.path, number, samples)
+
+    def _leave_out(self, path: str, number: int, fault: BadRow) -> EncodedRow:
+        """Return a row that is left out. Raises BadInput where such rows are refused."""
+        if self._recipe.chats.bad_rows == "drop":
+            return EncodedRow(path, number, dropped=str(fault))
+        if isinstance(fault, _Unmeant):
+            check_samples([fault.sample], self._recipe.chats.train_on, self.tokenizer, self._recipe.field)
+        raise BadInput(
+            f"{self._recipe.field}: row {number} of {path}: {fault}; mend the row, or leave such rows out with "
+            f"{self._recipe.section}.bad_rows=drop"
+        )
 
     def _parse(self, path: str, number: int, row: dict[str, Any]) -> Conversation | BadRow:
         try:
@@ -146,19 +158,20 @@ class ConversationWorker:
         if isinstance(samples, BadRow):
             return samples
         for sample in samples:
-            problem = find_problem(sample, self._recipe.sft.train_on)
+            problem = find_problem(sample, self._recipe.chats.train_on)
             if problem is not None:
                 return _Unmeant(sample, f"it {problem}")
         return samples or BadRow("nothing of it is trained")
 
     def _fit(self, file: str, number: int, found: list[Sample]) -> EncodedRow:
         """Return the row with samples that a row of `train.seq_len` predictions holds."""
-        longest = self._recipe.seq_len + 1
+        chats, longest = self._recipe.chats, self._recipe.seq_len + 1
+        assert isinstance(chats, SftSection)
         kept, dropped = [], None
         for sample in found:
             if len(sample.input_ids) <= longest:
                 kept.append((sample, len(sample.input_ids)))
-            elif self._recipe.sft.too_long == "drop":
+            elif chats.too_long == "drop":
                 dropped = TOO_LONG
             elif not any(sample.loss_mask[:longest]):
                 dropped = NOTHING_TRAINED_IN_REACH

@@ -1,0 +1,95 @@
+"""What one process does with a block of rows of preferences: two samples side by side for each comparison. Torch-free.
+
+The mask of a sample holds which side it is on (`trainer.data.packed_source`) where it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from configs.sections.preference import PreferenceSection
+from trainer.data.chat.conversation import BadRow, Conversation
+from trainer.data.chat.encode import Sample
+from trainer.data.chat.preferences import Judged, answered, parse_judged, parse_pairs
+from trainer.data.chat.rows import RowBlock, read_block
+from trainer.data.chat.worker import TOO_LONG, ConversationWorker, EncodedRow
+from trainer.data.packed_source import CHOSEN, MISMATCHED, REJECTED
+
+_Sided = tuple[Conversation, int]
+"""A conversation and the side that its answer is on."""
+
+
+class PreferenceWorker(ConversationWorker):
+    """The same for pairs, or for single answers, each with another's answer to its prompt beside it (`loss: kto`)."""
+
+    def _encode(self, block: RowBlock) -> Iterator[EncodedRow]:
+        parsed = self._parse_block(block)
+        conversations = [
+            one for _, units in parsed if not isinstance(units, BadRow) for unit in units for one, _ in unit
+        ]
+        encoded = iter(self._encoder.encode_batch(conversations))
+        for number, units in parsed:
+            if isinstance(units, BadRow):
+                yield self._leave_out(block.path, number, units)
+                continue
+            samples = [[self._take_side(self._judge(next(encoded)), side) for _, side in unit] for unit in units]
+            fault = next((one for unit in samples for one in unit if isinstance(one, BadRow)), None)
+            yield self._leave_out(block.path, number, fault) if fault else self._fit_units(block.path, number, samples)
+
+    def _parse_block(self, block: RowBlock) -> list[tuple[int, list[tuple[_Sided, _Sided]] | BadRow]]:
+        """Return what is compared in each row, or what is wrong with the row."""
+        chats = self._recipe.chats
+        assert isinstance(chats, PreferenceSection)
+        rows = read_block(block)
+        if chats.loss != "kto":
+            pairs = [(number, _try(parse_pairs, row, self._recipe.source, block.path, number)) for number, row in rows]
+            return [
+                (number, found)
+                if isinstance(found, BadRow)
+                else (number, [((one.chosen, CHOSEN), (one.rejected, REJECTED)) for one in found])
+                for number, found in pairs
+            ]
+        judged = [(number, _try(parse_judged, row, self._recipe.source, block.path, number)) for number, row in rows]
+        others = iter(_rotate([one for _, found in judged if not isinstance(found, BadRow) for one in found]))
+        return [
+            (number, found) if isinstance(found, BadRow) else (number, [_beside(one, next(others)) for one in found])
+            for number, found in judged
+        ]
+
+    def _take_side(self, samples: list[Sample] | BadRow, side: int) -> Sample | BadRow:
+        """Return an answer's one sample with its side in the mask."""
+        if isinstance(samples, BadRow):
+            return samples
+        if len(samples) > 1:
+            return BadRow("its template shows earlier turns of an answer otherwise later on; give answers of one turn")
+        return replace(samples[0], loss_mask=[side * is_trained for is_trained in samples[0].loss_mask])
+
+    def _fit_units(self, file: str, number: int, units: Sequence[Sequence[Any]]) -> EncodedRow:
+        """Return the row with those comparisons that a row of `train.seq_len` predictions holds whole."""
+        kept = [unit for unit in units if sum(len(one.input_ids) - 1 for one in unit) <= self._recipe.seq_len]
+        samples = tuple(one for unit in kept for one in unit)
+        dropped = TOO_LONG if len(kept) < len(units) else None
+        return EncodedRow(file, number, samples, dropped, tuple(len(one.input_ids) for one in samples))
+
+
+def _try(parse: Any, *arguments: Any) -> Any:
+    try:
+        return parse(*arguments)
+    except BadRow as error:
+        return error
+
+
+def _rotate(judged: Sequence[Judged]) -> list[Judged]:
+    """Return behind each answer that of another prompt, the next one's with another answer where there is such."""
+    others = []
+    for place, one in enumerate(judged):
+        later = (judged[(place + step) % len(judged)] for step in range(1, len(judged)))
+        others.append(next((other for other in later if other.prompt.messages != one.prompt.messages), one))
+    return others
+
+
+def _beside(one: Judged, other: Judged) -> tuple[_Sided, _Sided]:
+    """Return an answer, and another prompt's answer to its prompt, whose log-ratio estimates the divergence (KTO)."""
+    return (one.whole, CHOSEN if one.is_good else REJECTED), (answered(one.prompt, other.answer), MISMATCHED)
