@@ -146,8 +146,8 @@ def _why(config: Config, machine: Machine, all_found: Found, wanted: dict[str, i
     refused = sum(found.refused.values())
     if not plans and not found.too_large and not refused:
         yield (
-            "none is searched: sizes are divisors of the GPUs (ep of the experts, vpp of a stage's layers), tp stays "
-            f"within {machine.gpus_per_node} GPUs, and microbatches are 1, 2, 4 or 8"
+            "none is searched: sizes are divisors of the GPUs (ep of the experts, vpp of a stage's layers), etp is tp "
+            f"or 1, tp stays within {machine.gpus_per_node} GPUs, and microbatches are 1, 2, 4 or 8"
         )
         return
     yield f"{len(plans):,} of these layouts fit, {len(found.too_large):,} do not, {refused:,} break a rule:"
