@@ -143,7 +143,7 @@ def test_missing_and_failed_runs_are_named_with_the_reason(sweep_dir, capsys):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"recipe": "configs/none.yaml"}, "recipe: configs/none.yaml does not exist; a value that would work"),
+        ({"recipe": "configs/none.yaml"}, "recipe: configs/none.yaml does not exist, seen from"),
         ({"steps": 3}, "steps: unknown field; the fields are recipe"),
         ({"num_steps": 0}, "num_steps: input should be greater than or equal to 1"),
         ({"num_warmup": 12}, "num_warmup: 12 of 12 steps leave none to measure; a value that would work: 3"),
