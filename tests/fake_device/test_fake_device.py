@@ -155,8 +155,8 @@ PIPELINE = "p2p_communication._communicate"
 WHOLE = (
     "bf16", "fp16", "fp32", "dynamic", "latent", "experts", "documents", "latent_documents", "dp2", "tp2_sp",
     "pp2_first", "pp2_vpp2_last", "ep2", "window_sinks", "window_documents", "cp2_ring_documents",
-    "cp2_ring_latent_documents", "cp2_ulysses", "cp4_hierarchical", "cp2_tp2_sp", "recompute", "lora", "lora_experts", "lora_latent_tp2_sp",
-    "fp8_tensorwise", "fp8_rowwise_tp2_sp", "fp8_delayed_experts",
+    "cp2_ring_latent_documents", "cp2_ulysses", "cp4_hierarchical", "cp2_tp2_sp", "recompute", "lora",
+    "lora_experts", "lora_latent_tp2_sp", "fp8_tensorwise", "fp8_rowwise_tp2_sp", "fp8_delayed_experts",
 )  # fmt: skip
 
 
