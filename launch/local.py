@@ -9,7 +9,6 @@ Training on the CPU is forked from here (`launch/fork.py`); other scripts, and r
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -31,13 +30,13 @@ from launch.main import is_training
 from parallel.environment import Environment
 from parallel.failures import flush_streams, report
 from parallel.launcher_variables import find_free_port
+from parallel.parent_death import end_with
 from parallel.platform import detect_platform_name
 
 _USAGE = "usage: python -m launch.local --nproc-per-node N launch/STAGE.py CONFIG [the entry point's own options]"
 _POLL_SECONDS = 0.1
 _FORWARDED = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 _FORWARDED |= {signal.SIGHUP: signal.SIGTERM}
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _Rank = subprocess.Popen[bytes] | ForkedRank
 
@@ -170,11 +169,9 @@ def _start_rank(command: Sequence[str], variables: Mapping[str, str], handled: S
 
 
 def _end_with_launcher(launcher: int) -> None:
-    """Ask the kernel, in the new rank, for SIGTERM when the launcher dies without having been able to say so."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:  # it died before we asked, and nobody would ever tell us
-            os._exit(128 + signal.SIGTERM)
+    """Let the launcher's death, when it could not say so, reach the new rank as SIGTERM."""
+    if not end_with(launcher, signal.SIGTERM):  # it died before we asked, and nobody would ever tell us
+        os._exit(128 + signal.SIGTERM)
 
 
 def _wait_for_failure(ranks: Sequence[_Rank]) -> int | None:

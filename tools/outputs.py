@@ -1,8 +1,12 @@
-"""Where a tool may write: every `--out` is looked at before any work begins. Torch-free; makes nothing itself."""
+"""Where a tool may write: every `--out` is looked at before any work begins. Torch-free."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import BadInput
@@ -19,6 +23,19 @@ def check_directory(out: str, example: str) -> None:
     """Refuse what cannot be a directory to write; `example` is a value that would work."""
     if os.path.lexists(out) and not os.path.isdir(out):
         raise BadInput(f"--out {out}: a file, and a directory is needed; a value that would work: {example}")
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """Yield a directory to fill. It becomes the new directory `out` when it is whole; after an error there is none."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_file(out: Path, option: str = "--out") -> None:

@@ -8,7 +8,6 @@ The same command goes on: runs that have taken their steps stay, the others begi
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -27,13 +26,13 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 from configs.errors import BadInput
 from configs.load import load_cluster
 from configs.rules.cluster import check_cluster
+from parallel.parent_death import end_with
 from tools.console import end_process, run_command
 from tools.paths import path_argument
 from tools.scaling_figures import count_steps, describe_failure, log_of, outcome_of
 from tools.scaling_sweep import Point, Sweep, plan_points, read_sweep, write_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ALONE = {"OMP_NUM_THREADS": "1"}
 
 
@@ -95,9 +94,9 @@ def _run(sweep: Sweep, sweep_dir: Path, point: Point, say: Callable[[str], None]
     log_of(sweep_dir, point).unlink(missing_ok=True)  # a run that outlives a kill of this command may still write to it
     with log_of(sweep_dir, point).open("wb") as log:
         environment = _ALONE | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), _python_path()]))}
-        code = subprocess.run(
-            [sys.executable, *command], env=environment, stdout=log, stderr=log, preexec_fn=_end_with_parent
-        ).returncode
+        end = partial(_end_with, os.getpid())
+        words = [sys.executable, *command]
+        code = subprocess.run(words, env=environment, stdout=log, stderr=log, preexec_fn=end).returncode
     _write_outcome(sweep_dir, point, {"exit_code": code, "seconds": round(time.monotonic() - started, 1)})
     if code == 0 and _is_finished(sweep, sweep_dir, point):
         say(f"done in {time.monotonic() - started:.0f} s")
@@ -107,10 +106,10 @@ def _run(sweep: Sweep, sweep_dir: Path, point: Point, say: Callable[[str], None]
     return False
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """Let the death of this command reach the run as SIGTERM: it would take the cores from those that come next."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not end_with(parent, signal.SIGTERM):
+        os._exit(128 + signal.SIGTERM)
 
 
 def _submit(sweep: Sweep, sweep_dir: Path, point: Point, cluster: Path, say: Callable[[str], None]) -> bool:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from configs.errors import BadInput
 from tools.console import end_process, run_command
-from tools.outputs import check_directory
+from tools.outputs import check_directory, whole_directory
 from tools.paths import path_text
 
 _FILE = "tokenizer.json"
@@ -38,11 +37,7 @@ def split_digits(directory: str, out: str) -> int:
     if os.path.exists(out):
         raise BadInput(f"--out {out}: it exists already; delete it or choose another directory")
     source = Path(load_tokenizer(directory).directory)
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
+    with whole_directory(Path(out)) as temporary:
         for file in source.iterdir():
             if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"):
                 shutil.copyfile(file, temporary / file.name)
@@ -59,9 +54,6 @@ def split_digits(directory: str, out: str) -> int:
                 f"{directory}: its digits are no tokens, or its class splits words whatever {_FILE} says; a tokenizer "
                 "that tools/train_tokenizer.py wrote would work"
             )
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return made.vocab_size
 
 

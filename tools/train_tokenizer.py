@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from configs.errors import BadInput
 from tools.console import Progress, end_process, run_command
-from tools.outputs import check_directory
+from tools.outputs import check_directory, whole_directory
 from tools.paths import path_text
 
 if TYPE_CHECKING:
@@ -96,10 +94,7 @@ def _texts(files: Sequence[InputFile], text_key: str, skip_missing: bool, progre
 
 def _write(tokenizer: Tokenizer, out: Path, end_of_document: str) -> None:
     """Write the files Hugging Face reads, in a directory renamed into place when it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        temporary.chmod(0o755)
+    with whole_directory(out) as temporary:
         tokenizer.save(str(temporary / "tokenizer.json"))
         special = {"bos_token": end_of_document, "eos_token": end_of_document}
         config = {
@@ -110,9 +105,6 @@ def _write(tokenizer: Tokenizer, out: Path, end_of_document: str) -> None:
         }
         for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
             (temporary / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -186,9 +186,10 @@ def test_a_directory_holds_one_sweep(sweep_dir, write, tmp_path):
 
 
 RUNNING = """
-import subprocess, sys
-from tools.scaling import _end_with_parent
-run = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], preexec_fn=_end_with_parent)
+import functools, os, subprocess, sys
+from tools.scaling import _end_with
+end = functools.partial(_end_with, os.getpid())
+run = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], preexec_fn=end)
 run.wait()
 """
 

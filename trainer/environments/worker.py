@@ -5,7 +5,6 @@ Started by process.py. Never imports torch by itself.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import pickle
@@ -18,11 +17,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from configs.errors import BadInput, in_one_line
+from parallel.parent_death import end_with
 from trainer.environments.environment import Environment, Turn, is_turn, load_environment
 from trainer.environments.rewards.registry import LoadedReward, load_reward
 from trainer.environments.rewards.reply import Reply
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -158,9 +156,9 @@ def _load_answers(environment: Environment) -> LoadedReward:
 
 def _die_with(parent: int) -> None:
     """Have the kernel end this process with the parent, and first of all where memory runs out."""
+    is_there = end_with(parent, signal.SIGKILL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
-    if os.getppid() != parent:
+    if not is_there:
         os._exit(1)
