@@ -18,6 +18,7 @@ from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
+from configs.sections.ppo import PpoSection
 from configs.sections.precision import PrecisionConfig
 from configs.sections.preference import PreferenceSection
 from configs.sections.rft import RftSection
@@ -184,6 +185,21 @@ class GrpoConfig(Config):
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
 
 
+class PpoConfig(GrpoConfig):
+    """Reinforcement learning with a critic: prompts, rewards and rollouts as without one, and what PPO makes of them.
+    """
+
+    grpo: GrpoSection = GrpoSection(algorithm="ppo")
+    ppo: PpoSection = PpoSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_algorithm(cls, fields: Any) -> Any:
+        """Let `grpo.algorithm` be left out: there is one."""
+        grpo = fields.get("grpo", {}) if isinstance(fields, dict) else None
+        return {**fields, "grpo": {"algorithm": "ppo", **grpo}} if isinstance(grpo, dict) else fields
+
+
 class RftConfig(GrpoConfig):
     """Rejection sampling: prompts, rewards and rollouts as in reinforcement learning, whose answers become data."""
 
@@ -203,6 +219,7 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "sft": SftConfig,
     "preference": PreferenceConfig,
     "grpo": GrpoConfig,
+    "ppo": PpoConfig,
     "rft": RftConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""

@@ -14,6 +14,7 @@ from configs.rules.grpo import check_grpo
 from configs.rules.layout import check_layout
 from configs.rules.lora import check_lora
 from configs.rules.model import check_model
+from configs.rules.ppo import check_ppo
 from configs.rules.preference import check_preference
 from configs.rules.rft import check_rft
 from configs.rules.stages import check_stage
@@ -32,6 +33,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *check_training(config),
         *check_stage(config),
         *check_grpo(config),
+        *check_ppo(config),
         *check_preference(config),
         *check_rft(config),
         *check_fp8(config),

@@ -21,7 +21,8 @@ def check_grpo(config: Config) -> Iterator[str]:
         yield from _check_comparison(config)
         yield from _check_method(config)
         yield from _check_length_of_run(config)
-    if config.train.num_steps > 0 and not config.grpo.rewards and config.grpo.environment is None:
+    grpo = config.grpo
+    if config.train.num_steps > 0 and not grpo.rewards and grpo.reward_model is None and grpo.environment is None:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
     top_k = config.rollout.top_k
     if top_k is not None and top_k > config.model.vocab_size:
