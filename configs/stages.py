@@ -186,8 +186,7 @@ class GrpoConfig(Config):
 
 
 class PpoConfig(GrpoConfig):
-    """Reinforcement learning with a critic: prompts, rewards and rollouts as without one, and what PPO makes of them.
-    """
+    """Reinforcement learning with a critic: prompts, rewards and rollouts as without, and what PPO makes of them."""
 
     grpo: GrpoSection = GrpoSection(algorithm="ppo")
     ppo: PpoSection = PpoSection()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from configs.errors import BadInput
 from configs.plan.kv_cache import bytes_of_token, slot_length
 from configs.rules.model import check_unused
-from configs.stages import Config, GrpoConfig, RftConfig
+from configs.stages import Config, GrpoConfig, PpoConfig, RftConfig
 
 
 def check_grpo(config: Config) -> Iterator[str]:
@@ -48,7 +48,8 @@ def _check_groups(config: GrpoConfig) -> Iterator[str]:
 
 def _check_comparison(config: GrpoConfig) -> Iterator[str]:
     grpo = config.grpo
-    if grpo.group_size == 1 and grpo.method.advantage != "batch":
+    is_compared = grpo.method.advantage != "batch" and not isinstance(config, PpoConfig)
+    if grpo.group_size == 1 and is_compared:
         yield (
             f"grpo.group_size: a group of one is compared with itself, and grpo.advantage={grpo.method.advantage} is "
             "then 0; a value that would work: 8"

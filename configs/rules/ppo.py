@@ -1,4 +1,4 @@
-"""Rules of PPO: the algorithm that has a critic and the stage that trains one, and fields that cannot act. Torch-free."""
+"""Rules of PPO: the algorithm that has a critic and the stage that trains one, fields that cannot act. Torch-free."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from configs.stages import Config, RftConfig
 
 _REASON = "in rejection sampling, which trains nothing"
 _READ_OF_GRPO = {
-    "template", "prompts", "rewards", "reward_model", "environment", "environment_time_limit", "num_reward_workers", "group_size", "kl",
-    "max_turns",
+    "template", "prompts", "rewards", "reward_model", "environment", "environment_time_limit", "num_reward_workers",
+    "group_size", "kl", "max_turns",
 }  # fmt: skip
 _READ_OF_TRAIN = {"num_steps", "seq_len", "global_batch_size", "recompute"}
 

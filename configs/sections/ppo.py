@@ -16,8 +16,7 @@ class CriticOptimizerConfig(OptimizerConfig):
 
 
 class CriticSection(Section):
-    """The model that says what a token is worth: a scalar head in place of the output layer, trained beside the policy.
-    """
+    """The model that says what a token is worth, with a scalar head in place of the output layer."""
 
     init_from: PathText | None = None
     """Where its weights come from: a reward model with its head, or a language model, whose head is drawn anew; a
