@@ -28,6 +28,8 @@ from configs.sections.sft import SftSection
 from configs.sections.train import TrainConfig
 
 Split = Literal["train", "validation"]
+HeadKind = Literal["vocabulary", "scalar"]
+"""What a model says of a token: logits of the vocabulary, or one value (reward models, critics)."""
 
 
 class Config(Section):
@@ -54,6 +56,11 @@ class Config(Section):
     def source_field(self, split: Split) -> str:
         """Return the field that `sources` are listed in."""
         return f"data.{split}"
+
+    @property
+    def head(self) -> HeadKind:
+        """The head of the model that the run trains."""
+        return "vocabulary"
 
     @property
     def chat_template(self) -> tuple[str, str | None] | None:

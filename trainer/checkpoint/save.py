@@ -231,4 +231,5 @@ class CheckpointWriter:
             "config": resolved_dict(self._config),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
             "base": self._base.as_dict() if self._base is not None else None,
+            "head": self._config.head,
         }

@@ -65,7 +65,7 @@ class StageContext:
 
 def plan_policy(config: Config) -> dict[str, ModelPlan]:
     """Return the plan of a stage that trains the one model it has."""
-    return {POLICY: ModelPlan(config, is_trained=True)}
+    return {POLICY: ModelPlan(config, is_trained=True, head=config.head)}
 
 
 @dataclass(frozen=True)
