@@ -39,7 +39,7 @@ FIELDS: dict[str, Any] = {
     "optimizer": {"lr": RATE, "min_lr": 0.0, "eps": 1e-6},
     "schedule": {"kind": "constant"},
 }  # fmt: skip
-TRAIN = {"seq_len": 40, "micro_batch_size": 2, "global_batch_size": 7 * 2}
+TRAIN = {"seq_len": 40, "micro_batch_size": 2}
 TOLD = (
     "critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean", "critic/grad_norm", "critic/values/mean",
     "critic/returns/mean", "critic/vf_explained_var", "critic/rewards/mean", "actor/pg_loss", "actor/ppo_kl",
@@ -247,7 +247,7 @@ def recurse(rewards: list[float], values: list[float], lam: float) -> list[float
 def weighted(names: Any, rows: Any) -> dict[str, float]:
     """Return means over all tokens of all updates."""
     total = sum(row[0] for row in rows)
-    return {name: float(sum(row[0] * row[1 + i] for row in rows)) / total for i, name in enumerate(names)}
+    return {name: sum(row[0] * float(row[1 + i].detach()) for row in rows) / total for i, name in enumerate(names)}
 
 
 def build_adamw(model: Any, rate: float) -> Any:

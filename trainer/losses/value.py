@@ -16,5 +16,5 @@ def clipped_value_loss(
     free = (values - returns).square()
     if clip is None:
         return free / 2, torch.zeros_like(values, dtype=torch.bool)
-    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     return torch.maximum(free, clipped) / 2, clipped > free

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from configs.roles import POLICY, REWARD
 from configs.stages import GrpoConfig, Split
 from parallel.watch.phases import phase
 from trainer.data.batch import Batch
@@ -17,7 +18,6 @@ from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import PromptFile, PromptReader
 from trainer.data.chat.template import load_template
 from trainer.data.corpus import Corpus
-from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
 from trainer.engine.objective import Objective
 from trainer.engine.parts import Checkpointed
