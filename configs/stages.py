@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from configs.roles import SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
@@ -58,6 +59,11 @@ class Config(Section):
     def chat_template(self) -> tuple[str, str | None] | None:
         """The field that names the chat template of a stage of conversations, and its value; None for other stages."""
         return None
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The models that the stage needs beside the policy, by role."""
+        return {}
 
     @property
     def packing(self) -> str:
