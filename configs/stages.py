@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from configs.roles import CRITIC, REWARD, HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
+from configs.sections.online_dpo import OnlineDpoSection
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.ppo import PpoSection
@@ -28,8 +30,6 @@ from configs.sections.sft import SftSection
 from configs.sections.train import TrainConfig
 
 Split = Literal["train", "validation"]
-HeadKind = Literal["vocabulary", "scalar"]
-"""What a model says of a token: logits of the vocabulary, or one value (reward models, critics)."""
 
 
 class Config(Section):
@@ -66,6 +66,11 @@ class Config(Section):
     def chat_template(self) -> tuple[str, str | None] | None:
         """The field that names the chat template of a stage of conversations, and its value; None for other stages."""
         return None
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The models that the stage needs beside the policy, by role."""
+        return {}
 
     @property
     def packing(self) -> str:
@@ -182,6 +187,14 @@ class GrpoConfig(Config):
         return True
 
     @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The reward model, where there is one."""
+        source = self.grpo.reward_model
+        if source is None:
+            return {}
+        return {REWARD: SecondModel("grpo.reward_model.init_from", source.init_from, head="scalar")}
+
+    @property
     def prompts_per_step(self) -> int:
         """Prompts whose groups are the answers of one step."""
         return self.train.global_batch_size * self.grpo.num_minibatches // self.grpo.group_size
@@ -205,6 +218,17 @@ class PpoConfig(GrpoConfig):
         grpo = fields.get("grpo", {}) if isinstance(fields, dict) else None
         return {**fields, "grpo": {"algorithm": "ppo", **grpo}} if isinstance(grpo, dict) else fields
 
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The critic, and the reward model where there is one."""
+        critic, start = self.ppo.critic, self.checkpoint
+        field, place = "ppo.critic.init_from", critic.init_from
+        if place is None:
+            field = "checkpoint.init_from" if start.init_from is not None else "checkpoint.init_from_hf"
+            place = start.init_from or start.init_from_hf or start.resume
+        own = SecondModel(field, place, head="scalar", optimizer=critic.optimizer)
+        return {CRITIC: own, **super().second_models}
+
 
 class RftConfig(GrpoConfig):
     """Rejection sampling: prompts, rewards and rollouts as in reinforcement learning, whose answers become data."""
@@ -219,6 +243,22 @@ class RftConfig(GrpoConfig):
         return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
 
 
+class OnlineDpoConfig(GrpoConfig):
+    """Online DPO: prompts, rewards and rollouts as in reinforcement learning, whose answers become pairs."""
+
+    online_dpo: OnlineDpoSection = OnlineDpoSection()
+
+    @property
+    def packing(self) -> str:
+        """How rows are made of pairs."""
+        return "pairs"
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds two answers to it; their last tokens are no input."""
+        return self.train.seq_len // 2 + 1 - self.rollout.max_new_tokens
+
+
 STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
@@ -227,5 +267,6 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "grpo": GrpoConfig,
     "ppo": PpoConfig,
     "rft": RftConfig,
+    "online_dpo": OnlineDpoConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
 _STEERING_SECTIONS = (
     "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "grpo", "ppo",
-    "rollout",
+    "rollout", "online_dpo",
 )  # fmt: skip
 _QUIET_FIELDS = (
     "train.log_every", "data.prefetch_steps", "sft.cache", "sft.num_workers", "sft.num_answers",

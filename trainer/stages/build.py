@@ -7,6 +7,7 @@ from functools import partial
 from trainer.stages.base import StageKind
 from trainer.stages.grpo import build_grpo_stage
 from trainer.stages.next_token import build_next_token_stage
+from trainer.stages.online_dpo import build_online_dpo_stage
 from trainer.stages.ppo import build_ppo_stage
 from trainer.stages.preference import build_preference_stage
 from trainer.stages.sft import build_sft_stage
@@ -17,5 +18,6 @@ STAGES: dict[str, StageKind] = {
     "sft": StageKind(build_sft_stage),
     "preference": StageKind(build_preference_stage),
     "grpo": StageKind(build_grpo_stage),
+    "online_dpo": StageKind(build_online_dpo_stage),
     "ppo": StageKind(build_ppo_stage),
 }

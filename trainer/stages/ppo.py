@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.roles import CRITIC
+from configs.roles import CRITIC, POLICY
 from configs.stages import PpoConfig
 from trainer.engine.engine import Engine
 from trainer.engine.forward import forward_values
@@ -20,7 +20,7 @@ from trainer.rl.kl_controller import KlController
 from trainer.rl.rollout import Rollout
 from trainer.rl.update import score_rollouts
 from trainer.stages.base import StageContext
-from trainer.stages.grpo import GrpoStage, Lesson, open_parts, train_on
+from trainer.stages.grpo import GrpoStage, Lesson, open_policy_answers, train_on
 
 
 class PpoStage(GrpoStage):
@@ -108,6 +108,7 @@ class PpoStage(GrpoStage):
 
 def build_ppo_stage(context: StageContext) -> PpoStage:
     """Return the stage with its prompts open and its rewards running. Raises BadInput for what cannot be."""
-    critic = context.models[CRITIC]
-    assert isinstance(critic, Engine)
-    return PpoStage(critic, *open_parts(context))
+    config, models = context.config, context.models
+    engine, critic = models[POLICY], models[CRITIC]
+    assert isinstance(engine, Engine) and isinstance(critic, Engine) and isinstance(config, PpoConfig)
+    return PpoStage(critic, config, engine, *open_policy_answers(config, models, context.corpus))
