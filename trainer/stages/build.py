@@ -9,6 +9,7 @@ from trainer.stages.grpo import build_grpo_stage
 from trainer.stages.next_token import build_next_token_stage
 from trainer.stages.online_dpo import build_online_dpo_stage
 from trainer.stages.preference import build_preference_stage
+from trainer.stages.reward import build_reward_stage
 from trainer.stages.sft import build_sft_stage
 
 STAGES: dict[str, StageKind] = {
@@ -16,6 +17,7 @@ STAGES: dict[str, StageKind] = {
     "long_context": StageKind(partial(build_next_token_stage, "long_context")),
     "sft": StageKind(build_sft_stage),
     "preference": StageKind(build_preference_stage),
+    "reward": StageKind(build_reward_stage),
     "grpo": StageKind(build_grpo_stage),
     "online_dpo": StageKind(build_online_dpo_stage),
 }
