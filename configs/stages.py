@@ -6,13 +6,14 @@ Reading YAML is `configs.load`, what follows from the values is `configs.plan`, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from configs.roles import CRITIC, REWARD, HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
+from configs.sections.comparisons import ComparisonsSection
 from configs.sections.data import DataConfig
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
@@ -23,6 +24,7 @@ from configs.sections.parallel import ParallelConfig
 from configs.sections.ppo import PpoSection
 from configs.sections.precision import PrecisionConfig
 from configs.sections.preference import PreferenceSection
+from configs.sections.reward_model import RewardModelSection
 from configs.sections.rft import RftSection
 from configs.sections.rollout import RolloutSection
 from configs.sections.run import LogConfig, RunConfig, SampleConfig
@@ -128,33 +130,59 @@ class SftConfig(Config):
         return True
 
 
-class PreferenceConfig(Config):
-    """Learning from preferences: the shared sections, and pairs of answers in the place of `data`'s sources."""
+class ComparisonsConfig(Config):
+    """Learning from compared answers: the shared sections, and comparisons in the place of `data`'s sources."""
 
-    preference: PreferenceSection = PreferenceSection()
+    section: ClassVar[str]
+    """The name of the section that has them."""
+
+    @property
+    def comparisons(self) -> ComparisonsSection:
+        """The section that has them."""
+        found: ComparisonsSection = getattr(self, self.section)
+        return found
 
     def sources(self, split: Split) -> Sequence[Any]:
-        """Return the sources of preferences."""
-        return self.preference.train if split == "train" else self.preference.validation
+        """Return the sources of comparisons."""
+        return self.comparisons.train if split == "train" else self.comparisons.validation
 
     def source_field(self, split: Split) -> str:
-        """Return the field of the preferences."""
-        return f"preference.{split}"
+        """Return the field of the comparisons."""
+        return f"{self.section}.{split}"
 
     @property
     def chat_template(self) -> tuple[str, str | None]:
         """The field of the chat template, and its value."""
-        return "preference.template", self.preference.template
+        return f"{self.section}.template", self.comparisons.template
 
     @property
     def packing(self) -> str:
-        """How rows are made of pairs."""
-        return self.preference.rows
+        """How rows are made of comparisons."""
+        return self.comparisons.rows
 
     @property
     def has_document_mask(self) -> bool:
         """Attention stays within answers."""
         return True
+
+
+class PreferenceConfig(ComparisonsConfig):
+    """Learning from preferences: the shared sections, and a loss of pairs of answers."""
+
+    section: ClassVar[str] = "preference"
+    preference: PreferenceSection = PreferenceSection()
+
+
+class RewardModelConfig(ComparisonsConfig):
+    """Training a reward model: the shared sections, pairs of answers, and a scalar head."""
+
+    section: ClassVar[str] = "reward"
+    reward: RewardModelSection = RewardModelSection()
+
+    @property
+    def head(self) -> HeadKind:
+        """A value a token, of which an answer's is its reward."""
+        return "scalar"
 
 
 class GrpoConfig(Config):
@@ -264,6 +292,7 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "long_context": LongContextConfig,
     "sft": SftConfig,
     "preference": PreferenceConfig,
+    "reward": RewardModelConfig,
     "grpo": GrpoConfig,
     "ppo": PpoConfig,
     "rft": RftConfig,

@@ -25,7 +25,7 @@ class RewardConfig(Section):
 
 
 class RewardModelSource(Section):
-    """A trained model that scores a conversation by its last token."""
+    """A trained model that scores a conversation where it reads the end of the last turn."""
 
     init_from: Annotated[PathText, Field(examples=["runs/demo_reward"])]
     """A reward model of the same tokenizer: a checkpoint, a run directory, or a Hugging Face model."""

@@ -1,4 +1,4 @@
-"""A frozen reward model: conversations with the policy's answers -> its value at the last token of each."""
+"""A frozen reward model: conversations with the policy's answers -> its value where each answer's end is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from configs.stages import GrpoConfig
 from trainer.data.chat.conversation import BadRow, Conversation
-from trainer.data.chat.encode import ChatEncoder
+from trainer.data.chat.encode import ChatEncoder, Sample
 from trainer.engine.forward import forward_values
 from trainer.engine.sharded_model import ShardedModel
 from trainer.rl.placement import Placement
@@ -32,8 +32,14 @@ class _Text:
         return np.zeros(len(self.token_ids) - 1, dtype=np.bool_)
 
 
+def _up_to_end(sample: Sample) -> _Text:
+    """Return a sample up to its last trained token, which ends the answer."""
+    end = len(sample.loss_mask) - sample.loss_mask[::-1].index(1)
+    return _Text([*sample.input_ids[:end], sample.input_ids[end - 1]])
+
+
 class RewardModel:
-    """Scores conversations. As its stage trains it, it reads each as the template renders it, the last turn ended."""
+    """Scores conversations as its stage trains it: rendered by the template, at the token that ends the last turn."""
 
     def __init__(self, config: GrpoConfig, model: ShardedModel, encoder: ChatEncoder) -> None:
         self._config, self._model = config, model
@@ -42,8 +48,7 @@ class RewardModel:
     def score(self, conversations: Sequence[Conversation]) -> list[float | str]:
         """Return the value of each, or why there is none. Collective: all ranks of the world must call this."""
         encoded = self._encoder.encode_batch(conversations)
-        read = [one[-1].input_ids for one in encoded if not isinstance(one, BadRow)]
-        values = iter(self._values([_Text([*ids, ids[-1]]) for ids in read]))
+        values = iter(self._values([_up_to_end(one[-1]) for one in encoded if not isinstance(one, BadRow)]))
         return [str(one) if isinstance(one, BadRow) else next(values) for one in encoded]
 
     def _values(self, texts: Sequence[_Text]) -> list[float | str]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from configs.errors import BadInput, ExitCode, PeerLost
 from configs.roles import POLICY
 from configs.sections.data import DataConfig
-from configs.stages import Config, PreferenceConfig, RftConfig, SftConfig
+from configs.stages import ComparisonsConfig, Config, RftConfig, SftConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.failures import describe_peer_loss, is_peer_loss
@@ -91,7 +91,7 @@ def _name_lost_rank(error: Exception, config: Config, mesh: Mesh, watch: Watch) 
 
 def _prepare_data(config: Config, environment: Environment) -> DataConfig:
     """Return what is read, after tokenising what no earlier run has: on one rank of each host, without a time limit."""
-    if not isinstance(config, SftConfig | PreferenceConfig):
+    if not isinstance(config, SftConfig | ComparisonsConfig):
         return config.data
     from trainer.data.chat.cache import prepare_conversations
 

@@ -40,14 +40,14 @@ from trainer.optim.learning_rate import compute_learning_rate
 log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
 _STEERING_SECTIONS = (
-    "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "grpo", "ppo",
+    "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "reward", "grpo", "ppo",
     "rollout", "online_dpo",
 )  # fmt: skip
 _QUIET_FIELDS = (
     "train.log_every", "data.prefetch_steps", "sft.cache", "sft.num_workers", "sft.num_answers",
     "sft.max_answer_tokens", "grpo.num_validation_prompts", "grpo.num_reward_workers", "rollout.max_rows",
     "rollout.cache_gib", "preference.cache", "preference.num_workers", "preference.num_answers",
-    "preference.max_answer_tokens",
+    "preference.max_answer_tokens", "reward.cache", "reward.num_workers",
 )  # fmt: skip
 
 
