@@ -7,21 +7,25 @@ from collections.abc import Iterator
 from configs.errors import BadInput
 from configs.plan.kv_cache import bytes_of_token, slot_length
 from configs.rules.model import check_unused
-from configs.stages import Config, GrpoConfig, RftConfig
+from configs.stages import Config, GrpoConfig, OnlineDpoConfig, PpoConfig, RftConfig
 
 
 def check_grpo(config: Config) -> Iterator[str]:
     """Yield every rule of rollouts, rewards and policy-gradient methods that the config breaks."""
     if not isinstance(config, GrpoConfig):
         return
-    yield from _check_groups(config)
-    yield from _check_lengths(config)
+    is_pairing = isinstance(config, OnlineDpoConfig)
+    if not is_pairing:
+        yield from _check_groups(config)
+        yield from _check_lengths(config)
     yield from _check_cache(config)
     if not isinstance(config, RftConfig):
-        yield from _check_comparison(config)
-        yield from _check_method(config)
+        if not is_pairing:
+            yield from _check_comparison(config)
+            yield from _check_method(config)
         yield from _check_length_of_run(config)
-    if config.train.num_steps > 0 and not config.grpo.rewards and config.grpo.environment is None:
+    grpo = config.grpo
+    if config.train.num_steps > 0 and not grpo.rewards and grpo.reward_model is None and grpo.environment is None:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
     top_k = config.rollout.top_k
     if top_k is not None and top_k > config.model.vocab_size:
@@ -47,7 +51,8 @@ def _check_groups(config: GrpoConfig) -> Iterator[str]:
 
 def _check_comparison(config: GrpoConfig) -> Iterator[str]:
     grpo = config.grpo
-    if grpo.group_size == 1 and grpo.method.advantage != "batch":
+    is_compared = grpo.method.advantage != "batch" and not isinstance(config, PpoConfig)
+    if grpo.group_size == 1 and is_compared:
         yield (
             f"grpo.group_size: a group of one is compared with itself, and grpo.advantage={grpo.method.advantage} is "
             "then 0; a value that would work: 8"

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.stages import Config, GrpoConfig, LongContextConfig, PreferenceConfig, RftConfig, SftConfig
+from configs.stages import (
+    Config,
+    GrpoConfig,
+    LongContextConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RftConfig,
+    SftConfig,
+)
 
 _NEEDS_WEIGHTS = {
     LongContextConfig: "long context continues",
     SftConfig: "supervised fine-tuning starts from",
     PreferenceConfig: "learning from preferences starts from",
+    RewardModelConfig: "a reward model starts from",
     RftConfig: "rejection sampling draws from",
     GrpoConfig: "reinforcement learning starts from",
 }

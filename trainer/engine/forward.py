@@ -1,4 +1,4 @@
-"""Batch -> language model: the forward passes that every stage shares, to losses or to scores of the labels."""
+"""Batch -> model: the forward passes that every stage shares, to losses, scores of the labels, or values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from trainer.model.attention.cache import CachedTokens
 from trainer.model.attention.documents import PackedDocuments
 from trainer.model.chosen_logits import compute_chosen_logits
 from trainer.model.output_loss import compute_token_losses, compute_token_scores
+from trainer.model.scalar_head import compute_values
 from trainer.model.token_scores import Scoring, TokenScores
 
 
@@ -40,6 +41,15 @@ def score_language_model(
     asked = Scoring(temperature, entropy, is_greedy)
     output = _forward(model, batch, output_processor=compute_token_scores, output_processor_context=asked)
     return output.map(lambda one: one.view_as(batch.labels)) if isinstance(output, TokenScores) else output
+
+
+def forward_values(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the fp32 value of each token `[batch, seq]` from the last chunk, hidden states from the others.
+
+    For models with a scalar head. The value at a token is said after reading it and what comes before.
+    """
+    output = _forward(model, batch, output_processor=compute_values)
+    return output.view_as(batch.tokens) if output.dim() == batch.tokens.dim() else output
 
 
 def forward_cached(model: Any, tokens: CachedTokens) -> torch.Tensor:

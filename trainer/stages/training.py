@@ -82,13 +82,15 @@ class TrainingStage:
         started = time.perf_counter()
         with phase("data"):
             batches = self.reader.read_step()
-        data_seconds = time.perf_counter() - started
+        phases = {"data": time.perf_counter() - started}
         if self._prepare is not None:
-            batches = self._prepare(self._engine, batches)
+            with phase("score"):
+                batches = self._prepare(self._engine, batches)
+            phases["score"] = time.perf_counter() - started - phases["data"]
         config = self._engine.config
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
         result = self._engine.train_step(batches, self.objective, rate)
-        return dataclasses.replace(result, phase_seconds={"data": data_seconds, **result.phase_seconds})
+        return dataclasses.replace(result, phase_seconds={**phases, **result.phase_seconds})
 
     def evaluate(self) -> Evaluation:
         """Return the validation losses. Collective: all ranks of the world must call this."""
