@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from configs.roles import HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.comparisons import ComparisonsSection
@@ -30,8 +31,6 @@ from configs.sections.sft import SftSection
 from configs.sections.train import TrainConfig
 
 Split = Literal["train", "validation"]
-HeadKind = Literal["vocabulary", "scalar"]
-"""What a model says of a token: logits of the vocabulary, or one value (reward models, critics)."""
 
 
 class Config(Section):
@@ -68,6 +67,11 @@ class Config(Section):
     def chat_template(self) -> tuple[str, str | None] | None:
         """The field that names the chat template of a stage of conversations, and its value; None for other stages."""
         return None
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The models that the stage needs beside the policy, by role."""
+        return {}
 
     @property
     def packing(self) -> str:
