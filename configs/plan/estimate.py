@@ -22,8 +22,9 @@ from configs.plan.derive import (
 )
 from configs.plan.flops import active_part
 from configs.plan.tensors import Linear, layer_linears
+from configs.roles import HeadKind
 from configs.sections.model import ModelConfig
-from configs.stages import Config, HeadKind, RftConfig
+from configs.stages import Config, RftConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from configs.plan.adapters import adapted_linears, part_parameters
 from configs.plan.derive import first_layer_with_experts, head_dim, layer_windows
 from configs.plan.tensors import Linear, layer_linears
+from configs.roles import HeadKind
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
-from configs.stages import Config, HeadKind
+from configs.stages import Config
 
 
 def active_part(model: ModelConfig, linear: Linear, count: int) -> int:
@@ -38,11 +39,11 @@ def model_flops(
     """Return the FLOPs of forward and backward: 3 x the forward matrix multiplications.
 
     Two FLOPs per token and parameter that multiplies it (active experts, router and the output layer over the true
-    vocabulary, or of one value with a scalar head; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of `attended_pairs` over
-    the layers and over what attention sees at once (samples, or documents): 2 heads (d_qk + d_v) FLOPs a pair, of which
-    half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so do we.
-    Recomputation is not counted: this is model, not hardware, FLOPs. With LoRA the frozen weights have no gradients, so
-    that theirs are 2 x, and the adapters' come on top.
+    vocabulary, or the scalar head; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of
+    `attended_pairs` over the layers and over what attention sees at once (samples, or documents): 2 heads (d_qk + d_v)
+    FLOPs a pair, of which half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half,
+    and so do we. Recomputation is not counted: this is model, not hardware, FLOPs. With LoRA the frozen weights have no
+    gradients, so that theirs are 2 x, and the adapters' come on top.
     """
     multiplied = (1 if head == "scalar" else model.vocab_size) * model.hidden_size
     first_with_experts = first_layer_with_experts(model)

@@ -15,7 +15,8 @@ from typing import Any
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
-from configs.stages import Config, HeadKind
+from configs.roles import HeadKind
+from configs.stages import Config
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.checkpoint.migrate import refuse_unknown, rename_fields, resolve_saved
 from trainer.engine.state import TrainState

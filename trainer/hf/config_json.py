@@ -19,9 +19,9 @@ from configs.errors import BadInput
 from configs.fields import location_text
 from configs.paths import find_special_file
 from configs.plan.derive import head_dim, layer_windows, num_query_groups
+from configs.roles import HeadKind
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
-from configs.stages import HeadKind
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.hf.directories import find_model_directory
 from trainer.hf.families import FAMILIES, Family, choose_family

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import BadInput
+from configs.roles import HeadKind
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
-from configs.stages import HeadKind
 from parallel.collectives import first_of_ranks, on_rank_zero
 from trainer.checkpoint.base_weights import BaseWeights, recorded_base
 from trainer.checkpoint.layout import resolve_checkpoint

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from configs.plan.derive import head_dim, num_query_groups, padded_vocab_size
 from configs.plan.tensors import Linear, layer_linears
+from configs.roles import HeadKind
 from configs.sections.model import ModelConfig, MoeConfig
-from configs.stages import HeadKind
 from trainer.hf.names import TensorNames
 from trainer.hf.rules import Conversion, GateUp, GroupedQkv, HfTensor, MegatronTensor, PaddedRows, Rule, Same
 
