@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from configs.roles import TEACHER, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
+from configs.sections.distill import DistillSection
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
@@ -115,6 +117,39 @@ class SftConfig(Config):
         return True
 
 
+class DistillConfig(SftConfig):
+    """Learning from a teacher: the conversations of fine-tuning, whose targets are another model's distributions."""
+
+    distill: DistillSection = DistillSection()
+    rollout: RolloutSection = RolloutSection()
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The teacher, unless what it says is in a cache."""
+        teacher = self.distill.teacher
+        return {} if teacher is None else {TEACHER: SecondModel("distill.teacher", teacher)}
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
+        return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
+class TeacherCacheConfig(DistillConfig):
+    """What a model says of conversations, for others to learn from: the run's model is the teacher, none is trained."""
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """None."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_nothing(cls, fields: Any) -> Any:
+        """Let `train.num_steps` be left out: there are none."""
+        return without_steps(fields)
+
+
 class PreferenceConfig(Config):
     """Learning from preferences: the shared sections, and pairs of answers in the place of `data`'s sources."""
 
@@ -193,14 +228,21 @@ class RftConfig(GrpoConfig):
     @classmethod
     def _train_nothing(cls, fields: Any) -> Any:
         """Let `train.num_steps` be left out: there are none."""
-        train = fields.get("train", {}) if isinstance(fields, dict) else None
-        return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
+        return without_steps(fields)
+
+
+def without_steps(fields: Any) -> Any:
+    """Return the fields of a config with no steps, unless they say how many."""
+    train = fields.get("train", {}) if isinstance(fields, dict) else None
+    return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
 
 
 STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
+    "distill": DistillConfig,
+    "teacher_cache": TeacherCacheConfig,
     "preference": PreferenceConfig,
     "grpo": GrpoConfig,
     "rft": RftConfig,
