@@ -62,6 +62,11 @@ class Config(Section):
         return None
 
     @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The models that the stage needs beside the policy, by role."""
+        return {}
+
+    @property
     def packing(self) -> str:
         """How samples are made of documents (`data.packing`)."""
         return self.data.packing

@@ -49,6 +49,8 @@ class Manifest:
     """`bytes` and `sha256` by file name."""
     base: dict[str, str] | None = None
     """Of adapters, whose files hold no other weights: which they belong to (`trainer.checkpoint.base_weights`)."""
+    models: dict[str, dict[str, Any]] | None = None
+    """Of the models beside the policy, by role: which they are (`trainer.run.second_models`)."""
     format_version: int = FORMAT_VERSION
 
     @property

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from parallel.mesh import Mesh
 from parallel.seeding import get_rng_state, set_rng_state
@@ -39,6 +40,14 @@ def copy_model_state(chunks: list[Any], mesh: Mesh, prefix: str) -> dict[str, An
         }
         for chunk, shards in build_model_state(chunks, mesh).items()
     }
+
+
+def with_key_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return a state whose shards, which are changed, have keys that begin with `prefix`."""
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedBase):
+            shard.key = prefix + shard.key
+    return state
 
 
 def load_model_state(chunks: list[Any], loaded: dict[str, Any]) -> None:
