@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 
 from trainer.data.batch import Batch
-from trainer.engine.engine import Engine
 from trainer.engine.forward import find_likeliest, give_last_hidden
 from trainer.engine.sharded_model import ShardedModel
 from trainer.model.divergence import Diverge, TopK
@@ -32,7 +31,7 @@ class Teacher(Protocol):
 
     temperature: float
 
-    def annotate(self, engine: Engine, batches: Sequence[Batch]) -> list[Batch]:
+    def annotate(self, engine: ShardedModel, batches: Sequence[Batch]) -> list[Batch]:
         """Return a step's microbatches with what the teacher says of them. Collective: all ranks of the world."""
         ...
 
@@ -51,7 +50,7 @@ class LiveTeacher:
         if top_k is not None:
             self._forward = partial(find_likeliest, k=top_k, temperature=temperature)
 
-    def annotate(self, engine: Engine, batches: Sequence[Batch]) -> list[Batch]:
+    def annotate(self, engine: ShardedModel, batches: Sequence[Batch]) -> list[Batch]:
         """Return the microbatches with the teacher's columns. Collective: all ranks of the world must call this."""
         mesh = self._model.mesh
         multiple = mesh.pp_size if mesh.vpp_size > 1 else 1

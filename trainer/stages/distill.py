@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from configs.roles import POLICY, TEACHER
 from configs.stages import DistillConfig
 from trainer.data.batch import Batch
+from trainer.data.corpus import Corpus
 from trainer.engine.engine import Engine
 from trainer.engine.forward import diverge_language_model
 from trainer.engine.state import StepResult, TrainState
@@ -23,6 +25,7 @@ from trainer.losses.distillation import compute_distillation, diverge
 from trainer.losses.loss import Loss, Mean
 from trainer.rl.student import StudentAnswers, open_student
 from trainer.rl.teacher import LiveTeacher, Teacher
+from trainer.rl.teacher_cache import CachedTeacher
 from trainer.stages.base import StageContext
 from trainer.stages.sft import CROSS_ENTROPY, ConversationObjective
 from trainer.stages.training import StepReader, TrainingStage
@@ -125,8 +128,17 @@ def build_distill_stage(context: StageContext) -> DistillStage:
     config, corpus, mesh, engine = context.config, context.corpus, context.mesh, context.models[POLICY]
     assert isinstance(engine, Engine) and isinstance(config, DistillConfig)
     distill, sft = config.distill, config.sft
-    teacher = LiveTeacher(context.models[TEACHER], distill.temperature, distill.top_k)
-    finish = ConversationObjective(sft).finish
+    teacher: LiveTeacher | CachedTeacher
+    finishers = [ConversationObjective(sft).finish]
+    if distill.cache is None:
+        teacher = LiveTeacher(context.models[TEACHER], distill.temperature, distill.top_k)
+    else:
+        teacher = _open_cache(config, corpus, is_last_pp_stage=mesh.is_last_pp_stage)
+        finishers.append(teacher.finish)
+
+    def finish(batch: Batch) -> Batch:
+        return reduce(lambda found, one: one(found), finishers, batch)
+
     ranks: Any = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size, "finish": finish}
     answers = student = None
     if corpus.tokenizer is not None and sft.train_on != "all":
@@ -138,3 +150,20 @@ def build_distill_stage(context: StageContext) -> DistillStage:
         corpus.build_validation_readers(**ranks), answers, prepare=teacher.annotate, has_perplexity=False
     )
     return DistillStage(config, engine, corpus.build_reader(**ranks), evaluator, teacher, student)
+
+
+def _open_cache(config: DistillConfig, corpus: Corpus, *, is_last_pp_stage: bool) -> CachedTeacher:
+    """Return what a teacher said of the data. Raises BadInput where it was written of other data or tokens."""
+    assert config.distill.cache is not None and corpus.tokenizer is not None
+    teacher = CachedTeacher(Path(config.distill.cache), is_last_pp_stage=is_last_pp_stage)
+    teacher.check(
+        vocab_size=config.model.vocab_size,
+        seq_len=config.train.seq_len,
+        temperature=config.distill.temperature,
+        tokenizer=corpus.tokenizer.vocabulary_hash,
+    )
+    trained = [source.dataset for source in (corpus.blend.sources if corpus.blend is not None else ())]
+    for field, datasets in (("sft.train", trained), ("sft.validation", list(corpus.validation.values()))):
+        for dataset in datasets:
+            teacher.check_source(field, dataset.origin, dataset.identity)
+    return teacher
