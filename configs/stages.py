@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from configs.roles import CRITIC, REWARD, HeadKind, SecondModel
+from configs.roles import CRITIC, REWARD, TEACHER, HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.comparisons import ComparisonsSection
 from configs.sections.data import DataConfig
+from configs.sections.distill import DistillSection
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
@@ -128,6 +129,39 @@ class SftConfig(Config):
     def has_document_mask(self) -> bool:
         """Attention stays within conversations."""
         return True
+
+
+class DistillConfig(SftConfig):
+    """Learning from a teacher: the conversations of fine-tuning, whose targets are another model's distributions."""
+
+    distill: DistillSection = DistillSection()
+    rollout: RolloutSection = RolloutSection()
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The teacher, unless what it says is in a cache."""
+        teacher = self.distill.teacher
+        return {} if teacher is None else {TEACHER: SecondModel("distill.teacher", teacher)}
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
+        return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
+class TeacherCacheConfig(DistillConfig):
+    """What a model says of conversations, for others to learn from: the run's model is the teacher, none is trained."""
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """None."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_nothing(cls, fields: Any) -> Any:
+        """Let `train.num_steps` be left out: there are none."""
+        return without_steps(fields)
 
 
 class ComparisonsConfig(Config):
@@ -267,8 +301,13 @@ class RftConfig(GrpoConfig):
     @classmethod
     def _train_nothing(cls, fields: Any) -> Any:
         """Let `train.num_steps` be left out: there are none."""
-        train = fields.get("train", {}) if isinstance(fields, dict) else None
-        return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
+        return without_steps(fields)
+
+
+def without_steps(fields: Any) -> Any:
+    """Return the fields of a config with no steps, unless they say how many."""
+    train = fields.get("train", {}) if isinstance(fields, dict) else None
+    return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
 
 
 class OnlineDpoConfig(GrpoConfig):
@@ -291,6 +330,8 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
+    "distill": DistillConfig,
+    "teacher_cache": TeacherCacheConfig,
     "preference": PreferenceConfig,
     "reward": RewardModelConfig,
     "grpo": GrpoConfig,
