@@ -96,4 +96,4 @@ def build_reward_stage(context: StageContext) -> RewardStage:
     ranks: Any = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
     reader = corpus.build_reader(**ranks, finish=with_margins)
     readers = corpus.build_validation_readers(**ranks, finish=with_margins)
-    return RewardStage("reward", engine, reader, objective, RewardEvaluator(readers, forward_values))
+    return RewardStage("reward", engine, reader, objective, RewardEvaluator(readers))
