@@ -10,17 +10,19 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from configs.roles import HeadKind, SecondModel
+from configs.roles import CRITIC, REWARD, TEACHER, HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.comparisons import ComparisonsSection
 from configs.sections.data import DataConfig
+from configs.sections.distill import DistillSection
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from configs.sections.online_dpo import OnlineDpoSection
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
+from configs.sections.ppo import PpoSection
 from configs.sections.precision import PrecisionConfig
 from configs.sections.preference import PreferenceSection
 from configs.sections.reward_model import RewardModelSection
@@ -129,6 +131,39 @@ class SftConfig(Config):
         return True
 
 
+class DistillConfig(SftConfig):
+    """Learning from a teacher: the conversations of fine-tuning, whose targets are another model's distributions."""
+
+    distill: DistillSection = DistillSection()
+    rollout: RolloutSection = RolloutSection()
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The teacher, unless what it says is in a cache."""
+        teacher = self.distill.teacher
+        return {} if teacher is None else {TEACHER: SecondModel("distill.teacher", teacher)}
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
+        return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
+class TeacherCacheConfig(DistillConfig):
+    """What a model says of conversations, for others to learn from: the run's model is the teacher, none is trained."""
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """None."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_nothing(cls, fields: Any) -> Any:
+        """Let `train.num_steps` be left out: there are none."""
+        return without_steps(fields)
+
+
 class ComparisonsConfig(Config):
     """Learning from compared answers: the shared sections, and comparisons in the place of `data`'s sources."""
 
@@ -214,6 +249,14 @@ class GrpoConfig(Config):
         return True
 
     @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The reward model, where there is one."""
+        source = self.grpo.reward_model
+        if source is None:
+            return {}
+        return {REWARD: SecondModel("grpo.reward_model.init_from", source.init_from, head="scalar")}
+
+    @property
     def prompts_per_step(self) -> int:
         """Prompts whose groups are the answers of one step."""
         return self.train.global_batch_size * self.grpo.num_minibatches // self.grpo.group_size
@@ -222,6 +265,31 @@ class GrpoConfig(Config):
     def longest_prompt(self) -> int:
         """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
+class PpoConfig(GrpoConfig):
+    """Reinforcement learning with a critic: prompts, rewards and rollouts as without, and what PPO makes of them."""
+
+    grpo: GrpoSection = GrpoSection(algorithm="ppo")
+    ppo: PpoSection = PpoSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_algorithm(cls, fields: Any) -> Any:
+        """Let `grpo.algorithm` be left out: there is one."""
+        grpo = fields.get("grpo", {}) if isinstance(fields, dict) else None
+        return {**fields, "grpo": {"algorithm": "ppo", **grpo}} if isinstance(grpo, dict) else fields
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The critic, and the reward model where there is one."""
+        critic, start = self.ppo.critic, self.checkpoint
+        field, place = "ppo.critic.init_from", critic.init_from
+        if place is None:
+            field = "checkpoint.init_from" if start.init_from is not None else "checkpoint.init_from_hf"
+            place = start.init_from or start.init_from_hf or start.resume
+        own = SecondModel(field, place, head="scalar", optimizer=critic.optimizer)
+        return {CRITIC: own, **super().second_models}
 
 
 class RftConfig(GrpoConfig):
@@ -233,8 +301,13 @@ class RftConfig(GrpoConfig):
     @classmethod
     def _train_nothing(cls, fields: Any) -> Any:
         """Let `train.num_steps` be left out: there are none."""
-        train = fields.get("train", {}) if isinstance(fields, dict) else None
-        return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
+        return without_steps(fields)
+
+
+def without_steps(fields: Any) -> Any:
+    """Return the fields of a config with no steps, unless they say how many."""
+    train = fields.get("train", {}) if isinstance(fields, dict) else None
+    return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
 
 
 class OnlineDpoConfig(GrpoConfig):
@@ -257,9 +330,12 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
+    "distill": DistillConfig,
+    "teacher_cache": TeacherCacheConfig,
     "preference": PreferenceConfig,
     "reward": RewardModelConfig,
     "grpo": GrpoConfig,
+    "ppo": PpoConfig,
     "rft": RftConfig,
     "online_dpo": OnlineDpoConfig,
 }

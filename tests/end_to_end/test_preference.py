@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.end_to_end.conftest import write_text
+from tests.pool import RankFailed
 from tools.train_tokenizer import train_tokenizer
 
 NO_DATA = ("data.train=[]", "data.validation=[]", "model.vocab_size=320", "train.seq_len=64", "schedule.kind=constant")
@@ -44,10 +45,12 @@ def prefer(folder, train, tmp_path):
     fixed = (*NO_DATA, tokenizer, f"checkpoint.init_from={seed}", f"preference.cache={tmp_path / 'cache'}")
     fixed += ("preference.template=chatml", "train.global_batch_size=4")
 
-    def run(world: int, name: str, *overrides: str, data: Path | None = None) -> tuple[int, str, list[dict]]:
+    def run(
+        world: int, name: str, *overrides: str, data: Path | None = None, fault: str | None = None
+    ) -> tuple[int, str, list[dict]]:
         source = f"[{{path: {data or folder / 'pairs.jsonl'}}}]"
         given = (f"preference.train={source}", f"preference.validation={source}", f"run.dir={tmp_path / name}")
-        code, said = train(world, *fixed, *given, *overrides, stage="preference")
+        code, said = train(world, *fixed, *given, *overrides, stage="preference", fault=fault)
         metrics = tmp_path / name / "metrics.jsonl"
         return code, said, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
@@ -55,12 +58,14 @@ def prefer(folder, train, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_a_run_resumes_on_another_layout_with_its_reference(prefer, folder, loss):
-    given = (f"preference.loss={loss}", "checkpoint.save_every=3")
+def test_a_killed_run_resumes_on_another_layout_with_its_reference(prefer, folder, loss):
+    given = (f"preference.loss={loss}", "checkpoint.save_every=1")
     data = folder / ("labels.jsonl" if loss == "kto" else "pairs.jsonl")
     code, said, whole = prefer(1, "whole", *given, data=data)
     assert code == 0, said
-    assert prefer(2, "parts", *given, "train.num_steps=3", data=data)[0] == 0
+    for fault in ("killed_in_second_scores", "killed_in_second_update"):  # while the reference is scored, or in step 2
+        with pytest.raises(RankFailed, match="exit code -9"):
+            prefer(2, "parts", *given, data=data, fault=fault)
     code, said, parts = prefer(2, "parts", *given, "parallel.pp=2", data=data)
     assert code == 0, said
     np.testing.assert_allclose([row["loss"] for row in parts], [row["loss"] for row in whole], rtol=1e-5)

@@ -14,7 +14,7 @@ from trainer.data.chat.conversation import BadRow, Conversation
 from trainer.data.chat.encode import Sample
 from trainer.data.chat.preferences import Judged, answered, parse_judged, parse_pairs
 from trainer.data.chat.rows import RowBlock, read_block
-from trainer.data.chat.worker import TOO_LONG, ConversationWorker, EncodedRow
+from trainer.data.chat.worker import TOO_LONG, ConversationWorker, EncodedRow, Recipe
 from trainer.data.packed_source import CHOSEN, MISMATCHED, REJECTED
 
 _Sided = tuple[Conversation, int]
@@ -94,6 +94,11 @@ class PreferenceWorker(ConversationWorker):
         dropped = TOO_LONG if len(kept) < len(units) else None
         lengths = tuple(len(one.input_ids) for one in samples)
         return EncodedRow(file, number, samples, dropped, lengths, tuple(margin for unit, margin in kept for _ in unit))
+
+
+def open_worker(recipe: Recipe) -> ConversationWorker:
+    """Return the worker of conversations or of preferences, as the recipe says. Raises BadInput."""
+    return PreferenceWorker(recipe) if isinstance(recipe.chats, ComparisonsSection) else ConversationWorker(recipe)
 
 
 def _try(parse: Any, *arguments: Any) -> Any:
