@@ -253,3 +253,6 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "rft": RftConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""
+
+WITHOUT_STEPS = ("rft", "teacher_cache")
+"""Stages that train nothing: what they leave is data."""

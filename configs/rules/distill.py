@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.rules.model import check_unused
+from configs.sections.base import Section
 from configs.stages import Config, DistillConfig, TeacherCacheConfig
 
 
@@ -77,3 +78,13 @@ def _check_cache(config: TeacherCacheConfig) -> Iterator[str]:
     yield from check_unused(config.rollout, "rollout", tuple(type(config.rollout).model_fields), reason)
     if config.lora is not None:
         yield f"lora: has no effect {reason}; a value that would work: null"
+    unread: list[tuple[Section, str, set[str]]] = [
+        (config.train, "train", {"num_steps", "seq_len", "global_batch_size", "micro_batch_size", "recompute"}),
+        (config.optimizer, "optimizer", set()),
+        (config.schedule, "schedule", set()),
+        (config.checkpoint, "checkpoint", {"init_from", "init_from_hf"}),
+        (config.sample, "sample", set()),
+    ]
+    for section, path, read in unread:
+        names = [name for name in type(section).model_fields if name not in read]
+        yield from check_unused(section, path, names, reason)

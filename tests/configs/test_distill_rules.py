@@ -23,7 +23,7 @@ def problems_of(stage: str = "distill", **sections: Any) -> list[str]:
             "data": {"tokenizer": "data/tokenizer"},
             "train": {"num_steps": 0 if is_cache else 5, "seq_len": 32},
             "precision": {"compute": "fp32"},
-            "schedule": {"kind": "constant"},
+            "schedule": {} if is_cache else {"kind": "constant"},
             "checkpoint": {"init_from": "runs/chat"} if is_cache else {},
             "sft": {"template": "chatml", "train": CHATS, "validation": CHATS} | sections.pop("sft", {}),
             "distill": distill | sections.pop("distill", {}),

@@ -8,10 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.sections.checkpoint import CheckpointConfig
+from configs.sections.optimizer import OptimizerConfig
+from configs.sections.train import TrainConfig
 from tests.end_to_end.conftest import write_text
 from tools.train_tokenizer import train_tokenizer
 
+DEFAULT, SAMPLES = CheckpointConfig(), TrainConfig.model_fields["eval_num_samples"].default
 NO_DATA = ("data.train=[]", "data.validation=[]", "model.vocab_size=320", "train.seq_len=64", "schedule.kind=constant")
+# of what a cache does not read
+BACK_TO_DEFAULTS = (
+    "train.num_steps=0", "schedule.kind=cosine", f"optimizer.lr={OptimizerConfig().lr}",
+    f"optimizer.min_lr={OptimizerConfig().min_lr}", f"train.eval_num_samples={SAMPLES}",
+    f"checkpoint.save_every={DEFAULT.save_every or 'null'}", f"checkpoint.keep_last={DEFAULT.keep_last or 'null'}",
+)  # fmt: skip
 ROLLOUT = ("rollout.max_new_tokens=8", "distill.lmbda=0.6")
 
 
@@ -73,7 +83,7 @@ def test_a_student_nears_its_teacher_and_resumes_on_another_layout(distill, tmp_
 def test_a_cache_teaches_as_its_teacher_does(distill, folder, tmp_path):
     cache, place = tmp_path / "cache", tmp_path / "teacher"
     writing = (f"checkpoint.init_from={place}", "model.num_layers=4", f"distill.cache={cache}", "distill.top_k=12")
-    writing += ("train.num_steps=0",)
+    writing += BACK_TO_DEFAULTS
     code, said, _ = distill(2, "writes", *writing, "parallel.pp=2", stage="teacher_cache")
     assert code == 0, said
     code, said, live = distill(1, "live", f"distill.teacher={place}", "distill.top_k=12", "distill.beta=0.5")

@@ -202,7 +202,7 @@ def test_a_step_on_a_fake_gpu(outcomes, name):
 def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     """So that it stays ahead of the GPU: nothing within the forward and backward passes waits."""
     reads = outcomes[name]["reads"]
-    for stage in ("policy", "sft", "preference") if name in WHOLE else ():
+    for stage in ("policy", "sft", "preference", "distill") if name in WHOLE else ():
         assert outcomes[name][f"reads_of_{stage}"].keys() == reads.keys(), stage
     is_waiting = reads.pop(DISPATCHER, 0) > 0
     assert is_waiting == ("experts" in name or name == "ep2")

@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 import traceback
+import types
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ def prefer(engine: Any, batches: list[Any]) -> None:
         engine.train_step(laid, objective, 1e-3)
 
 
+def distil(engine: Any, batches: list[Any]) -> None:
+    """Take steps with the engine itself for a teacher, by its hidden states and by its likeliest ids."""
+    from configs.sections.distill import DistillSection
+    from configs.sections.sft import SftSection
+    from trainer.rl.teacher import LiveTeacher
+    from trainer.stages.distill import DistillEvaluation, DistillObjective
+
+    for top_k in (None, 8):
+        section = DistillSection(beta=0.5, label_weight=0.2, top_k=top_k)
+        config: Any = types.SimpleNamespace(sft=SftSection(), distill=section)
+        teacher = LiveTeacher(engine, temperature=2.0, top_k=top_k)
+        taught = teacher.annotate(engine, batches)
+        engine.sum_losses(taught, DistillEvaluation(config, teacher))
+        READS.clear()
+        engine.train_step(taught, DistillObjective(config, teacher), 1e-3)
+
+
 def generate(engine: Any) -> dict[str, int]:
     """Draw three tokens for each of four rows, of which three fit, and return what the host reads meanwhile.
 
@@ -98,6 +116,8 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     READS.clear()
     prefer(engine, batches)
     found["reads_of_preference"] = dict(READS)
+    distil(engine, batches)
+    found["reads_of_distill"] = dict(READS)
     engine.sum_losses(batches, objective)
     engine.score(batches, forward_language_model)
     engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
@@ -149,7 +169,14 @@ def main() -> None:
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
             nothing: dict[str, dict[str, int]] = {
                 kind: {}
-                for kind in ("reads", "reads_of_policy", "reads_of_sft", "reads_of_preference", "reads_of_generation")
+                for kind in (
+                    "reads",
+                    "reads_of_policy",
+                    "reads_of_sft",
+                    "reads_of_preference",
+                    "reads_of_distill",
+                    "reads_of_generation",
+                )
             }
             results[name] = {"error": error, **nothing, "peak_bytes": 0}
     print(json.dumps(results))
