@@ -16,8 +16,8 @@ REWARD = "reward"
 TEACHER = "teacher"
 """Role of the model whose distributions are learned."""
 
-Head = Literal["vocabulary", "scalar"]
-"""What stands on the last hidden state: logits over the vocabulary, or one number a token."""
+HeadKind = Literal["vocabulary", "scalar"]
+"""What a model says of a token: logits of the vocabulary, or one value (reward models, critics)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SecondModel:
     """The field of the config that names the place."""
     place: str
     """A checkpoint, a run directory or a Hugging Face model."""
-    head: Head = "vocabulary"
+    head: HeadKind = "vocabulary"
     optimizer: OptimizerConfig | None = None
     """Of a model that is trained, from which it is seen that it is; None for a frozen one."""
     schedule: ScheduleConfig | None = None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from configs.roles import TEACHER, SecondModel
+from configs.roles import TEACHER, HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.data import DataConfig
@@ -18,6 +18,7 @@ from configs.sections.distill import DistillSection
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
+from configs.sections.online_dpo import OnlineDpoSection
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
 from configs.sections.precision import PrecisionConfig
@@ -55,6 +56,11 @@ class Config(Section):
     def source_field(self, split: Split) -> str:
         """Return the field that `sources` are listed in."""
         return f"data.{split}"
+
+    @property
+    def head(self) -> HeadKind:
+        """The head of the model that the run trains."""
+        return "vocabulary"
 
     @property
     def chat_template(self) -> tuple[str, str | None] | None:
@@ -242,6 +248,22 @@ def without_steps(fields: Any) -> Any:
     return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
 
 
+class OnlineDpoConfig(GrpoConfig):
+    """Online DPO: prompts, rewards and rollouts as in reinforcement learning, whose answers become pairs."""
+
+    online_dpo: OnlineDpoSection = OnlineDpoSection()
+
+    @property
+    def packing(self) -> str:
+        """How rows are made of pairs."""
+        return "pairs"
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds two answers to it; their last tokens are no input."""
+        return self.train.seq_len // 2 + 1 - self.rollout.max_new_tokens
+
+
 STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
@@ -251,6 +273,7 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "preference": PreferenceConfig,
     "grpo": GrpoConfig,
     "rft": RftConfig,
+    "online_dpo": OnlineDpoConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""
 

@@ -15,6 +15,7 @@ from configs.rules.grpo import check_grpo
 from configs.rules.layout import check_layout
 from configs.rules.lora import check_lora
 from configs.rules.model import check_model
+from configs.rules.online_dpo import check_online_dpo
 from configs.rules.preference import check_preference
 from configs.rules.rft import check_rft
 from configs.rules.stages import check_stage
@@ -36,6 +37,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *check_grpo(config),
         *check_preference(config),
         *check_rft(config),
+        *check_online_dpo(config),
         *check_fp8(config),
         *check_lora(config, has_te=has_te),
         *check_layout(config, world_size, platform=platform, has_te=uses_te_layers(config, has_te=has_te)),

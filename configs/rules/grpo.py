@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from configs.errors import BadInput
 from configs.plan.kv_cache import bytes_of_token, slot_length
 from configs.rules.model import check_unused
-from configs.stages import Config, GrpoConfig, RftConfig
+from configs.stages import Config, GrpoConfig, OnlineDpoConfig, RftConfig
 
 
 def check_grpo(config: Config) -> Iterator[str]:
     """Yield every rule of rollouts, rewards and policy-gradient methods that the config breaks."""
     if not isinstance(config, GrpoConfig):
         return
-    yield from _check_groups(config)
-    yield from _check_lengths(config)
+    is_pairing = isinstance(config, OnlineDpoConfig)
+    if not is_pairing:
+        yield from _check_groups(config)
+        yield from _check_lengths(config)
     yield from _check_cache(config)
     if not isinstance(config, RftConfig):
-        yield from _check_comparison(config)
-        yield from _check_method(config)
+        if not is_pairing:
+            yield from _check_comparison(config)
+            yield from _check_method(config)
         yield from _check_length_of_run(config)
     if config.train.num_steps > 0 and not config.grpo.rewards and config.grpo.environment is None:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,9 +10,8 @@ from pydantic import Field
 from configs.sections.base import Count, NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, Section
 from configs.sections.sft import ConversationSource
 
-PreferenceLoss = Literal[
-    "dpo", "cdpo", "rdpo", "ipo", "slic", "apo_zero", "apo_down", "orpo", "simpo", "kto",
-]  # fmt: skip
+PairLoss = Literal["dpo", "cdpo", "rdpo", "ipo", "slic", "apo_zero", "apo_down", "orpo", "simpo"]
+PreferenceLoss = Literal[PairLoss, "kto"]
 _OWN_BETA = {"simpo": 2.0}
 _WITHOUT_REFERENCE = ("orpo", "simpo")
 
@@ -26,24 +25,24 @@ class PreferenceMethod:
     label_smoothing: float
     length_penalty: float
     target_margin: float
-    desirable_weight: float
-    undesirable_weight: float
     sft_weight: float
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     @property
     def has_reference(self) -> bool:
-        """Whether the policy is held to the model that the run starts from."""
+        """Whether the policy is held to a reference."""
         return self.loss not in _WITHOUT_REFERENCE
 
 
-class PreferenceSection(Section):
-    """Learning from answers of which it is known which are better."""
+class PairLossSection(Section):
+    """What is learnt of a pair of answers; the fields that every stage of preferences has."""
 
     loss: PreferenceLoss = "dpo"
     """DPO (arXiv:2305.18290), cDPO (with label_smoothing), R-DPO (arXiv:2403.19159), IPO (arXiv:2310.12036), SLiC
-    (arXiv:2305.10425), APO-zero and APO-down (arXiv:2408.06266), ORPO (arXiv:2403.07691), SimPO (arXiv:2405.14734), or
-    KTO (arXiv:2402.01306), whose answers need no partner. All but orpo and simpo hold the policy to the model that the
-    run starts from, whose log-probabilities are computed once, before the first step."""
+    (arXiv:2305.10425), APO-zero and APO-down (arXiv:2408.06266), ORPO (arXiv:2403.07691), SimPO (arXiv:2405.14734), or,
+    in launch/preference.py, KTO (arXiv:2402.01306), whose answers need no partner. All but orpo and simpo hold the
+    policy to a reference, which is the model that the run starts from."""
     beta: PositiveFloat | None = None
     """What log-ratios or, of orpo and simpo, mean log-probabilities are multiplied by to be rewards; the weight of
     orpo's odds ratio, and ipo's tau; null for 2 with simpo, 0.1 else."""
@@ -53,13 +52,26 @@ class PreferenceSection(Section):
     """Reward for a token of length that is not counted for an answer; of rdpo, its alpha."""
     target_margin: NonNegativeFloat = 1.0
     """By how much the reward of the chosen answer shall be above the other's; of simpo, its gamma."""
+    sft_weight: NonNegativeFloat = 0.0
+    """What the chosen answer's mean cross-entropy a token is multiplied by and added to the loss of its pair
+    (arXiv:2404.19733); 0 for none."""
+
+    @property
+    def method(self) -> PreferenceMethod:
+        """The loss with everything that it decides where the config does not."""
+        beta = _OWN_BETA.get(self.loss, 0.1) if self.beta is None else self.beta
+        return PreferenceMethod(
+            self.loss, beta, self.label_smoothing, self.length_penalty, self.target_margin, self.sft_weight
+        )
+
+
+class PreferenceSection(PairLossSection):
+    """Learning from answers of which it is known which are better."""
+
     desirable_weight: NonNegativeFloat = 1.0
     """What the loss of good answers is multiplied by; of kto, its lambda."""
     undesirable_weight: NonNegativeFloat = 1.0
     """What the loss of bad answers is multiplied by; of kto."""
-    sft_weight: NonNegativeFloat = 0.0
-    """What the chosen answer's mean cross-entropy a token is multiplied by and added to the loss of its pair
-    (arXiv:2404.19733); 0 for none."""
     template: str | None = None
     """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null: the tokenizer's."""
     train: tuple[ConversationSource, ...] = ()
@@ -82,11 +94,9 @@ class PreferenceSection(Section):
     @property
     def method(self) -> PreferenceMethod:
         """The loss with everything that it decides where the config does not."""
-        beta = _OWN_BETA.get(self.loss, 0.1) if self.beta is None else self.beta
-        return PreferenceMethod(
-            self.loss, beta, self.label_smoothing, self.length_penalty, self.target_margin, self.desirable_weight,
-            self.undesirable_weight, self.sft_weight,
-        )  # fmt: skip
+        return replace(
+            super().method, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
+        )
 
     @property
     def train_on(self) -> Literal["assistant"]:

@@ -9,6 +9,7 @@ import ast
 import json
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice, pairwise
 from pathlib import Path
 
 from tools.prepare_corpus import CHAT_TOKENS, split_library
@@ -31,6 +32,17 @@ def write_chats(path: Path, num_bytes: int = 0) -> None:
         file.writelines(lines)
         while file.tell() < num_bytes:
             file.writelines(lines)
+
+
+def write_pairs(path: Path, num_pairs: int) -> None:
+    """Write pairs as JSON Lines of TRL's form: a question, its answer as chosen, and that of the next one."""
+    chats = list(islice(_chats(Path(sysconfig.get_path("stdlib"))), num_pairs + 1))
+    rows = [
+        {"prompt": prompt, "chosen": [answer], "rejected": [other]}
+        for (*prompt, answer), (_, other) in pairwise(chats)
+        if answer["content"] != other["content"]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_tokenizer(chats: Path, out: Path, vocab_size: int) -> None:

@@ -41,7 +41,7 @@ def run_fit(
             return result
 
         stage.step = clocked_step  # type: ignore[method-assign]
-        if stage_name == "sft":
+        if stage_name in ("sft", "preference"):
             _count_tokens(stage, clock)
         return stage
 

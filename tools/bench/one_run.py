@@ -1,8 +1,8 @@
 """One measured run of one loop in this process, started by `throughput.py`; rank 0 writes what it measured as JSON.
 
 Run: python -m launch.local --nproc-per-node 1 tools/bench/one_run.py fit result.json PIPES 2 10 STAGE CONFIG [K=V ...]
-The words are the loop (fit, bare, hf, trl, trl_grpo), the result's file, the directory of the conductor's pipes,
-warm-up and measured steps, the stage (pretrain, sft, grpo) and the run's config.
+The words are the loop (fit, bare, hf, trl, trl_dpo, trl_grpo), the result's file, the directory of the conductor's
+pipes, warm-up and measured steps, the stage (pretrain, sft, preference, grpo) and the run's config.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def _run(
         from tools.bench.trl_loop import run_trl
 
         run_trl(config, platform, clock)
+        return None
+    if loop == "trl_dpo":
+        from tools.bench.trl_dpo_loop import run_trl_dpo
+
+        run_trl_dpo(config, platform, clock)
         return None
     if loop == "trl_grpo":
         from tools.bench.trl_grpo_loop import run_trl_grpo

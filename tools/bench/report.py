@@ -18,6 +18,7 @@ NAMES = {
     "bare": "bare megatron-core loop",
     "hf": "Hugging Face Trainer",
     "trl": "TRL's SFTTrainer, packed",
+    "trl_dpo": "TRL's DPOTrainer",
     "trl_grpo": "TRL's GRPOTrainer",
 }
 

@@ -35,7 +35,7 @@ from tools.paths import path_argument
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "pretrain.yaml"
 NUM_WARMUP = 2
-ALONE = ("hf", "trl", "trl_grpo")
+ALONE = ("hf", "trl", "trl_dpo", "trl_grpo")
 """Loops that need no launcher."""
 _SETTINGS = (
     "train.eval_every=null",
@@ -54,6 +54,7 @@ SETTINGS = (
 )
 _ON_CHATS = (*_SETTINGS, "checkpoint.init_from=null", "train.log_every=10")
 FINE_TUNING = (*_ON_CHATS, "sft.validation=[]", "sft.num_answers=0")
+PREFERENCES = (*_ON_CHATS, "preference.validation=[]", "preference.num_answers=0")
 REINFORCEMENT = (
     *_ON_CHATS,
     "grpo.validation=[]",
@@ -76,11 +77,12 @@ class Case:
         settings, field = {
             "pretrain": (SETTINGS, "data.train"),
             "sft": (FINE_TUNING, "sft.train"),
+            "preference": (PREFERENCES, "preference.train"),
             "grpo": (REINFORCEMENT, "grpo.prompts"),
         }[self.stage]
         paths = [f"{field}=[{{path: {data}}}]", f"run.dir={run_dir}"]
-        if self.stage == "sft":
-            paths.append(f"sft.cache={run_dir.parent / 'cache'}")
+        if self.stage in ("sft", "preference"):
+            paths.append(f"{self.stage}.cache={run_dir.parent / 'cache'}")
         config = CONFIG.with_name(f"{self.stage}.yaml")
         return [self.stage, str(config), *settings, *self.overrides, *paths]
 

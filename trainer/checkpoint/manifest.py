@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
-from configs.stages import Config
+from configs.stages import Config, HeadKind
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.checkpoint.migrate import refuse_unknown, rename_fields, resolve_saved
 from trainer.engine.state import TrainState
@@ -51,6 +51,8 @@ class Manifest:
     """Of adapters, whose files hold no other weights: which they belong to (`trainer.checkpoint.base_weights`)."""
     models: dict[str, dict[str, Any]] | None = None
     """Of the models beside the policy, by role: which they are (`trainer.run.second_models`)."""
+    head: HeadKind = "vocabulary"
+    """What the run's model says of a token."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -130,6 +132,23 @@ def check_architecture(
         raise BadInput(
             f"{where}: holds another architecture: {'; '.join(differences)}; use the model section of its "
             f"{MANIFEST}, or {otherwise or 'another checkpoint'}."
+        )
+
+
+def check_head(manifest: Manifest, head: HeadKind, where: Path, *, is_trained: bool) -> None:
+    """Raise BadInput if a model with that head cannot begin with the weights of the checkpoint.
+
+    One that is to be trained takes a language model's but for the output layer, and its scalar head as it is drawn.
+    """
+    if manifest.head == "scalar" and head == "vocabulary":
+        raise BadInput(
+            f"{where}: holds a model with a scalar head (a reward model or a critic), which has no output layer; name "
+            "a checkpoint of a language model, such as the one that it began with."
+        )
+    if manifest.head == "vocabulary" and head == "scalar" and not is_trained:
+        raise BadInput(
+            f"{where}: holds a language model, which has no scalar head to score answers with; name a reward model "
+            "(launch/reward.py makes one of it)."
         )
 
 

@@ -234,4 +234,5 @@ class CheckpointWriter:
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
             "base": self._base.as_dict() if self._base is not None else None,
             "models": self._models or None,
+            "head": self._config.head,
         }

@@ -7,6 +7,7 @@ imports. Knows nothing of order, windows or batches.
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,22 @@ class TokenDataset:
         chosen.lengths, chosen._starts = self.lengths[documents], self._starts[documents]
         chosen.num_documents, chosen.num_tokens = len(documents), int(chosen.lengths.sum(dtype=np.int64))
         return chosen
+
+
+class MemoryDataset(TokenDataset):
+    """The same of documents in memory, known by their content."""
+
+    def __init__(
+        self, name: str, tokens: NDArray[np.int32], mask: NDArray[np.uint8], lengths: NDArray[np.int32]
+    ) -> None:
+        """`tokens` and `mask` are those of all documents end to end, `[num_tokens]`; `name` is for messages."""
+        self.prefix = self.origin = name
+        self.meta = None
+        self.lengths, self.num_documents, self.num_tokens = lengths, len(lengths), len(tokens)
+        self.identity = hashlib.sha256(b"".join(part.tobytes() for part in (tokens, mask, lengths))).hexdigest()
+        self._dtype, self._itemsize = tokens.dtype, tokens.itemsize
+        self._starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * tokens.itemsize
+        self._content, self._mask = memoryview(tokens), mask
 
 
 def check_files(prefix: str) -> Index:

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.fp8 import resolve_backend, uses_te_layers
 from configs.roles import POLICY
-from configs.stages import Config
+from configs.stages import Config, HeadKind
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
 from parallel.replicate import replicate
@@ -29,6 +29,9 @@ class ModelPlan:
     config: Config
     """Its architecture and number formats, and the adapters of a trained one; the layout is the run's."""
     is_trained: bool
+    head: HeadKind = "vocabulary"
+    """Whether its output layer gives logits or, as a reward model's or a critic's, one value a token
+    (`trainer.engine.forward.forward_values`)."""
     start: str | None = None
     """Where the weights come from: a checkpoint, or a Hugging Face model. The policy's start is the run's own
     (`checkpoint`)."""
@@ -53,26 +56,26 @@ def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, Sharde
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """Return the one trained model of a config. Collective: all ranks of the world must call this."""
-    engine = build_models({POLICY: ModelPlan(config, is_trained=True)}, mesh)[POLICY]
+    engine = build_models({POLICY: ModelPlan(config, is_trained=True, head=config.head)}, mesh)[POLICY]
     assert isinstance(engine, Engine)
     return engine
 
 
 def _build(plan: ModelPlan, mesh: Mesh, *, key_prefix: str) -> ShardedModel:
-    config = plan.config
+    config, head = plan.config, plan.head
     use_te = uses_te_layers(config, has_te=has_transformer_engine())
-    chunks: list[Any] = build_model_chunks(config, mesh, use_te=use_te)
+    chunks: list[Any] = build_model_chunks(config, mesh, use_te=use_te, head=head)
     fp8 = _attach_fp8(config, mesh, chunks)
     if not plan.is_trained:
         for chunk in chunks:
             chunk.requires_grad_(False)
-        return ShardedModel(config, mesh, chunks, fp8)
+        return ShardedModel(config, mesh, chunks, fp8, head=head)
     adapter = None
     if config.lora is not None:  # before the replicas, which hold gradients of what is trained alone
         adapter = attach_lora(chunks, config.lora, config.model, mesh, config.run.seed)
     replicas = replicate(chunks, config, is_overlapping=mesh.platform.overlaps_communication)
     optimizer = build_optimizer(config, replicas, mesh.platform)
-    return Engine(config, mesh, replicas, optimizer, fp8, adapter, key_prefix)
+    return Engine(config, mesh, replicas, optimizer, fp8, adapter, head, key_prefix)
 
 
 def _attach_fp8(config: Config, mesh: Mesh, chunks: list[Any]) -> Fp8State | None:

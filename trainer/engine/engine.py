@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from configs.plan.derive import layer_windows
-from configs.stages import Config
+from configs.stages import Config, HeadKind
 from parallel.collectives import sum_over_microbatch_ranks
 from parallel.mesh import Mesh
 from parallel.replicate import gather_parameters, resolve_overlap
@@ -48,14 +48,17 @@ class Engine(ShardedModel):
         optimizer: Any,
         fp8: Fp8State | None = None,
         adapter: Adapter | None = None,
+        head: HeadKind = "vocabulary",
         key_prefix: str = "",
     ) -> None:
         """`key_prefix` begins its keys in checkpoints, where it is not the only trained model."""
-        super().__init__(config, mesh, replicas, fp8, adapter)
+        super().__init__(config, mesh, replicas, fp8, adapter, head)
         self._key_prefix = key_prefix
         self.optimizer = optimizer
         self._report = MicrobatchReport()
         self._connect()
+
+    is_trained = True
 
     @property
     def chunks(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Batch -> language model: the forward passes that every stage shares, to losses or to scores of the labels."""
+"""Batch -> model: the forward passes that every stage shares, to losses, scores of the labels, or values."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trainer.model.chosen_logits import compute_chosen_logits
 from trainer.model.divergence import TopK
 from trainer.model.output_divergence import Lesson, compute_divergences, compute_top_k, give_hidden
 from trainer.model.output_loss import compute_token_losses, compute_token_scores
+from trainer.model.scalar_head import compute_values
 from trainer.model.token_scores import Scoring, TokenScores
 
 
@@ -65,6 +66,15 @@ def give_last_hidden(model: Any, batch: Batch) -> torch.Tensor:
     """Return the last hidden states `[batch, seq, hidden]` from the last chunk, other hidden states from the others."""
     output = _forward(model, batch, output_processor=give_hidden)
     return output[0].view(*batch.labels.shape, -1) if isinstance(output, tuple) else output
+
+
+def forward_values(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the fp32 value of each token `[batch, seq]` from the last chunk, hidden states from the others.
+
+    For models with a scalar head. The value at a token is said after reading it and what comes before.
+    """
+    output = _forward(model, batch, output_processor=compute_values)
+    return output.view_as(batch.tokens) if output.dim() == batch.tokens.dim() else output
 
 
 def forward_cached(model: Any, tokens: CachedTokens) -> torch.Tensor:

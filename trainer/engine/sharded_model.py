@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from configs.errors import BadInput
-from configs.stages import Config
+from configs.stages import Config, HeadKind
 from parallel.collectives import any_rank, from_last_pp_stage, gather_over_cp, gather_over_tp
 from parallel.mesh import Mesh
 from parallel.schedule import run_schedule
@@ -34,6 +34,9 @@ from trainer.model.token_scores import TokenScores
 class ShardedModel:
     """The model chunks of this rank and what they compute."""
 
+    is_trained = False
+    """Whether it has an optimizer, so that weights need not be what they are to be yet."""
+
     def __init__(
         self,
         config: Config,
@@ -41,6 +44,7 @@ class ShardedModel:
         modules: list[Any],
         fp8: Fp8State | None = None,
         adapter: Adapter | None = None,
+        head: HeadKind = "vocabulary",
     ) -> None:
         """`modules` are what the schedule runs, one a virtual pipeline stage: bare chunks, or their replicas.
 
@@ -51,6 +55,7 @@ class ShardedModel:
         self.modules = modules
         self.fp8 = fp8
         self.adapter = adapter
+        self.head = head
 
     @property
     def chunks(self) -> list[Any]:

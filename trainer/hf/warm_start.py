@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 
 from trainer.engine.sharded_model import ShardedModel
+from trainer.engine.sharded_state import HEAD
 from trainer.hf.shards import model_shards
 from trainer.hf.source import HfModel
 
 
 @torch.no_grad()
 def load_hf_weights(model: ShardedModel, source: HfModel) -> None:
-    """Copy the weights into the model; step, optimizer and data start anew.
+    """Copy the weights into the model; step, optimizer and data start anew. A scalar head stays as it was drawn.
 
     Peak memory beyond the model's own is a few of the largest tensors. Collective: all ranks of the world must call
     this (every one reads the files it needs).
     """
     for shard in model_shards(model):
+        if shard.name == HEAD and model.head == "scalar":
+            continue
         part = source.read(shard.name)
         for axis, (start, length) in enumerate(zip(shard.offsets, shard.data.shape, strict=True)):
             part = part.narrow(axis, start, length)

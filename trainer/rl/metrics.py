@@ -13,18 +13,19 @@ from trainer.rl.advantages import find_equal_groups
 from trainer.rl.rollout import Rollout, Values
 
 
-def describe_rollouts(rollouts: Sequence[Rollout], advantages: Values) -> dict[str, float]:
+def describe_rollouts(rollouts: Sequence[Rollout], advantages: Values | None) -> dict[str, float]:
     """Return figures of a step's rollouts; those of scores are over rollouts whose rewards did not fail.
 
-    `advantages` are those of predictions.
+    `advantages` are those of predictions; None where there are none.
     """
     scored = [rollout for rollout in rollouts if rollout.score is not None]
     figures = _spread("response_length", [rollout.num_sampled for rollout in rollouts])
     figures["response_length/clip_ratio"] = _mean([rollout.finish == "length" for rollout in rollouts])
     figures["prompt_length/mean"] = _mean([rollout.is_sampled.index(True) for rollout in rollouts])
     figures |= _spread("critic/score", [rollout.score for rollout in scored if rollout.score is not None])
-    trained = [advantages[rollout.key][rollout.trained()] for rollout in scored if rollout.key in advantages]
-    figures |= _spread("critic/advantages", np.concatenate(trained) if trained else [])
+    if advantages is not None:
+        trained = [advantages[rollout.key][rollout.trained()] for rollout in scored if rollout.key in advantages]
+        figures |= _spread("critic/advantages", np.concatenate(trained) if trained else [])
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
         values = [value for rollout in rollouts if (value := rollout.rewards.get(name)) is not None]
         figures[f"reward/{name}/mean"] = _mean(values)

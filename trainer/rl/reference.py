@@ -23,9 +23,9 @@ class ReferenceWeights:
     As a part of checkpoints it makes a run whole by itself: where the policy once started from need not be there.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        """Keep nothing yet; `remember` does."""
-        self._engine = engine
+    def __init__(self, engine: Engine, field: str = "grpo.kl.coefficient", works: str = "0") -> None:
+        """Keep nothing yet; `remember` does. For messages: the field that asks for it, and its value that does not."""
+        self._engine, self._field, self._works = engine, field, works
         self._kept: dict[torch.Tensor, torch.Tensor] = {}
 
     @property
@@ -61,8 +61,8 @@ class ReferenceWeights:
         """
         if saved is not None and not any(key.startswith(_PREFIX) for key in saved.shapes):
             raise BadInput(
-                "grpo.kl.coefficient: the checkpoint that is resumed has no reference, as its run needed none; "
-                "a value that would work: 0 (or begin under another run.name from its weights with "
+                f"{self._field}: the checkpoint that is resumed has no reference, as its run needed none; "
+                f"a value that would work: {self._works} (or begin under another run.name from its weights with "
                 "checkpoint.init_from)"
             )
         with self.in_place():

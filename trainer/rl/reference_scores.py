@@ -1,8 +1,7 @@
-"""Log-probabilities of answers by the model that a run starts from: computed once, kept by what the answers are."""
+"""Log-probabilities of answers by the weights of one moment: computed once, kept by what the answers are."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import batched
@@ -21,7 +20,7 @@ from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import share_state
 
 log = logging.getLogger(__name__)
-_KEYS, _LOG_PROBS = "reference.keys", "reference.log_probs"
+_KEYS, _LOG_PROBS = "reference_scores.keys", "reference_scores.log_probs"
 _AT_ONCE = 32  # microbatches whose log-probabilities are in memory together
 
 
@@ -37,8 +36,9 @@ class ReferenceScores:
     As a part of checkpoints it makes a run whole by itself, and no second model is ever needed.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, field: str = "preference.loss") -> None:
+        """`field` is the one that chooses the loss, for messages."""
+        self._mesh, self._field = mesh, field
         self._values: dict[int, float] = {}
 
     @property
@@ -47,16 +47,20 @@ class ReferenceScores:
         return bool(self._values)
 
     def remember(self, engine: Engine, readers: Iterable[_Reader]) -> None:
-        """Score all answers of the readers by the present weights, without an adapter where there is one.
+        """Score all answers of the readers by the present weights, an adapter among them.
 
-        Collective: all ranks of the world must call this.
+        An adapter that was just drawn changes nothing, so that of a run that begins with one the reference is the
+        model, and of one that goes on with `lora.init_from` it is what that makes of it. Collective: all ranks of the
+        world must call this.
         """
-        without = contextlib.nullcontext() if engine.adapter is None else engine.adapter.disabled()
-        with without:
-            for reader in readers:
-                for some in batched(reader.batches(), _AT_ONCE * self._mesh.pp_size):
-                    self._remember(some, score_answers(engine, some))
+        for reader in readers:
+            for some in batched(reader.batches(), _AT_ONCE * self._mesh.pp_size):
+                self._remember(some, score_answers(engine, some))
         log.info("the reference's log-probabilities of %d answers are known", len(self._values))
+
+    def forget(self) -> None:
+        """Let go of all answers."""
+        self._values = {}
 
     def look_up(self, batch: Batch) -> torch.Tensor:
         """Return the log-probabilities of a batch's answers, fp32 `[num_sequences]`.
@@ -81,7 +85,7 @@ class ReferenceScores:
             tensors = torch.tensor(keys, dtype=torch.int64), torch.tensor(values, dtype=torch.float32)
         elif _KEYS not in saved.shapes:
             raise BadInput(
-                "preference.loss: the checkpoint that is resumed has no reference, as its run needed none; values that "
+                f"{self._field}: the checkpoint that is resumed has no reference, as its run needed none; values that "
                 "would work: orpo, simpo (or begin under another run.name from its weights with checkpoint.init_from)"
             )
         else:

@@ -21,7 +21,7 @@ from configs.stages import Config
 from parallel.platform import PlatformName, has_transformer_engine
 from trainer.checkpoint.base_weights import BaseWeights, identify_base
 from trainer.checkpoint.layout import resolve_checkpoint
-from trainer.checkpoint.manifest import Manifest, another_run, read_manifest
+from trainer.checkpoint.manifest import MANIFEST, Manifest, another_run, check_head, read_manifest
 from trainer.data.tokenizer import load_tokenizer
 from trainer.hf.companions import carried_folder
 from trainer.hf.config_json import load_config_json, read_model
@@ -82,9 +82,10 @@ def plan_models(config: Config, found: Mapping[str, FoundModel]) -> dict[str, Mo
     """Return the plans of the policy, which is trained, and of the models beside it."""
     from trainer.engine.build import ModelPlan
 
-    plans = {POLICY: ModelPlan(config, is_trained=True)}
+    plans = {POLICY: ModelPlan(config, is_trained=True, head=config.head)}
     for role, one in found.items():
-        plans[role] = ModelPlan(one.config, is_trained=one.second.is_trained, start=one.start)
+        second = one.second
+        plans[role] = ModelPlan(one.config, is_trained=second.is_trained, head=second.head, start=one.start)
     return plans
 
 
@@ -104,6 +105,8 @@ def _size(model: ModelConfig) -> tuple[int, int]:
 def _fresh(second: SecondModel, config: Config) -> FoundModel:
     """Return what lies at the place."""
     place, model, tokenizer = _look(second.place)
+    if (place / MANIFEST).is_file():
+        check_head(read_manifest(place), second.head, place, is_trained=second.is_trained)
     if model.vocab_size != config.model.vocab_size:
         raise BadInput(
             f"{place} has a vocabulary of {model.vocab_size} and the policy one of {config.model.vocab_size} "

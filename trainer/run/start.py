@@ -28,6 +28,7 @@ from trainer.checkpoint.manifest import (
     another_run,
     check_architecture,
     check_continues,
+    check_head,
     read_manifest,
 )
 from trainer.hf.companions import carried_config, carried_folder
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
 _STEERING_SECTIONS = (
     "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "distill", "grpo",
-    "rollout",
+    "rollout", "online_dpo",
 )  # fmt: skip
 _QUIET_FIELDS = (
     "train.log_every", "data.prefetch_steps", "sft.cache", "sft.num_workers", "sft.num_answers",
@@ -138,6 +139,7 @@ def _find(config: Config, stage_name: str) -> Start:
     init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
     manifest = read_manifest(init_from)
     check_architecture(manifest, resolved_dict(config)["model"], init_from, is_warm_start=True)
+    check_head(manifest, config.head, init_from, is_trained=True)
     before = ModelConfig.model_validate(manifest.config["model"])
     is_imported = manifest.stage["name"] == IMPORT_STAGE
     trained_len = before.max_position_embeddings if is_imported else manifest.config["train"]["seq_len"]

@@ -8,6 +8,7 @@ from trainer.stages.base import StageKind
 from trainer.stages.distill import build_distill_stage
 from trainer.stages.grpo import build_grpo_stage
 from trainer.stages.next_token import build_next_token_stage
+from trainer.stages.online_dpo import build_online_dpo_stage
 from trainer.stages.preference import build_preference_stage
 from trainer.stages.sft import build_sft_stage
 
@@ -18,4 +19,5 @@ STAGES: dict[str, StageKind] = {
     "distill": StageKind(build_distill_stage),
     "preference": StageKind(build_preference_stage),
     "grpo": StageKind(build_grpo_stage),
+    "online_dpo": StageKind(build_online_dpo_stage),
 }

@@ -89,7 +89,7 @@ class GrpoStage:
         config, step = self._config, state.step + 1
         rollouts, replaced = self._collect(step, seconds)
         everything = [*rollouts, *replaced]
-        _tell_failures(step, everything)
+        tell_failures(step, everything)
         scoring = time.perf_counter()
         with phase("score"):
             minibatches, columns, advantages, divergences = self._prepare(rollouts)
@@ -119,23 +119,7 @@ class GrpoStage:
 
     def evaluate(self) -> Evaluation:
         """Return the mean score of likeliest answers to each source's first prompts. Collective: all ranks."""
-        values: dict[str, float] = {}
-        answers: list[ScoredAnswer] = []
-        spell = self._collector.spell
-        for file in self._validation:
-            name = file.name
-            prompts = file.first(self._config.grpo.num_validation_prompts)
-            rollouts = self._collector.answer_greedily(prompts)
-            scores = [rollout.score for rollout in rollouts if rollout.score is not None]
-            values[VALIDATION_SCORE + name] = sum(scores) / len(scores) if scores else math.nan
-            for reward in sorted({reward for rollout in rollouts for reward in rollout.rewards}):
-                found = [value for one in rollouts if (value := one.rewards.get(reward)) is not None]
-                values[f"validation_{reward}/{name}"] = sum(found) / len(found) if found else math.nan
-            answers += [
-                ScoredAnswer(name, spell(prompt.token_ids), rollout.texts[-1], rollout.score, rollout.rewards)
-                for prompt, rollout in zip(prompts, rollouts, strict=True)
-            ]
-        return Evaluation(values, answers)
+        return evaluate_prompts(self._collector, self._validation, self._config.grpo.num_validation_prompts)
 
     def describe_fault(self) -> str:
         """Return what made the last step non-finite. Collective: all ranks of the world must call this."""
@@ -248,7 +232,7 @@ class GrpoStage:
         return rollout.record(step, self._collector.spell, None if drawn is None else float(drawn.mean()))
 
 
-def _tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
+def tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
     """Warn of answers without a score, with the first reason, and where none has one, with what would work."""
     failed = [rollout for rollout in rollouts if rollout.score is None]
     if not failed:
@@ -263,18 +247,44 @@ def _tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
     log.warning("step %d: %d of %d answers have no score (%s)%s", step, len(failed), len(rollouts), why, works)
 
 
+def evaluate_prompts(collector: Collector, files: Sequence[PromptFile], num_prompts: int) -> Evaluation:
+    """Return the mean score of likeliest answers to the first prompts of each file. Collective: all ranks."""
+    values: dict[str, float] = {}
+    answers: list[ScoredAnswer] = []
+    for file in files:
+        name = file.name
+        prompts = file.first(num_prompts)
+        rollouts = collector.answer_greedily(prompts)
+        scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+        values[VALIDATION_SCORE + name] = sum(scores) / len(scores) if scores else math.nan
+        for reward in sorted({reward for rollout in rollouts for reward in rollout.rewards}):
+            found = [value for one in rollouts if (value := one.rewards.get(reward)) is not None]
+            values[f"validation_{reward}/{name}"] = sum(found) / len(found) if found else math.nan
+        answers += [
+            ScoredAnswer(name, collector.spell(prompt.token_ids), rollout.texts[-1], rollout.score, rollout.rewards)
+            for prompt, rollout in zip(prompts, rollouts, strict=True)
+        ]
+    return Evaluation(values, answers)
+
+
 def build_grpo_stage(context: StageContext) -> GrpoStage:
     """Return the stage with its prompts open and its rewards running. Raises BadInput for what cannot be."""
     config, engine = context.config, context.models[POLICY]
     assert isinstance(engine, Engine) and isinstance(config, GrpoConfig)
+    return GrpoStage(config, engine, *open_policy_answers(config, engine, context.corpus))
+
+
+def open_policy_answers(
+    config: GrpoConfig, engine: Engine, corpus: Corpus
+) -> tuple[PromptReader, list[PromptFile], Collector]:
+    """Return the reader of prompts, the prompts of validation, and what answers and scores. Raises BadInput."""
     grpo = config.grpo
-    encoder = open_encoder(config, context.corpus)
+    encoder = open_encoder(config, corpus)
     environment = None if grpo.environment is None else load_environment(grpo.environment)
     files = open_prompts(config, "train", encoder, environment)
     validation = open_prompts(config, "validation", encoder, environment)
     reader = PromptReader(files, [source.weight for source in grpo.prompts], config.run.seed)
-    collector = open_collector(config, engine, encoder, (*files, *validation))
-    return GrpoStage(config, engine, reader, validation, collector)
+    return reader, validation, open_collector(config, engine, encoder, (*files, *validation))
 
 
 def open_prompts(

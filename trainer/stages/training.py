@@ -95,12 +95,16 @@ class TrainingStage:
 
         `seconds` are what it took to come by the batch, by phase.
         """
+        phases = dict(seconds)
         if self._prepare is not None:
-            batches = self._prepare(self._engine, batches)
+            started = time.perf_counter()
+            with phase("score"):
+                batches = self._prepare(self._engine, batches)
+            phases["score"] = time.perf_counter() - started
         config = self._engine.config
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
         result = self._engine.train_step(batches, objective or self.objective, rate)
-        return dataclasses.replace(result, phase_seconds={**seconds, **result.phase_seconds})
+        return dataclasses.replace(result, phase_seconds={**phases, **result.phase_seconds})
 
     def evaluate(self) -> Evaluation:
         """Return the validation losses. Collective: all ranks of the world must call this."""

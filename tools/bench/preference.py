@@ -1,0 +1,78 @@
+"""Measure learning from preferences: tokens/s of our DPO against TRL's `DPOTrainer`.
+
+Run: python tools/bench/preference.py [--steps 40] [--out FILE.json]   (`make bench`)
+On made-up pairs, step by step in turns on one rank of the CPU each, with the demo's model. Both read what the reference
+says of an answer, which they computed before the first step; tokens are those of both answers with their prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench.chats import write_chats, write_pairs, write_tokenizer
+from tools.bench.compare import compare
+from tools.bench.launching import run_bench
+from tools.bench.report import PACKAGES, describe_machine, print_report
+from tools.bench.throughput import NUM_WARMUP, ROOT, Case, measure_case
+from tools.console import Progress, end_process
+from tools.outputs import check_file
+from tools.paths import path_argument
+
+_VOCABULARY = 4096
+_NUM_PAIRS = 1000
+_OVERRIDES = (
+    "parallel.tp=1", "train.seq_len=512", "train.global_batch_size=4", "train.micro_batch_size=2",
+    "preference.sft_weight=0",
+)  # fmt: skip
+
+
+def measure_all(num_steps: int, num_pairs: int = _NUM_PAIRS) -> dict[str, Any]:
+    """Measure both and print them. Raises RunFailed."""
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        chats, pairs, tokenizer = (Path(name) / part for part in ("chats.jsonl", "pairs.jsonl", "tokenizer"))
+        write_chats(chats)
+        write_pairs(pairs, num_pairs)
+        write_tokenizer(chats, tokenizer, _VOCABULARY)
+        overrides = (*_OVERRIDES, f"data.tokenizer={tokenizer}")
+        case = Case("DPO, 1 rank", 1, overrides, ("fit", "trl_dpo"), stage="preference")
+        with Progress(case.layout, NUM_WARMUP + num_steps) as progress:
+            measures = measure_case(case, num_steps, pairs, progress)
+    machine = describe_machine(measures[0].report.device, load_before, (*PACKAGES, "trl"))
+    comparisons = compare(measures)
+    print_report(machine, comparisons)
+    return {"machine": machine, "comparisons": comparisons, "runs": [asdict(measure) for measure in measures]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(prog="preference.py", description="Our DPO against TRL's.")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="measured steps of each loop (default 40)")
+    default_out = ROOT / "tools" / "bench" / "results" / "preference_cpu.json"
+    parser.add_argument("--out", type=path_argument, default=default_out, metavar="FILE", help="result file")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 2:
+        parser.error("--steps must be at least 2, for example --steps 40")
+
+    def command() -> None:
+        check_file(arguments.out)
+        figures = measure_all(arguments.steps)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+    return run_bench(command)
+
+
+if __name__ == "__main__":
+    end_process(main)
