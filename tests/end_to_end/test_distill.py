@@ -12,6 +12,7 @@ from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.optimizer import OptimizerConfig
 from configs.sections.train import TrainConfig
 from tests.end_to_end.conftest import write_text
+from tests.pool import RankFailed
 from tools.train_tokenizer import train_tokenizer
 
 DEFAULT, SAMPLES = CheckpointConfig(), TrainConfig.model_fields["eval_num_samples"].default
@@ -46,8 +47,10 @@ def distill(folder, train, tmp_path):
     source = f"[{{path: {folder / 'chats.jsonl'}}}]"
     fixed += ("train.global_batch_size=4", f"sft.train={source}", f"sft.validation={source}")
 
-    def run(world: int, name: str, *overrides: str, stage: str = "distill") -> tuple[int, str, list[dict]]:
-        code, said = train(world, *fixed, f"run.dir={tmp_path / name}", *overrides, stage=stage)
+    def run(
+        world: int, name: str, *overrides: str, stage: str = "distill", fault: str | None = None
+    ) -> tuple[int, str, list[dict]]:
+        code, said = train(world, *fixed, f"run.dir={tmp_path / name}", *overrides, stage=stage, fault=fault)
         metrics = tmp_path / name / "metrics.jsonl"
         return code, said, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
@@ -60,17 +63,18 @@ def losses_of(rows: list[dict]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def test_a_student_nears_its_teacher_and_resumes_on_another_layout(distill, tmp_path):
+def test_a_student_that_is_killed_goes_on_to_near_its_teacher_on_another_layout(distill, tmp_path):
     given = (
         f"distill.teacher={tmp_path / 'teacher'}",
-        "checkpoint.save_every=3",
+        "checkpoint.save_every=2",
         *ROLLOUT,
         "optimizer.lr=0.02",
         "run.seed=1",
     )
     code, said, whole = distill(1, "whole", *given, "train.num_steps=8")
     assert code == 0, said
-    assert distill(1, "parts", *given, "train.num_steps=3")[0] == 0
+    with pytest.raises(RankFailed):  # by kill -9, while step 4 is saved
+        distill(1, "parts", *given, "train.num_steps=8", fault="killed_rename")
     code, said, parts = distill(2, "parts", *given, "train.num_steps=8", "parallel.pp=2")
     assert code == 0, said
     np.testing.assert_allclose(losses_of(parts), losses_of(whole), rtol=1e-4)
