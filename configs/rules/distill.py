@@ -19,6 +19,8 @@ def check_distill(config: Config) -> Iterator[str]:
             f"distill.top_k: {distill.top_k} exceeds model.vocab_size={vocabulary}; a value that would work: "
             f"{min(64, vocabulary)}"
         )
+    if config.is_of_text:
+        yield from _check_text(config)
     targets = "in distillation, whose targets are the teacher's"
     yield from check_unused(config.sft, "sft", ("label_smoothing", "neftune_alpha"), targets)
     if isinstance(config, TeacherCacheConfig):
@@ -40,6 +42,31 @@ def check_distill(config: Config) -> Iterator[str]:
         yield from _check_answers(config)
     else:
         yield from check_unused(config.rollout, "rollout", tuple(type(config.rollout).model_fields), "with lmbda=0")
+
+
+def _check_text(config: DistillConfig) -> Iterator[str]:
+    """Yield what is wrong where `data` names what is read: nothing is asked there, and caches know documents."""
+    distill, data = config.distill, config.data
+    reason = "without sft.train, where text of data.train is read"
+    names = [name for name in type(config.sft).model_fields if name not in ("label_smoothing", "neftune_alpha")]
+    yield from check_unused(config.sft, "sft", names, reason)
+    if distill.lmbda:
+        yield (
+            "distill.lmbda: text of data.train asks the student nothing; a value that would work: 0 (or conversations "
+            "in sft.train)"
+        )
+    if distill.cache is None:
+        return
+    if data.packing != "best_fit":
+        yield (
+            f"data.packing: {data.packing} cuts documents where a seed says, and a cache knows them by what they are; "
+            "a value that would work: best_fit"
+        )
+    if data.tokenizer is None:
+        yield (
+            "data.tokenizer: a cache is compared with it; a value that would work: the directory that the data was "
+            "made with"
+        )
 
 
 def _check_answers(config: DistillConfig) -> Iterator[str]:

@@ -20,7 +20,7 @@ def problems_of(stage: str = "distill", **sections: Any) -> list[str]:
     config = STAGE_CONFIGS[stage].model_validate(
         {
             "model": DENSE_MODEL,
-            "data": {"tokenizer": "data/tokenizer"},
+            "data": sections.pop("data", {"tokenizer": "data/tokenizer"}),
             "train": {"num_steps": 0 if is_cache else 5, "seq_len": 32},
             "precision": {"compute": "fp32"},
             "schedule": {} if is_cache else {"kind": "constant"},
@@ -52,6 +52,15 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 def test_what_cannot_be_is_refused_in_one_sentence(stage, sections, words):
     (problem,) = problems_of(stage, **sections)
     assert problem.startswith(words) and "that would work: " in problem
+
+
+def test_text_has_no_prompts_and_a_cache_knows_whole_documents():
+    text, data = {"template": None, "train": [], "validation": []}, {"train": CHATS, "tokenizer": "data/tokenizer"}
+    assert not problems_of(sft=text, data=data)
+    assert "sft.train_on: has no effect without sft.train" in problems_of(sft=text | {"train_on": "all"}, data=data)[0]
+    cached = {"teacher": None, "cache": "a"}
+    (problem,) = problems_of(sft=text, data=data, distill=cached)
+    assert problem.startswith("data.packing: concat cuts documents") and problem.endswith("would work: best_fit")
 
 
 def test_a_cache_has_no_answers_of_the_student():

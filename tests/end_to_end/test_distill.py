@@ -120,3 +120,16 @@ def test_a_teacher_of_other_tokens_is_refused(distill, folder, train, tmp_path):
     code, said, _ = distill(1, "refused", f"distill.teacher={tmp_path / 'stranger'}")
     assert code == 2 and said.startswith("distill.teacher: ") and "tokenizer" in said, said
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_text_teaches_too_in_packed_rows_and_in_windows(train, corpus, tmp_path):
+    teacher = tmp_path / "teacher"
+    assert train(1, "model.num_layers=4", "run.seed=5", f"run.dir={teacher}", "train.num_steps=0") == (0, "")
+    fixed = (f"distill.teacher={teacher}", "optimizer.lr=0.02")
+    assert train(2, *fixed, f"run.dir={tmp_path / 'windows'}", "parallel.cp=2", stage="distill")[0] == 0
+    packed = ("data.packing=best_fit", "data.document_mask=true", f"run.dir={tmp_path / 'packed'}")
+    assert train(2, *fixed, *packed, "distill.top_k=9", "parallel.tp=2", stage="distill")[0] == 0
+    for name in ("windows", "packed"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["validation_kl/validation"] < 0.9 * rows[0]["divergence"]
