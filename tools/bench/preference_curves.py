@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
 import time
@@ -37,14 +36,10 @@ KINDS = (_PAIRS, _SHUFFLED, _OWN, _TOSSED)
 
 
 def write_pairs(folder: Path) -> None:
-    """Write the demo's pairs, and `shuffled.jsonl`, whose labels say nothing: half of them are exchanged."""
-    make_small_tasks(["--tasks", "pairs", "--rows", "3000", "--out", str(folder)])
-    draw = random.Random(0)
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        if draw.random() < 0.5:
-            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    (folder / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """Write the demo's pairs under `told` and, with labels that say nothing, under `shuffled`."""
+    words = ["--tasks", "pairs", "--rows", "3000", "--out"]
+    make_small_tasks([*words, str(folder / "told")])
+    make_small_tasks([*words, str(folder / "shuffled"), "--shuffle-labels"])
 
 
 def words_of(kind: str, pairs: Path) -> list[str]:
@@ -55,8 +50,9 @@ def words_of(kind: str, pairs: Path) -> list[str]:
             str(CONFIGS / "online_dpo.yaml"),
             *([f"grpo.rewards={_NOISE}"] if kind == _TOSSED else []),
         ]
-    train = pairs / ("shuffled.jsonl" if kind == _SHUFFLED else "train.jsonl")
-    paths = (f"preference.train=[{{path: {train}}}]", f"preference.validation=[{{path: {pairs / 'held_out.jsonl'}}}]")
+    train = pairs / ("shuffled" if kind == _SHUFFLED else "told") / "train.jsonl"
+    held_out = pairs / "told" / "held_out.jsonl"
+    paths = (f"preference.train=[{{path: {train}}}]", f"preference.validation=[{{path: {held_out}}}]")
     return ["preference", str(CONFIGS / "preference.yaml"), *paths, f"preference.cache={pairs / 'cache'}"]
 
 
