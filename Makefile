@@ -10,6 +10,8 @@ CODE := configs parallel trainer launch tools tests
 
 LONG := --data data/stdlib/validation --lengths 256,512,1024,2048 --digits 2 --keys 10
 TWO_RANKS := $(PYTHON) -m launch.local --nproc-per-node 2
+# Tests of one file stay together, as they share what they set up.
+TWO_PROCESSES := -n 2 --dist loadfile
 LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
@@ -72,14 +74,14 @@ demo-calculator: setup  ## teach the model of long texts to ask a calculator, an
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/calculator_grpo.yaml
 
 test: setup  ## run every test
-	$(PYTHON) -m pytest --ignore=tests/cluster
+	$(PYTHON) -m pytest $(TWO_PROCESSES) --ignore=tests/cluster
 
 test-cluster: setup  ## run jobs in a SLURM on this machine, which is installed where it is missing (root, Debian)
 	tests/cluster/slurm_lab.sh install
 	$(PYTHON) -m pytest tests/cluster
 
 test-fast: setup  ## run the tests that take seconds
-	$(PYTHON) -m pytest -m "not slow" --ignore=tests/cluster
+	$(PYTHON) -m pytest $(TWO_PROCESSES) -m "not slow" --ignore=tests/cluster
 
 bench: setup  ## measure tokens/s against bare megatron-core, Hugging Face Trainer and TRL, and what else tools/bench/ has
 	$(PYTHON) tools/bench/throughput.py

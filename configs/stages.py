@@ -6,21 +6,26 @@ Reading YAML is `configs.load`, what follows from the values is `configs.plan`, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from configs.roles import CRITIC, REWARD, TEACHER, HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
+from configs.sections.comparisons import ComparisonsSection
 from configs.sections.data import DataConfig
+from configs.sections.distill import DistillSection
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from configs.sections.online_dpo import OnlineDpoSection
 from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.sections.parallel import ParallelConfig
+from configs.sections.ppo import PpoSection
 from configs.sections.precision import PrecisionConfig
 from configs.sections.preference import PreferenceSection
+from configs.sections.reward_model import RewardModelSection
 from configs.sections.rft import RftSection
 from configs.sections.rollout import RolloutSection
 from configs.sections.run import LogConfig, RunConfig, SampleConfig
@@ -56,9 +61,19 @@ class Config(Section):
         return f"data.{split}"
 
     @property
+    def head(self) -> HeadKind:
+        """The head of the model that the run trains."""
+        return "vocabulary"
+
+    @property
     def chat_template(self) -> tuple[str, str | None] | None:
         """The field that names the chat template of a stage of conversations, and its value; None for other stages."""
         return None
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The models that the stage needs beside the policy, by role."""
+        return {}
 
     @property
     def packing(self) -> str:
@@ -116,33 +131,92 @@ class SftConfig(Config):
         return True
 
 
-class PreferenceConfig(Config):
-    """Learning from preferences: the shared sections, and pairs of answers in the place of `data`'s sources."""
+class DistillConfig(SftConfig):
+    """Learning from a teacher: the conversations of fine-tuning, whose targets are another model's distributions."""
 
-    preference: PreferenceSection = PreferenceSection()
+    distill: DistillSection = DistillSection()
+    rollout: RolloutSection = RolloutSection()
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The teacher, unless what it says is in a cache."""
+        teacher = self.distill.teacher
+        return {} if teacher is None else {TEACHER: SecondModel("distill.teacher", teacher)}
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
+        return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
+class TeacherCacheConfig(DistillConfig):
+    """What a model says of conversations, for others to learn from: the run's model is the teacher, none is trained."""
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """None."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_nothing(cls, fields: Any) -> Any:
+        """Let `train.num_steps` be left out: there are none."""
+        return without_steps(fields)
+
+
+class ComparisonsConfig(Config):
+    """Learning from compared answers: the shared sections, and comparisons in the place of `data`'s sources."""
+
+    section: ClassVar[str]
+    """The name of the section that has them."""
+
+    @property
+    def comparisons(self) -> ComparisonsSection:
+        """The section that has them."""
+        found: ComparisonsSection = getattr(self, self.section)
+        return found
 
     def sources(self, split: Split) -> Sequence[Any]:
-        """Return the sources of preferences."""
-        return self.preference.train if split == "train" else self.preference.validation
+        """Return the sources of comparisons."""
+        return self.comparisons.train if split == "train" else self.comparisons.validation
 
     def source_field(self, split: Split) -> str:
-        """Return the field of the preferences."""
-        return f"preference.{split}"
+        """Return the field of the comparisons."""
+        return f"{self.section}.{split}"
 
     @property
     def chat_template(self) -> tuple[str, str | None]:
         """The field of the chat template, and its value."""
-        return "preference.template", self.preference.template
+        return f"{self.section}.template", self.comparisons.template
 
     @property
     def packing(self) -> str:
-        """How rows are made of pairs."""
-        return self.preference.rows
+        """How rows are made of comparisons."""
+        return self.comparisons.rows
 
     @property
     def has_document_mask(self) -> bool:
         """Attention stays within answers."""
         return True
+
+
+class PreferenceConfig(ComparisonsConfig):
+    """Learning from preferences: the shared sections, and a loss of pairs of answers."""
+
+    section: ClassVar[str] = "preference"
+    preference: PreferenceSection = PreferenceSection()
+
+
+class RewardModelConfig(ComparisonsConfig):
+    """Training a reward model: the shared sections, pairs of answers, and a scalar head."""
+
+    section: ClassVar[str] = "reward"
+    reward: RewardModelSection = RewardModelSection()
+
+    @property
+    def head(self) -> HeadKind:
+        """A value a token, of which an answer's is its reward."""
+        return "scalar"
 
 
 class GrpoConfig(Config):
@@ -175,6 +249,14 @@ class GrpoConfig(Config):
         return True
 
     @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The reward model, where there is one."""
+        source = self.grpo.reward_model
+        if source is None:
+            return {}
+        return {REWARD: SecondModel("grpo.reward_model.init_from", source.init_from, head="scalar")}
+
+    @property
     def prompts_per_step(self) -> int:
         """Prompts whose groups are the answers of one step."""
         return self.train.global_batch_size * self.grpo.num_minibatches // self.grpo.group_size
@@ -183,6 +265,31 @@ class GrpoConfig(Config):
     def longest_prompt(self) -> int:
         """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
+class PpoConfig(GrpoConfig):
+    """Reinforcement learning with a critic: prompts, rewards and rollouts as without, and what PPO makes of them."""
+
+    grpo: GrpoSection = GrpoSection(algorithm="ppo")
+    ppo: PpoSection = PpoSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_algorithm(cls, fields: Any) -> Any:
+        """Let `grpo.algorithm` be left out: there is one."""
+        grpo = fields.get("grpo", {}) if isinstance(fields, dict) else None
+        return {**fields, "grpo": {"algorithm": "ppo", **grpo}} if isinstance(grpo, dict) else fields
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The critic, and the reward model where there is one."""
+        critic, start = self.ppo.critic, self.checkpoint
+        field, place = "ppo.critic.init_from", critic.init_from
+        if place is None:
+            field = "checkpoint.init_from" if start.init_from is not None else "checkpoint.init_from_hf"
+            place = start.init_from or start.init_from_hf or start.resume
+        own = SecondModel(field, place, head="scalar", optimizer=critic.optimizer)
+        return {CRITIC: own, **super().second_models}
 
 
 class RftConfig(GrpoConfig):
@@ -194,8 +301,13 @@ class RftConfig(GrpoConfig):
     @classmethod
     def _train_nothing(cls, fields: Any) -> Any:
         """Let `train.num_steps` be left out: there are none."""
-        train = fields.get("train", {}) if isinstance(fields, dict) else None
-        return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
+        return without_steps(fields)
+
+
+def without_steps(fields: Any) -> Any:
+    """Return the fields of a config with no steps, unless they say how many."""
+    train = fields.get("train", {}) if isinstance(fields, dict) else None
+    return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
 
 
 class OnlineDpoConfig(GrpoConfig):
@@ -218,8 +330,12 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
+    "distill": DistillConfig,
+    "teacher_cache": TeacherCacheConfig,
     "preference": PreferenceConfig,
+    "reward": RewardModelConfig,
     "grpo": GrpoConfig,
+    "ppo": PpoConfig,
     "rft": RftConfig,
     "online_dpo": OnlineDpoConfig,
 }

@@ -18,6 +18,7 @@ from configs.stages import Config
 from tests.pool import Place
 
 if TYPE_CHECKING:
+    from parallel.mesh import Mesh
     from trainer.engine.engine import Engine
     from trainer.engine.state import StepResult
 
@@ -110,20 +111,28 @@ class MadeUpReader:
 
 
 @contextlib.contextmanager
-def open_engine(place: Place, config: Config) -> Iterator[Engine]:
-    """Join the ranks and yield the engine of the config on them; the pool forgets the ranks afterwards."""
+def open_mesh(place: Place, config: Config) -> Iterator[Mesh]:
+    """Join the ranks and yield their mesh; the pool forgets the ranks afterwards."""
     from parallel.mesh import build_mesh, init_world
     from parallel.platform import load_platform
-    from trainer.engine.build import build_engine
 
     platform = load_platform("cpu")
     device = platform.activate(0)
     init_world(platform, config, rank=place.rank, world_size=place.world_size, init_method=place.init_method)
-    engine = build_engine(config, build_mesh(platform, device, config))
-    try:
-        yield engine
-    finally:
-        engine.close()
+    yield build_mesh(platform, device, config)
+
+
+@contextlib.contextmanager
+def open_engine(place: Place, config: Config) -> Iterator[Engine]:
+    """Join the ranks and yield the engine of the config on them."""
+    from trainer.engine.build import build_engine
+
+    with open_mesh(place, config) as mesh:
+        engine = build_engine(config, mesh)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
 def build_stage(engine: Engine, masks: str = "all") -> Any:

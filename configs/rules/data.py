@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from configs.rules.model import check_unused
 from configs.sections.data import SourceConfig
-from configs.stages import Config, GrpoConfig, PreferenceConfig, SftConfig, Split
+from configs.stages import ComparisonsConfig, Config, GrpoConfig, SftConfig, Split
 
 _LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the longest run a config can name
 
@@ -18,10 +18,9 @@ def check_data(config: Config) -> Iterator[str]:
     data, train = config.data, config.train
     if isinstance(config, SftConfig):
         yield from _check_conversations(config)
-    elif isinstance(config, PreferenceConfig):
-        yield from _check_chats(
-            config, "in learning from preferences, whose sources are in preference", "data/pairs.jsonl"
-        )
+    elif isinstance(config, ComparisonsConfig):
+        reason = f"in learning from comparisons, whose sources are in {config.section}"
+        yield from _check_chats(config, reason, "data/pairs.jsonl")
     elif isinstance(config, GrpoConfig):
         yield from _check_prompts(config)
     elif train.num_steps > 0 and not data.train:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from configs.errors import BadInput
 from configs.plan.kv_cache import bytes_of_token, slot_length
 from configs.rules.model import check_unused
-from configs.stages import Config, GrpoConfig, OnlineDpoConfig, RftConfig
+from configs.stages import Config, GrpoConfig, OnlineDpoConfig, PpoConfig, RftConfig
 
 
 def check_grpo(config: Config) -> Iterator[str]:
@@ -24,7 +24,8 @@ def check_grpo(config: Config) -> Iterator[str]:
             yield from _check_comparison(config)
             yield from _check_method(config)
         yield from _check_length_of_run(config)
-    if config.train.num_steps > 0 and not config.grpo.rewards and config.grpo.environment is None:
+    grpo = config.grpo
+    if config.train.num_steps > 0 and not grpo.rewards and grpo.reward_model is None and grpo.environment is None:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
     top_k = config.rollout.top_k
     if top_k is not None and top_k > config.model.vocab_size:
@@ -50,7 +51,8 @@ def _check_groups(config: GrpoConfig) -> Iterator[str]:
 
 def _check_comparison(config: GrpoConfig) -> Iterator[str]:
     grpo = config.grpo
-    if grpo.group_size == 1 and grpo.method.advantage != "batch":
+    is_compared = grpo.method.advantage != "batch" and not isinstance(config, PpoConfig)
+    if grpo.group_size == 1 and is_compared:
         yield (
             f"grpo.group_size: a group of one is compared with itself, and grpo.advantage={grpo.method.advantage} is "
             "then 0; a value that would work: 8"

@@ -10,8 +10,8 @@ from configs.stages import Config, RftConfig
 
 _REASON = "in rejection sampling, which trains nothing"
 _READ_OF_GRPO = {
-    "template", "prompts", "rewards", "environment", "environment_time_limit", "num_reward_workers", "group_size", "kl",
-    "max_turns",
+    "template", "prompts", "rewards", "reward_model", "environment", "environment_time_limit", "num_reward_workers",
+    "group_size", "kl", "max_turns",
 }  # fmt: skip
 _READ_OF_TRAIN = {"num_steps", "seq_len", "global_batch_size", "recompute"}
 
@@ -23,7 +23,7 @@ def check_rft(config: Config) -> Iterator[str]:
     grpo = config.grpo
     if not grpo.prompts:
         yield "grpo.prompts: there is nothing to answer; a value that would work: [{path: data/prompts.jsonl}]"
-    if not grpo.rewards:
+    if not grpo.rewards and grpo.reward_model is None:
         yield "grpo.rewards: answers need at least one; a value that would work: [{function: exact_match}]"
     for number, source in enumerate(grpo.prompts):
         yield from check_unused(source, f"grpo.prompts[{number}]", ("weight",), "where every prompt is answered once")

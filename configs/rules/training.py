@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from configs.rules.model import check_unused
+from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
 from configs.stages import Config
 
 
@@ -16,7 +17,7 @@ def check_training(config: Config) -> list[str]:
         *_check_recompute_fields(config),
         *_check_precision(config),
         *_check_fp8_fields(config),
-        *_check_optimizer(config),
+        *check_decay(config.schedule, config.optimizer),
         *_check_schedule_fields(config),
         *(() if config.train.num_epochs is not None else check_schedule_length(config)),
         *_check_checkpoint(config),
@@ -90,18 +91,18 @@ def _check_fp8_fields(config: Config) -> Iterator[str]:
         yield from check_unused(fp8, "precision.fp8", ("amax_history_len", "amax_compute"), reason)
 
 
-def _check_optimizer(config: Config) -> Iterator[str]:
-    optimizer = config.optimizer
+def check_decay(schedule: ScheduleConfig, optimizer: OptimizerConfig, path: str = "optimizer") -> Iterator[str]:
+    """Yield every rule that an optimizer, which the config has at `path`, and the schedule of its rate break."""
     for name, works in (("beta1", 0.9), ("beta2", 0.95)):
         if getattr(optimizer, name) >= 1.0:
-            yield f"optimizer.{name}: 1.0 never forgets and divides by zero; a value that would work: {works}"
-    if config.schedule.kind != "constant" and optimizer.min_lr > optimizer.lr:
+            yield f"{path}.{name}: 1.0 never forgets and divides by zero; a value that would work: {works}"
+    if schedule.kind != "constant" and optimizer.min_lr > optimizer.lr:
         yield (
-            f"optimizer.min_lr: {optimizer.min_lr:g} exceeds optimizer.lr={optimizer.lr:g}; a value that would work: "
+            f"{path}.min_lr: {optimizer.min_lr:g} exceeds {path}.lr={optimizer.lr:g}; a value that would work: "
             f"{optimizer.lr / 10:g}"
         )
-    if config.schedule.kind == "wsd" and config.schedule.wsd_decay == "exponential" and optimizer.min_lr == 0:
-        yield f"optimizer.min_lr: an exponential decay never reaches 0; a value that would work: {optimizer.lr / 10:g}"
+    if schedule.kind == "wsd" and schedule.wsd_decay == "exponential" and optimizer.min_lr == 0:
+        yield f"{path}.min_lr: an exponential decay never reaches 0; a value that would work: {optimizer.lr / 10:g}"
 
 
 def _check_schedule_fields(config: Config) -> Iterator[str]:

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from configs.sections.base import Count, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
-from configs.sections.reward import RewardConfig
+from configs.sections.reward import RewardConfig, RewardModelSource
 from configs.sections.sft import ConversationSource
 
-Algorithm = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+Algorithm = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo"]
 Advantage = Literal["group_std", "group_mean", "leave_one_out", "batch", "group_mean_batch"]
 Normalisation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
@@ -34,7 +34,8 @@ class GrpoSection(Section):
 
     algorithm: Algorithm = "grpo"
     """GRPO (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), GSPO (arXiv:2507.18071), CISPO
-    (arXiv:2506.13585), RLOO (arXiv:2402.14740), REINFORCE++ and its baseline variant (arXiv:2501.03262)."""
+    (arXiv:2506.13585), RLOO (arXiv:2402.14740), REINFORCE++ and its baseline variant (arXiv:2501.03262); ppo
+    (arXiv:1707.06347) in the stage of that name, whose advantages come from a critic."""
     template: str | None = None
     """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null: the tokenizer's."""
     prompts: tuple[ConversationSource, ...] = ()
@@ -45,6 +46,8 @@ class GrpoSection(Section):
     """Prompts of each validation source, its first ones."""
     rewards: tuple[RewardConfig, ...] = ()
     """What answers are scored by; the score is the sum of the rewards times their weights."""
+    reward_model: RewardModelSource | None = None
+    """A trained model whose value of the conversation with the answer is one more reward; null for none."""
     environment: str | None = None
     """Who the policy talks to over several turns: calculator, or module:Class; null for one answer a prompt."""
     max_turns: Count = 4
@@ -144,9 +147,13 @@ _ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "reinforce_pp_baseline": _GRPO | {
         "advantage": "group_mean_batch", "normalisation": "token_mean", "kl_coefficient": 0.01, "kl_estimator": "k2",
     },
+    "ppo": _GRPO | {
+        "advantage": "batch", "normalisation": "token_mean", "kl_coefficient": 0.05, "kl_estimator": "k1",
+        "kl_place": "reward",
+    },
 }  # fmt: skip
 """What each paper uses; DAPO's refills are at most 10 as in its authors' code, CISPO has no lower bound, and where a
-paper leaves the divergence's coefficient open (RLOO, REINFORCE++) it is that of TRL and OpenRLHF."""
+paper leaves the divergence's coefficient open (RLOO, REINFORCE++, PPO) it is that of TRL and OpenRLHF."""
 
 
 def _either(value: Any, default: Any) -> Any:

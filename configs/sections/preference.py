@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.sections.base import Count, NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, Section
-from configs.sections.sft import ConversationSource
+from configs.sections.base import Count, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+from configs.sections.comparisons import ComparisonsSection
 
 PairLoss = Literal["dpo", "cdpo", "rdpo", "ipo", "slic", "apo_zero", "apo_down", "orpo", "simpo"]
 PreferenceLoss = Literal[PairLoss, "kto"]
@@ -65,31 +65,18 @@ class PairLossSection(Section):
         )
 
 
-class PreferenceSection(PairLossSection):
+class PreferenceSection(ComparisonsSection, PairLossSection):
     """Learning from answers of which it is known which are better."""
 
     desirable_weight: NonNegativeFloat = 1.0
     """What the loss of good answers is multiplied by; of kto, its lambda."""
     undesirable_weight: NonNegativeFloat = 1.0
     """What the loss of bad answers is multiplied by; of kto."""
-    template: str | None = None
-    """Chat template: a name (chatml, llama3, qwen, mistral, gemma, alpaca) or a .jinja file; null: the tokenizer's."""
-    train: tuple[ConversationSource, ...] = ()
-    """Blend of training sources."""
-    validation: tuple[ConversationSource, ...] = ()
-    """Validation sources; each is evaluated on its own and logged under its file name without suffix."""
-    bad_rows: Literal["refuse", "drop"] = "refuse"
-    """What becomes of a row that is no preference or that the template cannot render; dropped ones are counted, as are
-    pairs that train.seq_len does not hold together."""
     num_answers: NonNegativeInt = 4
     """Questions of each validation source that are answered, greedily, at each validation, and compared with the
     chosen answer; 0 for none, as with kto."""
     max_answer_tokens: Count = 128
     """Tokens of such an answer at most."""
-    cache: PathText = "data/preference_cache"
-    """Directory of tokenised sources, one folder for each content, template, tokenizer and rule."""
-    num_workers: Count | None = None
-    """Processes that tokenise; null for one a core."""
 
     @property
     def method(self) -> PreferenceMethod:
@@ -99,11 +86,6 @@ class PreferenceSection(PairLossSection):
         )
 
     @property
-    def train_on(self) -> Literal["assistant"]:
-        """What is trained of an answer."""
-        return "assistant"
-
-    @property
-    def rows(self) -> Literal["pairs"]:
-        """How rows are made of samples: whole pairs, best-fit."""
-        return "pairs"
+    def is_single(self) -> bool:
+        """Whether answers have a label each, and no partner."""
+        return self.loss == "kto"

@@ -1,4 +1,4 @@
-"""One reward of a run: which function scores an answer, with what weight, options and time limit. Torch-free."""
+"""What scores an answer: a function with weight, options and time limit, or a reward model. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from configs.sections.base import PositiveFloat, Section
+from configs.sections.base import PathText, PositiveFloat, Section
 
 
 class RewardConfig(Section):
@@ -22,3 +22,12 @@ class RewardConfig(Section):
     """Further arguments of the function, by name; text is converted to the types of its parameters."""
     time_limit: PositiveFloat = 10.0
     """Seconds that it may take for one answer; beyond that its process is ended and the answer counts as failed."""
+
+
+class RewardModelSource(Section):
+    """A trained model that scores a conversation where it reads the end of the last turn."""
+
+    init_from: Annotated[PathText, Field(examples=["runs/demo_reward"])]
+    """A reward model of the same tokenizer: a checkpoint, a run directory, or a Hugging Face model."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """What its value is multiplied by in the sum of all rewards."""

@@ -13,7 +13,7 @@ from configs.sections.base import Count, NonNegativeFloat, NonNegativeInt, PathT
 ChatColumn = Literal[
     "messages", "conversations", "system", "tools", "role", "content",
     "instruction", "input", "output", "history", "prompt", "completion", "query", "response",
-    "chosen", "rejected", "ranked", "scores", "label",
+    "chosen", "rejected", "margin", "ranked", "scores", "label",
 ]  # fmt: skip
 _FORMAT_SUFFIXES = (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 ChatRole = Literal["system", "user", "assistant", "tool", "function_call"]

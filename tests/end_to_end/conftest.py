@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ SENTENCES = [
 
 def write_text(path: Path, first: int, num_documents: int) -> InputFile:
     """Write JSON lines of short Python-like documents."""
-    import json
-
     texts = (SENTENCES[n % 3].replace("{n}", str(n)) * (1 + n % 5) for n in range(first, first + num_documents))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return InputFile(str(path), "jsonl")
@@ -109,3 +108,14 @@ def train(ranks, recipe):
         return answers[0]
 
     return run_on_ranks
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> Path:
+    """Return a folder with `tokenizer`, which has ChatML's tokens, and `questions.jsonl`."""
+    folder = tmp_path_factory.mktemp("questions")
+    special = ("<|im_start|>", "<|im_end|>")
+    train_tokenizer([write_text(folder / "text.jsonl", 0, 300)], str(folder / "tokenizer"), 320, special_tokens=special)
+    rows = [{"prompt": f"{n} + {n}?", "answer": str(2 * n)} for n in range(12)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

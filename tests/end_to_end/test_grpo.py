@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 
 from configs.errors import ExitCode
-from tests.end_to_end.conftest import write_text
 from tests.pool import RankFailed
-from tools.train_tokenizer import train_tokenizer
 
-NUM_STEPS, NUM_PROMPTS = 4, 12
+NUM_STEPS = 4
 NO_DATA = ("data.train=[]", "data.validation=[]", "model.vocab_size=320")
 FIGURES = (
     "actor/entropy", "actor/kl", "actor/clip_frac", "actor/pg_loss", "actor/ppo_kl", "critic/score/mean",
@@ -24,17 +22,6 @@ FIGURES = (
     "rollout/idle_share/dp_0", "rollout/idle_share/dp_1", "timing_s/generate_sequences", "timing_s/reward",
     "timing_s/update_actor", "timing_s/step", "perf/generated_tokens_per_second",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> Path:
-    """Return a folder with `tokenizer`, which has ChatML's tokens, and `questions.jsonl`."""
-    folder = tmp_path_factory.mktemp("questions")
-    special = ("<|im_start|>", "<|im_end|>")
-    train_tokenizer([write_text(folder / "text.jsonl", 0, 300)], str(folder / "tokenizer"), 320, special_tokens=special)
-    rows = [{"prompt": f"{n} + {n}?", "answer": str(2 * n)} for n in range(NUM_PROMPTS)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 @pytest.fixture

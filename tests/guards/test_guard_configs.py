@@ -9,6 +9,7 @@ import yaml
 from configs.load import load_cluster, load_config
 from configs.rules.check import check_config
 from configs.sections.model import ModelConfig
+from configs.stages import STAGE_CONFIGS
 from launch.slurm import plan_jobs
 from launch.slurm_cli import parse_request
 
@@ -73,4 +74,4 @@ def test_every_cluster_names_a_command_that_passes_all_checks(root, monkeypatch)
 
 def test_every_yaml_is_in_a_known_folder(root):
     folders = {path.parent.name for path in (root / "configs").rglob("*.yaml")}
-    assert folders <= {"models", "pretrain", "long_context", "sft", "preference", "grpo", "demo", "clusters"}, folders
+    assert folders <= {*STAGE_CONFIGS, "models", "demo", "clusters"}, folders

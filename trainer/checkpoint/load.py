@@ -16,12 +16,12 @@ from configs.load import resolved_dict
 from configs.sections.lora import LoraConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
-from trainer.checkpoint.manifest import IMPORT_STAGE, check_architecture, check_continues
+from trainer.checkpoint.manifest import IMPORT_STAGE, check_architecture, check_continues, check_head
 from trainer.checkpoint.parts import collect, hand_out
 from trainer.checkpoint.stored import open_manifest, open_stored
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_model import ShardedModel
-from trainer.engine.sharded_state import build_adapter_state, build_model_state
+from trainer.engine.sharded_state import build_adapter_state, build_model_state, keep_head
 from trainer.engine.state import TrainState
 from trainer.model.lora.attach import build_adapter
 from trainer.stages.base import Stage
@@ -66,9 +66,13 @@ def _validated(config: Config) -> list[dict[str, Any]]:
 
 
 def warm_start(model: ShardedModel, checkpoint: Path) -> None:
-    """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does."""
+    """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does.
+
+    Of a language model's a model with a scalar head takes all but the output layer; its head stays as it was drawn.
+    """
     manifest = open_manifest(checkpoint)
     check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
+    check_head(manifest.head, model.head, checkpoint, is_trained=model.is_trained)
     stored = open_stored(checkpoint, manifest, model.mesh)
     state = build_model_state(model.chunks, model.mesh)
     if manifest.stage["name"] == IMPORT_STAGE:  # Hugging Face models have no state of Transformer Engine
@@ -76,6 +80,8 @@ def warm_start(model: ShardedModel, checkpoint: Path) -> None:
             chunk: {name: value for name, value in tensors.items() if not isinstance(value, ShardedObject)}
             for chunk, tensors in state.items()
         }
+    if model.head != manifest.head:
+        keep_head(state)
     model.load_weights(stored.load(state))
     model.weights_loaded()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
+from configs.roles import HeadKind
 from configs.stages import Config
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.checkpoint.migrate import refuse_unknown, rename_fields, resolve_saved
@@ -49,13 +50,17 @@ class Manifest:
     """`bytes` and `sha256` by file name."""
     base: dict[str, str] | None = None
     """Of adapters, whose files hold no other weights: which they belong to (`trainer.checkpoint.base_weights`)."""
+    models: dict[str, dict[str, Any]] | None = None
+    """Of the models beside the policy, by role: which they are (`trainer.run.second_models`)."""
+    head: HeadKind = "vocabulary"
+    """What the run's model says of a token."""
     format_version: int = FORMAT_VERSION
 
     @property
     def template(self) -> str | None:
         """The chat template that the run named in its stage's section; None for its tokenizer's own, or no stage of
         conversations."""
-        sections = (self.config.get(name) or {} for name in ("sft", "grpo"))
+        sections = (self.config.get(name) or {} for name in ("sft", "preference", "reward", "grpo"))
         return next((section["template"] for section in sections if section.get("template") is not None), None)
 
     def write(self, directory: Path) -> None:
@@ -128,6 +133,23 @@ def check_architecture(
         raise BadInput(
             f"{where}: holds another architecture: {'; '.join(differences)}; use the model section of its "
             f"{MANIFEST}, or {otherwise or 'another checkpoint'}."
+        )
+
+
+def check_head(there: HeadKind, here: HeadKind, where: Path, *, is_trained: bool) -> None:
+    """Raise BadInput if a model with the head `here` cannot begin with weights of a model with the head `there`.
+
+    One that is to be trained takes a language model's but for the output layer, and its scalar head as it is drawn.
+    """
+    if there == "scalar" and here == "vocabulary":
+        raise BadInput(
+            f"{where}: holds a model with a scalar head (a reward model or a critic), which has no output layer; name "
+            "a language model, such as the one that it began with."
+        )
+    if there == "vocabulary" and here == "scalar" and not is_trained:
+        raise BadInput(
+            f"{where}: holds a language model, which has no scalar head to score answers with; name a reward model "
+            "(launch/reward.py makes one of it)."
         )
 
 

@@ -80,14 +80,16 @@ class CheckpointWriter:
         last_saved_step: int | None = None,
         on_published: Callable[[Path], None] | None = None,
         base: BaseWeights | None = None,
+        models: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Write under `run_dir`; `last_saved_step` is the step the run was resumed from, which is on disk already.
 
         `on_published` is called on all ranks with each checkpoint once it is visible; `base` is what adapters belong
-        to, where they are what is saved.
+        to, where they are what is saved; `models` says by role which models there are beside the policy.
         """
         self._on_published = on_published
         self._base = base
+        self._models = {role: dict(record) for role, record in (models or {}).items()}
         self._dir = checkpoints_dir(run_dir)
         self._config = config
         self._settings = config.checkpoint
@@ -231,4 +233,6 @@ class CheckpointWriter:
             "config": resolved_dict(self._config),
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
             "base": self._base.as_dict() if self._base is not None else None,
+            "models": self._models or None,
+            "head": self._config.head,
         }

@@ -107,14 +107,14 @@ def build_packed_batch(rows: NDArray[np.int64], sample_ids: tuple[int, ...]) -> 
     """Build the batch of packed `rows` int64 [micro_batch, 3, seq]: tokens, labels and positions.
 
     A document begins wherever a position is 0, so that no token needs to say so, and a label of -1 counts for nothing.
-    A fourth plane, of comparisons, is the column `sides`.
+    A fourth plane, of comparisons, is the column `sides`, and a fifth `margins`.
     """
-    tokens, labels, positions, *sides = torch.from_numpy(rows).transpose(0, 1).contiguous()
+    tokens, labels, positions, *further = torch.from_numpy(rows).transpose(0, 1).contiguous()
     starts = (positions.flatten() == 0).nonzero().flatten()
     boundaries = torch.cat([starts, torch.tensor([tokens.numel()])])  # int64 [num_documents + 1]
     loss_mask = (labels >= 0).to(torch.float32)
     documents = Documents.build(boundaries)
-    columns = dict(zip(["sides"], sides, strict=False))
+    columns = dict(zip(["sides", "margins"], further, strict=False))
     return Batch(tokens, labels.clamp(min=0), positions, loss_mask, documents, columns, sample_ids=sample_ids)
 
 

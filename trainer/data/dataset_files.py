@@ -15,6 +15,8 @@ from trainer.data.index_file import COPY_OR_MAKE_AGAIN, MAKE_AGAIN, IndexHeader,
 
 MASK_SUFFIX = ".mask"
 """Of the file with a byte for each token that is 1 where the token is trained."""
+MARGINS_SUFFIX = ".margins"
+"""Of the file with the fp32 margin of each document of comparisons: by how much the better one of its pair is."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class DatasetMeta:
     bos_id: int | None = None  # what every document begins with, if anything
     num_missing_documents: int = 0  # records without text, left out
     mask_sha256: str | None = None  # of `<prefix>.mask`, a byte a token: is it trained? None: there is none, all are
+    margins_sha256: str | None = None  # of `<prefix>.margins`; None: there is none, all are 0
 
     def write(self, file: Path) -> None:
         """Write as JSON, atomically."""
@@ -64,6 +67,11 @@ def check_sizes(prefix: str) -> IndexHeader:
         if not mask.is_file():
             raise BadInput(f"data {mask}: no such file; {COPY_OR_MAKE_AGAIN}")
         check_size(mask, header.num_tokens)
+    if meta is not None and meta.margins_sha256 is not None:
+        margins = Path(prefix + MARGINS_SUFFIX)
+        if not margins.is_file():
+            raise BadInput(f"data {margins}: no such file; {COPY_OR_MAKE_AGAIN}")
+        check_size(margins, 4 * meta.num_documents)
     if header.num_tokens == 0:
         raise BadInput(f"data {data}: it holds no tokens; {MAKE_AGAIN} from files with text")
     return header

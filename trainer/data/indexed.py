@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
-from trainer.data.dataset_files import MASK_SUFFIX, check_size, check_sizes, read_meta
+from trainer.data.dataset_files import MARGINS_SUFFIX, MASK_SUFFIX, check_size, check_sizes, read_meta
 from trainer.data.index_file import MAKE_AGAIN, Index, read_index
 from trainer.data.tokenizer import Tokenizer
 
@@ -45,6 +45,10 @@ class TokenDataset:
         if self.meta is not None and self.meta.mask_sha256 is not None:
             self._mask = np.memmap(prefix + MASK_SUFFIX, dtype=np.uint8, mode="r")
             self.identity += "/" + self.meta.mask_sha256
+        self._margins: NDArray[np.float32] | None = None
+        if self.meta is not None and self.meta.margins_sha256 is not None:
+            self._margins = np.fromfile(prefix + MARGINS_SUFFIX, dtype=np.float32)
+            self.identity += "/" + self.meta.margins_sha256
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.integer]:
         """Read `length` tokens of `document` from its token `start` on; [length], a view of the mapped file."""
@@ -63,6 +67,10 @@ class TokenDataset:
         begin = int(self._starts[document]) // self._itemsize + start
         return self._mask[begin : begin + length]
 
+    def read_margin(self, document: int) -> float:
+        """Read by how much the better one of the pair is that a document is of; 0 where the data does not say."""
+        return 0.0 if self._margins is None else float(self._margins[document])
+
     def subset(self, documents: NDArray[np.int64], prefix: str, part: str) -> TokenDataset:
         """Return the dataset of these documents alone, told from the whole by name and by `part` of its identity.
 
@@ -71,6 +79,7 @@ class TokenDataset:
         chosen = copy.copy(self)
         chosen.prefix, chosen.origin, chosen.identity = prefix, prefix, self.identity + part
         chosen.lengths, chosen._starts = self.lengths[documents], self._starts[documents]
+        chosen._margins = None if self._margins is None else self._margins[documents]
         chosen.num_documents, chosen.num_tokens = len(documents), int(chosen.lengths.sum(dtype=np.int64))
         return chosen
 
@@ -88,7 +97,7 @@ class MemoryDataset(TokenDataset):
         self.identity = hashlib.sha256(b"".join(part.tobytes() for part in (tokens, mask, lengths))).hexdigest()
         self._dtype, self._itemsize = tokens.dtype, tokens.itemsize
         self._starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * tokens.itemsize
-        self._content, self._mask = memoryview(tokens), mask
+        self._content, self._mask, self._margins = memoryview(tokens), mask, None
 
 
 def check_files(prefix: str) -> Index:

@@ -17,8 +17,9 @@ from trainer.data.packing import Packing, pack_best_fit, place_alone
 from trainer.data.permutation import permute
 from trainer.data.source import TokenSource
 
-TOKENS, LABELS, POSITIONS, SIDES = range(4)
-"""What the planes of a packed row are; a label of -1 counts for nothing. Sides are those of comparisons alone."""
+TOKENS, LABELS, POSITIONS, SIDES, MARGINS = range(5)
+"""What the planes of a packed row are; a label of -1 counts for nothing. Sides are those of comparisons alone, and
+margins, the bits of fp32 numbers, those of scored ones."""
 CHOSEN, REJECTED, MISMATCHED = 1, 2, 3
 """Sides of answers, of single ones good and bad; a mismatched answer is another prompt's. 0 is what is no answer's."""
 
@@ -183,7 +184,39 @@ class PairedSource(PackedSource):
         return int(self.dataset.lengths[2 * document : 2 * document + 2].sum()) - 2
 
 
+class ScoredPairSource(PairedSource):
+    """The same with every token of a pair read, and one label an answer: its last trained token, where it is read.
+
+    The value there is the answer's score, as `transformers` takes that of the last token of a sequence. Sides stand
+    there alone; a fifth plane has the pair's margin.
+    """
+
+    packing = "scored_pairs"
+    _num_planes = 5
+
+    def _fill(self, piece: NDArray[np.int64], document: int, start: int) -> None:
+        """Fill a part of a row with both documents of the pair of this number."""
+        filled = 0
+        for each in (2 * document, 2 * document + 1):
+            count = int(self.dataset.lengths[each])
+            own = piece[:, filled : filled + count]
+            own[TOKENS], own[LABELS], own[SIDES] = self.dataset.read(each, 0, count), -1, 0
+            own[POSITIONS] = np.arange(count)
+            own[MARGINS] = np.float32(self.dataset.read_margin(each)).view(np.int32)
+            sides = self.dataset.read_mask(each, 0, count)
+            last = count - 1 if sides is None else int(np.flatnonzero(sides)[-1])
+            own[LABELS, last] = own[TOKENS, last]
+            own[SIDES, last] = (CHOSEN, REJECTED)[each % 2]
+            filled += count
+
+    def _num_predictions(self) -> NDArray[np.int32]:
+        return self.dataset.lengths.reshape(-1, 2).sum(axis=1, dtype=np.int32)
+
+    def _count(self, document: int) -> int:
+        return int(self.dataset.lengths[2 * document : 2 * document + 2].sum())
+
+
 SOURCES: dict[str, type[TokenSource] | type[PackedSource]] = {
-    source.packing: source for source in (TokenSource, PackedSource, PaddedSource, PairedSource)
+    source.packing: source for source in (TokenSource, PackedSource, PaddedSource, PairedSource, ScoredPairSource)
 }
 """By `data.packing`, and what serves fine-tuning and preferences alone."""

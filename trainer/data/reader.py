@@ -200,7 +200,7 @@ class ValidationReader:
 def _build(
     samples: np.ndarray, sample_ids: tuple[int, ...], document_end_id: int | None, finish: Finish | None
 ) -> Batch:
-    """Build the batch of windows `[micro_batch, seq + 1]` or of packed rows `[micro_batch, 3 or 4, seq]`."""
+    """Build the batch of windows `[micro_batch, seq + 1]` or of packed rows `[micro_batch, 3 to 5, seq]`."""
     if samples.ndim == 3:
         batch = build_packed_batch(samples, sample_ids)
     else:

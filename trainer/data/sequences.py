@@ -34,6 +34,16 @@ def with_sequences(batch: Batch) -> Batch:
     return replace(batch, columns=columns, sequences={"side": side[is_answer], "num_tokens": num_tokens[is_answer]})
 
 
+def with_margins(batch: Batch) -> Batch:
+    """Return `batch` of scored comparisons as `with_sequences` does, with the `margin` of each pair, fp32 `[pairs]`."""
+    numbered = with_sequences(batch)
+    columns = dict(numbered.columns)
+    bits, sequence = columns.pop("margins").flatten(), columns["sequence"].flatten()
+    firsts = (sequence % 2 == 0) & (batch.position_ids.flatten() == 0)  # the beginning of every even answer
+    margin = bits[firsts].to(torch.int32).view(torch.float32)
+    return replace(numbered, columns=columns, sequences={**numbered.sequences, "margin": margin})
+
+
 def sequence_keys(batch: Batch) -> dict[int, int]:
     """Return by number what each answer of a whole batch is known by wherever it lies: a hash of its tokens and mask.
 

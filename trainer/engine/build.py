@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.fp8 import resolve_backend, uses_te_layers
+from configs.roles import POLICY, HeadKind
 from configs.stages import Config
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
 from parallel.replicate import replicate
-from parallel.seeding import seed_everything
+from parallel.seeding import get_rng_state, seed_everything, set_rng_state
 from trainer.engine.engine import Engine
 from trainer.engine.kernels import replace_kernels
 from trainer.engine.sharded_model import ShardedModel
@@ -19,9 +20,6 @@ from trainer.model.build import build_model_chunks
 from trainer.model.fp8.attach import Fp8State, attach_fp8
 from trainer.model.lora.attach import attach_lora
 from trainer.optim.update import build_optimizer
-
-POLICY = "policy"
-"""Role of the model that the run is about: it starts from `checkpoint.init_from`, is saved, exported and sampled."""
 
 
 @dataclass(frozen=True)
@@ -31,42 +29,53 @@ class ModelPlan:
     config: Config
     """Its architecture and number formats, and the adapters of a trained one; the layout is the run's."""
     is_trained: bool
+    head: HeadKind = "vocabulary"
+    """Whether its output layer gives logits or, as a reward model's or a critic's, one value a token
+    (`trainer.engine.forward.forward_values`)."""
     start: str | None = None
-    """Where the weights come from: a checkpoint, a run directory, or a Hugging Face model. The policy's start is the
-    run's own (`checkpoint`)."""
+    """Where the weights come from: a checkpoint, or a Hugging Face model. The policy's start is the run's own
+    (`checkpoint`)."""
 
 
 def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, ShardedModel]:
-    """Return the models by role; random weights are drawn in the order of the plans, from one seed.
+    """Return the models by role; each draws its random weights as if it were alone, and so does what follows the first.
 
     Collective: all ranks of the world must call this.
     """
     replace_kernels(mesh.platform)
-    first = next(iter(plans.values()))
-    seed_everything(first.config.run.seed, mesh.pp_rank, mesh.ep_size)
-    return {role: _build(plan.config, mesh, is_trained=plan.is_trained) for role, plan in plans.items()}
+    models: dict[str, ShardedModel] = {}
+    after_first = None
+    for role, plan in plans.items():
+        seed_everything(plan.config.run.seed, mesh.pp_rank, mesh.ep_size)
+        models[role] = _build(plan, mesh, key_prefix="" if role == POLICY else f"{role}.")
+        after_first = after_first or get_rng_state(mesh.platform)
+    assert after_first is not None  # there is a policy
+    set_rng_state(mesh.platform, after_first)
+    return models
 
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """Return the one trained model of a config. Collective: all ranks of the world must call this."""
-    engine = build_models({POLICY: ModelPlan(config, is_trained=True)}, mesh)[POLICY]
+    engine = build_models({POLICY: ModelPlan(config, is_trained=True, head=config.head)}, mesh)[POLICY]
     assert isinstance(engine, Engine)
     return engine
 
 
-def _build(config: Config, mesh: Mesh, *, is_trained: bool) -> ShardedModel:
+def _build(plan: ModelPlan, mesh: Mesh, *, key_prefix: str) -> ShardedModel:
+    config, head = plan.config, plan.head
     use_te = uses_te_layers(config, has_te=has_transformer_engine())
-    chunks: list[Any] = build_model_chunks(config, mesh, use_te=use_te)
+    chunks: list[Any] = build_model_chunks(config, mesh, use_te=use_te, head=head)
     fp8 = _attach_fp8(config, mesh, chunks)
-    if not is_trained:
+    if not plan.is_trained:
         for chunk in chunks:
             chunk.requires_grad_(False)
-        return ShardedModel(config, mesh, chunks, fp8)
+        return ShardedModel(config, mesh, chunks, fp8, head=head)
     adapter = None
     if config.lora is not None:  # before the replicas, which hold gradients of what is trained alone
         adapter = attach_lora(chunks, config.lora, config.model, mesh, config.run.seed)
     replicas = replicate(chunks, config, is_overlapping=mesh.platform.overlaps_communication)
-    return Engine(config, mesh, replicas, build_optimizer(config, replicas, mesh.platform), fp8, adapter)
+    optimizer = build_optimizer(config, replicas, mesh.platform)
+    return Engine(config, mesh, replicas, optimizer, fp8, adapter, head, key_prefix)
 
 
 def _attach_fp8(config: Config, mesh: Mesh, chunks: list[Any]) -> Fp8State | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from configs.plan.derive import layer_windows
+from configs.roles import HeadKind
 from configs.stages import Config
 from parallel.collectives import sum_over_microbatch_ranks
 from parallel.mesh import Mesh
@@ -27,6 +28,7 @@ from trainer.engine.objective import Objective
 from trainer.engine.optimizer_state import build_optimizer_state, fit_optimizer_state, widen_weights
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_model import ShardedModel
+from trainer.engine.sharded_state import with_key_prefix
 from trainer.engine.state import StepResult
 from trainer.engine.sums import BatchSums, add_up, count_ahead
 from trainer.model.fp8.attach import Fp8State
@@ -47,11 +49,17 @@ class Engine(ShardedModel):
         optimizer: Any,
         fp8: Fp8State | None = None,
         adapter: Adapter | None = None,
+        head: HeadKind = "vocabulary",
+        key_prefix: str = "",
     ) -> None:
-        super().__init__(config, mesh, replicas, fp8, adapter)
+        """`key_prefix` begins its keys in checkpoints, where it is not the only trained model."""
+        super().__init__(config, mesh, replicas, fp8, adapter, head)
+        self._key_prefix = key_prefix
         self.optimizer = optimizer
         self._report = MicrobatchReport()
         self._connect()
+
+    is_trained = True
 
     @property
     def chunks(self) -> list[Any]:
@@ -117,12 +125,14 @@ class Engine(ShardedModel):
         """Return weights, FP8 history and optimizer state to save, or, given what a checkpoint holds, to load of it."""
         if saved is None:
             self.finish_parameter_gather()
+        else:
+            saved = saved.under(self._key_prefix)
         state = super().sharded_state(saved)
         weights = {name: value for name, value in state.items() if name != "fp8"}
         optimizer = build_optimizer_state(self.optimizer, weights, saved)
         if saved is not None:
             widen_weights(weights, saved)
-        return state | {"optimizer": optimizer}
+        return with_key_prefix(state | {"optimizer": optimizer}, self._key_prefix)
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Put in place what was asked for by `sharded_state`."""

@@ -16,6 +16,11 @@ class SavedState:
     is_same_layout: bool
     """Whether the ranks that wrote it had the places that today's have."""
 
+    def under(self, prefix: str) -> SavedState:
+        """Return what it holds under keys that begin with `prefix`, without that."""
+        shapes = {key.removeprefix(prefix): shape for key, shape in self.shapes.items() if key.startswith(prefix)}
+        return SavedState(shapes, self.is_same_layout)
+
 
 class Checkpointed(Protocol):
     """Something whose state goes into checkpoints in shards. Both methods are collective: all ranks must call them."""

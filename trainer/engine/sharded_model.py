@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from configs.errors import BadInput
+from configs.roles import HeadKind
 from configs.stages import Config
 from parallel.collectives import any_rank, from_last_pp_stage, gather_over_cp, gather_over_tp
 from parallel.mesh import Mesh
@@ -24,6 +25,7 @@ from trainer.engine.fp8_history import build_history_state, load_history, reques
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_adapter_state, build_model_state, load_model_state
 from trainer.model.attention.cache import CachedTokens
+from trainer.model.divergence import TopK
 from trainer.model.dynamic_rope import rotated_at
 from trainer.model.fp8.attach import Fp8State
 from trainer.model.lora.adapter import Adapter
@@ -33,6 +35,9 @@ from trainer.model.token_scores import TokenScores
 class ShardedModel:
     """The model chunks of this rank and what they compute."""
 
+    is_trained = False
+    """Whether it has an optimizer, so that weights need not be what they are to be yet."""
+
     def __init__(
         self,
         config: Config,
@@ -40,6 +45,7 @@ class ShardedModel:
         modules: list[Any],
         fp8: Fp8State | None = None,
         adapter: Adapter | None = None,
+        head: HeadKind = "vocabulary",
     ) -> None:
         """`modules` are what the schedule runs, one a virtual pipeline stage: bare chunks, or their replicas.
 
@@ -50,6 +56,7 @@ class ShardedModel:
         self.modules = modules
         self.fp8 = fp8
         self.adapter = adapter
+        self.head = head
 
     @property
     def chunks(self) -> list[Any]:
@@ -60,8 +67,8 @@ class ShardedModel:
     def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], Any]) -> list[Any]:
         """Return what `forward(model, batch)` gives for each microbatch: on the last pipeline stage, elsewhere nothing.
 
-        That is a tensor `[micro_batch, seq]` or `TokenScores` of such, here whole on all cp ranks. It becomes a column
-        of its batch, for the objective of another model.
+        That is a tensor `[micro_batch, seq, ...]`, or `TokenScores` or `TopK` of such, here whole on all cp ranks. It
+        becomes a column of its batch, for the objective of another model.
         """
         self._set_training(False)
 
@@ -71,11 +78,11 @@ class ShardedModel:
         def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[Any, Callable[..., Any]]:
             output = forward(model, next(microbatches).to(self.mesh.device))
             # Megatron-Core looks at the tensor's device where there are experts.
-            shown = output.log_probs if isinstance(output, TokenScores) else output
+            shown = output.log_probs if isinstance(output, TokenScores | TopK) else output
             return shown, lambda shown, non_loss_data: output
 
         outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
-        return [output.map(gather) if isinstance(output, TokenScores) else gather(output) for output in outputs]
+        return [output.map(gather) if isinstance(output, TokenScores | TopK) else gather(output) for output in outputs]
 
     @torch.no_grad()
     def compute_logits(self, tokens: torch.Tensor) -> torch.Tensor:

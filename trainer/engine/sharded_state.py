@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 
 from parallel.mesh import Mesh
 from parallel.seeding import get_rng_state, set_rng_state
 from trainer.engine.parts import SavedState
 from trainer.model.lora.adapter import ADAPTERS, Adapter
 from trainer.model.lora.linear import LoraLinear
+
+HEAD = "output_layer.weight"
+"""The weight of the output layer, by its name in the last chunk and in checkpoints."""
 
 
 def build_model_state(chunks: list[Any], mesh: Mesh) -> dict[str, Any]:
@@ -39,6 +49,21 @@ def copy_model_state(chunks: list[Any], mesh: Mesh, prefix: str) -> dict[str, An
         }
         for chunk, shards in build_model_state(chunks, mesh).items()
     }
+
+
+def with_key_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return a state whose shards, which are changed, have keys that begin with `prefix`."""
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedBase):
+            shard.key = prefix + shard.key
+    return state
+
+
+def keep_head(state: dict[str, Any]) -> None:
+    """Put the output layer's own tensor where `build_model_state` asks for another: it stays as it is."""
+    for shards in state.values():
+        if HEAD in shards:
+            shards[HEAD] = LocalNonpersistentObject(shards[HEAD].data)
 
 
 def load_model_state(chunks: list[Any], loaded: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from configs.context_parallel import uses_te_attention
 from configs.plan.derive import padded_vocab_size
+from configs.roles import HeadKind
 from configs.sections.model import MlaConfig, ModelConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
@@ -33,10 +34,15 @@ from trainer.model.dynamic_rope import DynamicRotaryEmbedding, rotate_by_documen
 from trainer.model.norm import LayerNorm, RMSNorm
 from trainer.model.rope import compute_inverse_frequencies
 from trainer.model.rotate import TokenAngles, rotate_by_position
+from trainer.model.scalar_head import ScalarHead
 
 
-def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTModel]:
-    """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights."""
+def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool, head: HeadKind = "vocabulary") -> list[GPTModel]:
+    """Return this rank's model chunks in virtual-pipeline order, on the device, with initial weights.
+
+    The last one's output layer gives the logits of the vocabulary, or is a `ScalarHead`; beside one tied embeddings are
+    the embedding alone.
+    """
     transformer = build_transformer_config(config, mesh, use_te=use_te)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # one deprecation line per chunk
     # Without Transformer Engine's rotation documents need ours, which gives its attention no boundaries.
@@ -44,10 +50,16 @@ def build_model_chunks(config: Config, mesh: Mesh, *, use_te: bool) -> list[GPTM
     attention = None
     if not uses_te_attention(config, use_te=use_te) or has_own_rotation:
         attention = CORE_ATTENTIONS[mesh.platform.attention_kernels(config.precision.compute)]
-    return [
-        _build_chunk(config.model, transformer, mesh, vpp_rank, use_te=use_te, attention=attention)
+    is_tied = config.model.tie_embeddings and head == "vocabulary"
+    chunks = [
+        _build_chunk(config.model, transformer, mesh, vpp_rank, use_te=use_te, attention=attention, is_tied=is_tied)
         for vpp_rank in range(mesh.vpp_size)
     ]
+    if chunks[-1].post_process and head == "scalar":
+        chunks[-1].output_layer = ScalarHead(transformer, chunks[-1].tp_group, mesh.device, config.run.seed)
+    elif chunks[-1].post_process:
+        _hide_vocabulary_padding(chunks[-1], config.model, mesh)
+    return chunks
 
 
 @contextlib.contextmanager
@@ -71,6 +83,7 @@ def _build_chunk(
     *,
     use_te: bool,
     attention: type[SdpaCoreAttention] | None,
+    is_tied: bool,
 ) -> GPTModel:
     """Return one chunk with our kernels or Transformer Engine's layers, and this core attention or the layers' own."""
     vp_stage = vpp_rank if mesh.vpp_size > 1 else None
@@ -89,7 +102,7 @@ def _build_chunk(
         max_sequence_length=model.max_position_embeddings,
         pre_process=mesh.is_first_pp_stage and vpp_rank == 0,
         post_process=mesh.is_last_pp_stage and vpp_rank == mesh.vpp_size - 1,
-        share_embeddings_and_output_weights=model.tie_embeddings,
+        share_embeddings_and_output_weights=is_tied,
         position_embedding_type="yarn" if model.rope.scaling == "yarn" and model.mla is None else "rope",
         rotary_percent=model.rope.fraction,
         rotary_base=model.rope.base,
@@ -100,7 +113,6 @@ def _build_chunk(
     if model.attention_sinks:
         draw_sinks(chunk, transformer)
     _set_rotary_frequencies(chunk, model, mesh.device)
-    _hide_vocabulary_padding(chunk, model, mesh)
     if model.mla is not None and model.mla.q_lora_rank is None:
         _normalise_latent_alone(chunk, model.mla)
     if model.mla is not None and model.mla.norm_eps is not None:
@@ -235,8 +247,6 @@ def _count_query_norm_gradients_once(chunk: GPTModel, mla: MlaConfig, tp_size: i
 
 def _hide_vocabulary_padding(chunk: GPTModel, model: ModelConfig, mesh: Mesh) -> None:
     """Give padded ids no probability, so that loss, sampling and gradients do not depend on the padding."""
-    if not chunk.post_process:
-        return
     chunk.output_layer.num_real_ids = model.vocab_size
     shard_size = padded_vocab_size(model) // mesh.tp_size
     num_real = model.vocab_size - mesh.tp_rank * shard_size

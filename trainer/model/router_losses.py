@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
 from configs.sections.model import ModelConfig
 from parallel.mesh import Mesh
@@ -56,5 +56,5 @@ def read_router_losses(model: ModelConfig, mesh: Mesh, num_microbatches: int) ->
         for group in (mesh.pp_group, mesh.dp_group):
             dist.all_reduce(values, group=group)
         losses[f"moe_{name}"] = float(values.sum()) / (num_moe_layers * num_microbatches * mesh.dp_size)
-    tracker.clear()
+    destroy_moe_metrics_tracker()  # its tables are as long as this model has layers, another may have more
     return losses

@@ -24,6 +24,7 @@ from trainer.generate.prompts import end_tokens
 from trainer.generate.report import GenerationReport
 from trainer.generate.rows import Completion
 from trainer.generate.sampling import Sampling
+from trainer.rl.reward_model import REWARD_MODEL, RewardModel
 from trainer.rl.rollout import Rollout
 from trainer.rl.talk import Talk, spoken
 
@@ -51,10 +52,11 @@ class Collector:
         encoder: ChatEncoder,
         pool: RewardPool | None,
         environment: EnvironmentPool | None = None,
+        reward_model: RewardModel | None = None,
     ) -> None:
         """`pool` and `environment` work on the ranks of which `scores_here` is true; the others have none."""
         self._config, self._model, self._encoder = config, model, encoder
-        self._pool, self._environment = pool, environment
+        self._pool, self._environment, self._reward_model = pool, environment, reward_model
         cache = config.rollout.cache_gib
         self._generator = EngineGenerator(
             model,
@@ -164,8 +166,14 @@ class Collector:
 
     def _score(self, talks: Sequence[Talk], sampling: Sampling) -> list[Score]:
         if not self._config.grpo.rewards:
-            return [Score(0.0, {}) for _ in talks]
-        return self._shared(talks, sampling, None if self._pool is None else self._pool.score)
+            scores = [Score(0.0, {}) for _ in talks]
+        else:
+            scores = self._shared(talks, sampling, None if self._pool is None else self._pool.score)
+        source = self._config.grpo.reward_model
+        if self._reward_model is None or source is None:
+            return scores
+        values = self._reward_model.score([talk.as_conversation() for talk in talks])
+        return [_with_value(score, value, source.weight) for score, value in zip(scores, values, strict=True)]
 
     def _shared(
         self, talks: Sequence[Talk], sampling: Sampling, work: Callable[[list[Reply]], list[Result]] | None
@@ -196,6 +204,16 @@ def count_cores() -> int:
     """Return this rank's share of the cores of its host, for the processes that score: at least one."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def _with_value(score: Score, value: float | str, weight: float) -> Score:
+    """Return a score with the value of a reward model in it, or with the reason why there is none."""
+    if isinstance(value, str):
+        return Score(None, {**score.parts, REWARD_MODEL: None}, {**score.faults, REWARD_MODEL: value})
+    total = score.total
+    if not score.faults:
+        total = (total or 0.0) + weight * value
+    return Score(total, {**score.parts, REWARD_MODEL: value}, score.faults)
 
 
 def _rollout(talk: Talk, score: Score) -> Rollout:

@@ -6,6 +6,7 @@ The rows are the same on every layout; each data-parallel rank takes its share o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,19 @@ from numpy.typing import NDArray
 from parallel.mesh import Mesh
 from trainer.data.batch import Batch, build_packed_batch
 from trainer.data.packing import pack_best_fit
-from trainer.rl.rollout import Rollout
+
+
+class Placed(Protocol):
+    """What lies in a row as one document: a rollout, or another text."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """All tokens; the last is no input."""
+        ...
+
+    def trained(self) -> NDArray[np.bool_]:
+        """Return which predictions count, `[tokens - 1]`."""
+        ...
 
 
 class Placement:
@@ -40,7 +53,7 @@ class Placement:
         """Share of predictions that belong to no rollout."""
         return 1 - sum(self._lengths) / (self.num_rows * self._seq_len)
 
-    def build(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+    def build(self, rollouts: Sequence[Placed]) -> list[Batch]:
         """Return this rank's microbatches: tokens, labels and masks, each rollout a document."""
         rows = np.zeros((self.num_rows, 3, self._seq_len), dtype=np.int64)
         rows[:, 1] = -1

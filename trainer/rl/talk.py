@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from configs.errors import BadInput, in_one_line
-from trainer.data.chat.conversation import BadRow, Conversation
+from trainer.data.chat.conversation import BadRow, Conversation, Message
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.messages import CallForm, to_openai
 from trainer.data.chat.prompts import Prompt
@@ -67,6 +67,13 @@ class Talk:
             is_cut=self.finish == "length",
         )
 
+    def as_conversation(self) -> Conversation:
+        """Return what was said so far; what the policy said stays as it said it, whatever it may be."""
+        asked = self.prompt.conversation
+        said = self.messages[len(asked.messages) :]
+        turns = [Message("assistant", one["content"]) if _is_text(one) else parse_turn(one, {}, {}) for one in said]
+        return replace(asked, messages=(*asked.messages, *turns))
+
     def end(self) -> None:
         """End a conversation that nothing answers."""
         self.messages.append({"role": "assistant", "content": self.texts[-1]})
@@ -97,6 +104,10 @@ class Talk:
             return
         self.token_ids += between
         self.is_sampled += [False] * len(between)
+
+
+def _is_text(turn: Mapping[str, Any]) -> bool:
+    return turn["role"] == "assistant" and set(turn) == {"role", "content"} and isinstance(turn["content"], str)
 
 
 def spoken(completion: Completion, spell: Any, stop_strings: Sequence[str]) -> str:

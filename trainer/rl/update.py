@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,11 +17,13 @@ from parallel.collectives import gather_objects
 from trainer.data.batch import Batch
 from trainer.engine.engine import Engine
 from trainer.engine.forward import score_language_model
+from trainer.engine.sharded_model import ShardedModel
 from trainer.losses.policy import compute_kl
+from trainer.model.token_scores import TokenScores
 from trainer.rl.advantages import compute_advantages, spread_over_tokens, whiten_tokens
 from trainer.rl.objective import SAMPLED, PolicyObjective
 from trainer.rl.placement import Placement
-from trainer.rl.rollout import Key, Rollout, Values
+from trainer.rl.rollout import Rollout, Values
 
 
 class Reference(Protocol):
@@ -40,6 +42,53 @@ class Minibatch:
     placement: Placement
     batches: list[Batch]
     """This rank's microbatches, with the columns that weigh tokens."""
+
+    def with_columns(self, columns: Mapping[str, Values]) -> list[Batch]:
+        """Return the microbatches with values of their predictions."""
+        laid = {
+            name: self.placement.column([values[rollout.key] for rollout in self.rollouts])
+            for name, values in columns.items()
+        }
+        return [
+            replace(batch, columns={**batch.columns, **{name: column[number] for name, column in laid.items()}})
+            for number, batch in enumerate(self.batches)
+        ]
+
+
+def score_rollouts(
+    model: ShardedModel, minibatches: Sequence[Minibatch], forward: Callable[[Any, Batch], Any]
+) -> Values:
+    """Return what a model's forward pass says of every prediction of the rollouts.
+
+    `forward` is as `score_placed` takes it. Collective: all ranks of the world must call this.
+    """
+    read = score_placed(model, [(one.placement, one.batches) for one in minibatches], forward)
+    return {
+        rollout.key: own
+        for minibatch, columns in zip(minibatches, read, strict=True)
+        for rollout, own in zip(minibatch.rollouts, columns, strict=True)
+    }
+
+
+def score_placed(
+    model: ShardedModel, placed: Sequence[tuple[Placement, Sequence[Batch]]], forward: Callable[[Any, Batch], Any]
+) -> list[list[NDArray[np.floating]]]:
+    """Return what a model's forward pass says of every prediction of what lies in each placement's batches, fp32.
+
+    `forward` gives `[micro_batch, seq]`, or `TokenScores`, of which these are the log-probabilities. Collective: all
+    ranks of the world must call this.
+    """
+    scored = [model.score(batches, forward) for _, batches in placed]
+    mesh = model.mesh
+    own = None
+    if mesh.is_last_pp_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0:
+        tensors = [[one.log_probs if isinstance(one, TokenScores) else one for one in outputs] for outputs in scored]
+        own = [[one.float().cpu().numpy() for one in outputs] for outputs in tensors]
+    found = {rank: columns for rank, columns in gather_objects((mesh.dp_rank, own)) if columns is not None}
+    return [
+        placement.take_back([found[rank][number] for rank in range(mesh.dp_size)])
+        for number, (placement, _) in enumerate(placed)
+    ]
 
 
 class PolicyUpdates:
@@ -95,16 +144,7 @@ class PolicyUpdates:
             return score_language_model(model, batch, temperature=temperature)
 
         with nullcontext() if reference is None else reference.in_place():
-            scored = [self._engine.score(minibatch.batches, forward) for minibatch in minibatches]
-        mesh = self._engine.mesh
-        is_speaking = mesh.is_last_pp_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0
-        own = [[one.log_probs.float().cpu().numpy() for one in outputs] for outputs in scored] if is_speaking else None
-        found = {rank: columns for rank, columns in gather_objects((mesh.dp_rank, own)) if columns is not None}
-        values: dict[Key, NDArray[np.floating]] = {}
-        for number, minibatch in enumerate(minibatches):
-            read = minibatch.placement.take_back([found[rank][number] for rank in range(mesh.dp_size)])
-            values |= {rollout.key: own for rollout, own in zip(minibatch.rollouts, read, strict=True)}
-        return values
+            return score_rollouts(self._engine, minibatches, forward)
 
     def divergences(self, rollouts: Sequence[Rollout], old: Values, reference: Values) -> Values:
         """Return the estimated divergence from the reference at each prediction; 0 where nothing was drawn."""
@@ -143,11 +183,4 @@ class PolicyUpdates:
     def with_columns(self, minibatch: Minibatch, columns: Mapping[str, Values]) -> list[Batch]:
         """Return a minibatch's microbatches with values of its predictions, and what generation said of them."""
         sampled = {rollout.key: rollout.lay(rollout.log_probs) for rollout in minibatch.rollouts}
-        laid = {
-            name: minibatch.placement.column([values[rollout.key] for rollout in minibatch.rollouts])
-            for name, values in {SAMPLED: sampled, **columns}.items()
-        }
-        return [
-            replace(batch, columns={**batch.columns, **{name: column[number] for name, column in laid.items()}})
-            for number, batch in enumerate(minibatch.batches)
-        ]
+        return minibatch.with_columns({SAMPLED: sampled, **columns})

@@ -6,6 +6,7 @@ The run directory is locked before anyone looks into it, and what can be refused
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from configs.errors import BadInput, ExitCode, PeerLost
+from configs.roles import POLICY
 from configs.sections.data import DataConfig
-from configs.stages import Config, PreferenceConfig, RftConfig, SftConfig
+from configs.stages import ComparisonsConfig, Config, RftConfig, SftConfig, TeacherCacheConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.failures import describe_peer_loss, is_peer_loss
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
-from parallel.platform import PlatformName, load_platform
+from parallel.platform import PlatformName, detect_platform_name, load_platform
 from parallel.watch.phases import phase
 from parallel.watch.watch import Watch
 from trainer.data.corpus import Corpus, open_corpus
@@ -27,8 +29,10 @@ from trainer.engine.state import TrainState
 from trainer.run.directory import RunLock, check_run_directory, open_run_directory
 from trainer.run.preflight import check_hosts, is_due
 from trainer.run.rejection import sample_answers
+from trainer.run.second_models import FoundModel, find_second_models, load_second_models, plan_models
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
+from trainer.run.teacher_cache import write_teacher_cache
 from trainer.run.weights import load_peft_adapter, load_weights
 
 if TYPE_CHECKING:
@@ -64,6 +68,8 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
                 corpus = on_all_ranks(lambda: open_corpus(config, data))
                 if isinstance(config, RftConfig):
                     return sample_answers(corpus, environment, mesh, lock, watch)
+                if isinstance(config, TeacherCacheConfig):
+                    return write_teacher_cache(corpus, environment, mesh, lock, watch)
                 return _run_locked(corpus, stage_name, environment, mesh, lock, watch)
             except Exception as error:
                 lock.check()  # what failed may have, because the directory went
@@ -88,7 +94,7 @@ def _name_lost_rank(error: Exception, config: Config, mesh: Mesh, watch: Watch) 
 
 def _prepare_data(config: Config, environment: Environment) -> DataConfig:
     """Return what is read, after tokenising what no earlier run has: on one rank of each host, without a time limit."""
-    if not isinstance(config, SftConfig | PreferenceConfig):
+    if not isinstance(config, SftConfig | ComparisonsConfig):
         return config.data
     from trainer.data.chat.cache import prepare_conversations
 
@@ -109,25 +115,23 @@ def _run_locked(
     # From here on a signal saves and ends the run; before, there is nothing to save and it just ends.
     signals = StopSignals()
     # These import Megatron-Core, which must happen after the platform is active.
-    from trainer.engine.build import POLICY, build_models
+    from trainer.engine.build import build_models
     from trainer.stages.base import StageContext
     from trainer.stages.build import STAGES
 
-    kind = STAGES[stage_name]
-    plans = kind.plan_models(config)
+    found = on_rank_zero(lambda: find_second_models(config, mesh.world_size, detect_platform_name(), start.resume_from))
+    plans = plan_models(config, found)
     models = build_models(plans, mesh)
     try:
-        stage = on_all_ranks(lambda: kind.build(StageContext(config, mesh, models, corpus)))
+        stage = on_all_ranks(lambda: STAGES[stage_name].build(StageContext(config, mesh, models, corpus)))
         try:
             state = _load(config, mesh, start, stage, models[POLICY])
-            for role, plan in plans.items():
-                if plan.start is not None:
-                    load_weights(models[role], plan.start)
+            load_second_models(models, plans)
             if state.step < config.train.num_steps:
                 on_all_ranks(lambda: stage.start(state))
                 for sentence in corpus.describe_order():
                     log.info(sentence)
-            state = _fit(config, environment, mesh, start, stage, state, signals, lock, watch)
+            state = _fit(config, environment, mesh, start, found, stage, state, signals, lock, watch)
         finally:
             stage.close()
         if signals.is_agreed and state.step < config.train.num_steps:
@@ -161,6 +165,7 @@ def _fit(
     environment: Environment,
     mesh: Mesh,
     start: Start,
+    found: Mapping[str, FoundModel],
     stage: Stage,
     state: TrainState,
     signals: StopSignals,
@@ -187,6 +192,7 @@ def _fit(
             last_saved_step=state.step if start.resume_from else None,
             on_published=partial(export_run_checkpoint, config, mesh) if is_exporting else None,
             base=start.base,
+            models={role: one.record for role, one in found.items()},
         ),
         signals=signals,
         lock=lock,

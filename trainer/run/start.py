@@ -28,6 +28,7 @@ from trainer.checkpoint.manifest import (
     another_run,
     check_architecture,
     check_continues,
+    check_head,
     read_manifest,
 )
 from trainer.hf.companions import carried_config, carried_folder
@@ -39,14 +40,14 @@ from trainer.optim.learning_rate import compute_learning_rate
 log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
 _STEERING_SECTIONS = (
-    "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "grpo", "rollout",
-    "online_dpo",
+    "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "reward",
+    "grpo", "ppo", "rollout", "online_dpo", "distill",
 )  # fmt: skip
 _QUIET_FIELDS = (
     "train.log_every", "data.prefetch_steps", "sft.cache", "sft.num_workers", "sft.num_answers",
     "sft.max_answer_tokens", "grpo.num_validation_prompts", "grpo.num_reward_workers", "rollout.max_rows",
     "rollout.cache_gib", "preference.cache", "preference.num_workers", "preference.num_answers",
-    "preference.max_answer_tokens",
+    "preference.max_answer_tokens", "reward.cache", "reward.num_workers",
 )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def find_start(config: Config, stage_name: str) -> Start:
     """
     start = _find(config, stage_name)
     if config.checkpoint.export_hf:
-        write_model(config.model, carried_config(start.carried))
+        write_model(config.model, carried_config(start.carried), config.head)
     return start
 
 
@@ -130,7 +131,8 @@ def _find(config: Config, stage_name: str) -> Start:
     base = identify_base(_base_place(config)) if config.lora is not None else None
     if settings.init_from_hf is not None:
         theirs = check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
-        HfModel(settings.init_from_hf, config.model)  # refuses missing and damaged files
+        found = HfModel(settings.init_from_hf, config.model)  # refuses missing and damaged files
+        check_head(found.head, config.head, found.directory, is_trained=True)
         changes = describe_new_use(theirs, theirs.max_position_embeddings, config)
         return Start(init_from_hf=Path(settings.init_from_hf), base=base, changes=changes)
     if settings.init_from is None:
@@ -138,6 +140,7 @@ def _find(config: Config, stage_name: str) -> Start:
     init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
     manifest = read_manifest(init_from)
     check_architecture(manifest, resolved_dict(config)["model"], init_from, is_warm_start=True)
+    check_head(manifest.head, config.head, init_from, is_trained=True)
     before = ModelConfig.model_validate(manifest.config["model"])
     is_imported = manifest.stage["name"] == IMPORT_STAGE
     trained_len = before.max_position_embeddings if is_imported else manifest.config["train"]["seq_len"]

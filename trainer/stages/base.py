@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from configs.stages import Config
 from parallel.mesh import Mesh
 from trainer.data.corpus import Corpus
-from trainer.engine.build import POLICY, ModelPlan
 from trainer.engine.parts import Checkpointed
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.state import StepResult, TrainState
@@ -60,12 +59,9 @@ class StageContext:
     config: Config
     mesh: Mesh
     models: Mapping[str, ShardedModel]
+    """By role: the policy, and those of `config.second_models`, with their weights by the time of `Stage.start`. One
+    that is trained is an `Engine`, goes into `Stage.parts` under its role, and its `config` has its own optimizer."""
     corpus: Corpus
-
-
-def plan_policy(config: Config) -> dict[str, ModelPlan]:
-    """Return the plan of a stage that trains the one model it has."""
-    return {POLICY: ModelPlan(config, is_trained=True)}
 
 
 @dataclass(frozen=True)
@@ -73,5 +69,3 @@ class StageKind:
     """How a stage comes into being."""
 
     build: Callable[[StageContext], Stage]
-    plan_models: Callable[[Config], Mapping[str, ModelPlan]] = plan_policy
-    """The models it needs, by role; `policy` is one of them."""

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from configs.roles import POLICY, REWARD
 from configs.stages import GrpoConfig, Split
 from parallel.watch.phases import phase
+from trainer.data.batch import Batch
 from trainer.data.chat.encode import ChatEncoder
 from trainer.data.chat.prompts import PromptFile, PromptReader
 from trainer.data.chat.template import load_template
 from trainer.data.corpus import Corpus
-from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
+from trainer.engine.objective import Objective
 from trainer.engine.parts import Checkpointed
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.sharded_state import RandomGenerators
@@ -33,6 +35,7 @@ from trainer.rl.gate import check_agreement, default_tolerance
 from trainer.rl.metrics import combine, describe_rewards, describe_rollouts, describe_work, find_useful_groups
 from trainer.rl.objective import ADVANTAGES, OLD, REFERENCE, PolicyObjective
 from trainer.rl.reference import AdapterlessReference, ReferenceWeights
+from trainer.rl.reward_model import RewardModel
 from trainer.rl.rollout import Rollout, Values
 from trainer.rl.talk import begin_conversation
 from trainer.rl.update import Minibatch, PolicyUpdates
@@ -42,6 +45,24 @@ log = logging.getLogger(__name__)
 
 _HUGE = 1e6
 """Advantages of rewards that anyone means to give are far below this."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the updates of a step are made of."""
+
+    minibatches: Sequence[Minibatch]
+    columns: Mapping[str, Values]
+    """Of the policy's batches."""
+    advantages: Values
+    """Of all rollouts that have a score."""
+    divergences: Values | None = None
+    """Of these, where they are a part of the reward."""
+    kl_coefficient: float = 0.0
+    """What they are multiplied by there."""
+    critic_columns: Mapping[str, Values] = field(default_factory=dict)
+    """Of a critic's batches."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class GrpoStage:
@@ -86,30 +107,29 @@ class GrpoStage:
     def step(self, state: TrainState) -> StepResult:
         """Answer, score and update. Collective: all ranks of the world must call this."""
         started, seconds = time.perf_counter(), Seconds()
-        config, step = self._config, state.step + 1
+        step = state.step + 1
         rollouts, replaced = self._collect(step, seconds)
         everything = [*rollouts, *replaced]
         tell_failures(step, everything)
         scoring = time.perf_counter()
         with phase("score"):
-            minibatches, columns, advantages, divergences = self._prepare(rollouts)
+            lesson = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
+        advantages, divergences = lesson.advantages, lesson.divergences
         self._largest_advantage = max((float(abs(one).max()) for one in advantages.values()), default=0.0)
-        rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
-        result = self._update(minibatches, columns, rate)
+        result = self._update(lesson, state)
         phases = {
             "generate": seconds.generate, "reward": seconds.reward, "score": seconds_score, **result.phase_seconds,
         }  # fmt: skip
         rest = time.perf_counter() - started - sum(phases.values())
-        return dataclasses.replace(
+        return replace(
             result,
             num_samples=len(everything),
             metrics={
                 **result.metrics,
+                **lesson.metrics,
                 **describe_rollouts(everything, advantages),
-                **describe_rewards(
-                    everything if divergences is None else rollouts, divergences, config.grpo.method.kl_coefficient
-                ),
+                **describe_rewards(everything if divergences is None else rollouts, divergences, lesson.kl_coefficient),
                 **describe_work(result.num_tokens, phases, seconds.reports),
                 "rollout/num_prompts_too_long": float(self._reader.num_too_long),
             },
@@ -171,16 +191,15 @@ class GrpoStage:
                 )
         return kept, replaced
 
-    def _prepare(
-        self, rollouts: Sequence[Rollout]
-    ) -> tuple[Sequence[Minibatch], Mapping[str, Values], Values, Values | None]:
-        """Return the minibatches of a step, their columns, and of all rollouts that have a score the advantages.
-
-        Last the divergences of these, where they are a part of the reward.
-        """
-        grpo, updates = self._config.grpo, self._updates
+    def _choose(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
+        """Return the rollouts that have a score, and those of them that are trained."""
         scored = [rollout for rollout in rollouts if rollout.score is not None]
-        trained = [one for one in scored if grpo.cut_answers == "train" or one.finish != "length"]
+        return scored, [one for one in scored if self._config.grpo.cut_answers == "train" or one.finish != "length"]
+
+    def _prepare(self, rollouts: Sequence[Rollout]) -> Lesson:
+        """Return what the updates of a step are made of."""
+        updates = self._updates
+        scored, trained = self._choose(rollouts)
         if updates.is_divergence_rewarded:
             minibatches = updates.cut(trained)
             old, reference = self._score(minibatches)
@@ -192,12 +211,17 @@ class GrpoStage:
             trained, laid = updates.leave_out_idle(trained, advantages)
             minibatches = updates.cut(trained)
             old, reference = self._score(minibatches)
-        columns: dict[str, Values] = {ADVANTAGES: laid}
+        columns, coefficient = self._columns(laid, old, reference), self._config.grpo.method.kl_coefficient
+        return Lesson(minibatches, columns, advantages, divergences, coefficient)
+
+    def _columns(self, advantages: Values, old: Values | None, reference: Values | None) -> Mapping[str, Values]:
+        """Return the columns of the policy's batches."""
+        columns: dict[str, Values] = {ADVANTAGES: advantages}
         if old is not None and self._is_off_policy:
             columns[OLD] = old
-        if reference is not None and not updates.is_divergence_rewarded:
+        if reference is not None and not self._updates.is_divergence_rewarded:
             columns[REFERENCE] = reference
-        return minibatches, columns, advantages, divergences
+        return columns
 
     def _score(self, minibatches: Sequence[Minibatch]) -> tuple[Values | None, Values | None]:
         """Return log-probabilities by the policy and by its reference, as far as they are needed.
@@ -217,19 +241,28 @@ class GrpoStage:
         reference = self._updates.score(minibatches, self._reference) if self._reference is not None else None
         return old if needs_old else None, reference
 
-    def _update(self, minibatches: Sequence[Minibatch], columns: Mapping[str, Values], rate: float) -> StepResult:
+    def _update(self, lesson: Lesson, state: TrainState) -> StepResult:
         """Make the updates of a step; a number that is not finite ends them."""
-        laid = [self._updates.with_columns(minibatch, columns) for minibatch in minibatches]
-        results: list[StepResult] = []
-        for batches in laid * self._config.grpo.num_epochs:
-            results.append(self._engine.train_step(batches, self._objective, rate))
-            if results[-1].is_fault:
-                break
-        return combine(results)
+        config = self._config
+        rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
+        laid = [self._updates.with_columns(minibatch, lesson.columns) for minibatch in lesson.minibatches]
+        return train_on(self._engine, laid * config.grpo.num_epochs, self._objective, rate)
 
     def _record(self, step: int, rollout: Rollout, advantages: Values) -> Mapping[str, Any]:
         drawn = advantages[rollout.key][rollout.trained()] if rollout.key in advantages else None
         return rollout.record(step, self._collector.spell, None if drawn is None else float(drawn.mean()))
+
+
+def train_on(
+    engine: Engine, updates: Sequence[Sequence[Batch]], objective: Objective, learning_rate: float
+) -> StepResult:
+    """Make updates of one step, up to a number that is not finite, and return them as one result. Collective."""
+    results: list[StepResult] = []
+    for batches in updates:
+        results.append(engine.train_step(batches, objective, learning_rate))
+        if results[-1].is_fault:
+            break
+    return combine(results)
 
 
 def tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
@@ -271,11 +304,11 @@ def build_grpo_stage(context: StageContext) -> GrpoStage:
     """Return the stage with its prompts open and its rewards running. Raises BadInput for what cannot be."""
     config, engine = context.config, context.models[POLICY]
     assert isinstance(engine, Engine) and isinstance(config, GrpoConfig)
-    return GrpoStage(config, engine, *open_policy_answers(config, engine, context.corpus))
+    return GrpoStage(config, engine, *open_policy_answers(config, context.models, context.corpus))
 
 
 def open_policy_answers(
-    config: GrpoConfig, engine: Engine, corpus: Corpus
+    config: GrpoConfig, models: Mapping[str, ShardedModel], corpus: Corpus
 ) -> tuple[PromptReader, list[PromptFile], Collector]:
     """Return the reader of prompts, the prompts of validation, and what answers and scores. Raises BadInput."""
     grpo = config.grpo
@@ -284,7 +317,7 @@ def open_policy_answers(
     files = open_prompts(config, "train", encoder, environment)
     validation = open_prompts(config, "validation", encoder, environment)
     reader = PromptReader(files, [source.weight for source in grpo.prompts], config.run.seed)
-    return reader, validation, open_collector(config, engine, encoder, (*files, *validation))
+    return reader, validation, open_collector(config, models, encoder, (*files, *validation))
 
 
 def open_prompts(
@@ -308,17 +341,18 @@ def open_encoder(config: GrpoConfig, corpus: Corpus) -> ChatEncoder:
 
 def open_collector(
     config: GrpoConfig,
-    model: ShardedModel,
+    models: Mapping[str, ShardedModel],
     encoder: ChatEncoder,
     files: Sequence[PromptFile],
 ) -> Collector:
     """Return what answers prompts, with rewards and environment running where this rank scores. Raises BadInput."""
     grpo, pool, environment = config.grpo, None, None
-    num_workers = grpo.num_reward_workers or count_cores()
-    if grpo.rewards and scores_here(model):
+    num_workers, policy = grpo.num_reward_workers or count_cores(), models[POLICY]
+    if grpo.rewards and scores_here(policy):
         pool = RewardPool(grpo.rewards, num_workers)
         pool.check([row for file in files for _, row in file.rows], config.rollout.max_new_tokens)
-    if grpo.environment is not None and scores_here(model):
+    if grpo.environment is not None and scores_here(policy):
         environment = EnvironmentPool(grpo.environment, grpo.environment_time_limit, num_workers)
         environment.load()
-    return Collector(config, model, encoder, pool, environment)
+    scorer = None if grpo.reward_model is None else RewardModel(config, models[REWARD], encoder)
+    return Collector(config, policy, encoder, pool, environment, scorer)

@@ -219,4 +219,4 @@ def build_online_dpo_stage(context: StageContext) -> OnlineDpoStage:
     """Return the stage with its prompts open and its rewards running. Raises BadInput for what cannot be."""
     config, engine = context.config, context.models[POLICY]
     assert isinstance(engine, Engine) and isinstance(config, OnlineDpoConfig)
-    return OnlineDpoStage(config, engine, *open_policy_answers(config, engine, context.corpus))
+    return OnlineDpoStage(config, engine, *open_policy_answers(config, context.models, context.corpus))

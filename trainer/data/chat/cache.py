@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from configs.errors import BadInput, PeerLost
+from configs.sections.comparisons import ComparisonsSection
 from configs.sections.data import DataConfig, SourceConfig
-from configs.sections.preference import PreferenceSection
-from configs.stages import PreferenceConfig, SftConfig
+from configs.stages import ComparisonsConfig, SftConfig
 from trainer.data.chat.preference_worker import open_worker
 from trainer.data.chat.rows import iter_blocks, list_chat_files
 from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
-from trainer.data.dataset_files import MASK_SUFFIX, DatasetMeta, check_sizes, read_meta
+from trainer.data.dataset_files import MARGINS_SUFFIX, MASK_SUFFIX, DatasetMeta, check_sizes, read_meta
 from trainer.data.index_file import write_index
 from trainer.data.indexed import TokenDataset
 from trainer.data.making.documents import BLOCK_BYTES, describe_left_out
@@ -74,7 +74,7 @@ class TokenisedSource(SourceConfig):
         return self.conversations
 
 
-def prepare_conversations(config: SftConfig | PreferenceConfig, *, is_maker: bool = True) -> DataConfig:
+def prepare_conversations(config: SftConfig | ComparisonsConfig, *, is_maker: bool = True) -> DataConfig:
     """Return what the run reads: tokenised datasets in the place of the config's conversations.
 
     What the cache lacks is made, by processes with `is_maker`; the others wait for it. Raises BadInput, and PeerLost
@@ -170,7 +170,10 @@ def _tell_known(recipe: Recipe, prefix: str) -> None:
     """Say where the cache has a source, and again what became of its rows. Raises BadInput for other content."""
     meta = read_meta(prefix)
     assert meta is not None
-    for suffix, expected in ((".bin", meta.bin_sha256), (".idx", meta.idx_sha256), (MASK_SUFFIX, meta.mask_sha256)):
+    files = {".bin": meta.bin_sha256, ".idx": meta.idx_sha256, MASK_SUFFIX: meta.mask_sha256}
+    if meta.margins_sha256 is not None:
+        files[MARGINS_SUFFIX] = meta.margins_sha256
+    for suffix, expected in files.items():
         if hash_file(prefix + suffix) != expected:
             raise BadInput(
                 f"{recipe.section}.cache: {prefix}{suffix} has changed since it was written (SHA-256 differs); delete "
@@ -235,6 +238,7 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     lengths: list[np.ndarray] = []
+    margins: list[np.ndarray] = []
     num_rows = num_truncated = num_trained = 0
     news = _News(recipe.source.path, num_bytes)
     try:
@@ -243,6 +247,7 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
                 tokens.write(block.tokens)
                 mask.write(block.mask)
                 lengths.append(block.lengths)
+                margins.append(block.margins)
                 dropped += block.dropped
                 remarks += block.remarks
                 num_rows, num_truncated = num_rows + block.num_rows, num_truncated + block.num_truncated
@@ -271,8 +276,17 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
         bin_sha256=hash_file(f"{prefix}.bin"),
         idx_sha256=hash_file(f"{prefix}.idx"),
         mask_sha256=hash_file(f"{prefix}{MASK_SUFFIX}"),
+        margins_sha256=_write_margins(recipe, prefix, np.concatenate(margins)),
     ).write(Path(f"{prefix}.meta.json"))
     news.finish(summary)
+
+
+def _write_margins(recipe: Recipe, prefix: Path, margins: np.ndarray) -> str | None:
+    """Write the margins of samples and return their hash, where anything reads them and they are not all 0."""
+    if recipe.chats.rows != "scored_pairs" or not margins.any():
+        return None
+    margins.astype(np.float32).tofile(f"{prefix}{MARGINS_SUFFIX}")
+    return hash_file(f"{prefix}{MARGINS_SUFFIX}")
 
 
 class _News:
@@ -337,8 +351,8 @@ def _files(recipe: Recipe) -> Sequence[str]:
 def _settings(recipe: Recipe) -> Iterator[Any]:
     """Yield everything but the rows on which samples depend."""
     chats, source = recipe.chats, recipe.source
-    if isinstance(chats, PreferenceSection):
-        rules = ["labels" if chats.loss == "kto" else "pairs", chats.bad_rows]
+    if isinstance(chats, ComparisonsSection):
+        rules = ["labels" if chats.is_single else chats.rows, chats.bad_rows]
     else:
         rules = [chats.train_on, chats.bad_rows, chats.too_long]
     yield [_FORMAT, recipe.seq_len, *rules, dict(source.columns), dict(source.roles)]

@@ -6,10 +6,10 @@ The mask of a sample holds which side it is on (`trainer.data.packed_source`) wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.sections.preference import PreferenceSection
+from configs.sections.comparisons import ComparisonsSection
 from trainer.data.chat.conversation import BadRow, Conversation
 from trainer.data.chat.encode import Sample
 from trainer.data.chat.preferences import Judged, answered, parse_judged, parse_pairs
@@ -21,34 +21,44 @@ _Sided = tuple[Conversation, int]
 """A conversation and the side that its answer is on."""
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What is compared."""
+
+    both: tuple[_Sided, _Sided]
+    margin: float = 0.0
+
+
 class PreferenceWorker(ConversationWorker):
     """The same for pairs, or for single answers, each with another's answer to its prompt beside it (`loss: kto`)."""
 
     def _encode(self, block: RowBlock) -> Iterator[EncodedRow]:
         parsed = self._parse_block(block)
         conversations = [
-            one for _, units in parsed if not isinstance(units, BadRow) for unit in units for one, _ in unit
+            one for _, units in parsed if not isinstance(units, BadRow) for unit in units for one, _ in unit.both
         ]
         encoded = iter(self._encoder.encode_batch(conversations))
         for number, units in parsed:
             if isinstance(units, BadRow):
                 yield self._leave_out(block.path, number, units)
                 continue
-            samples = [[self._take_side(self._judge(next(encoded)), side) for _, side in unit] for unit in units]
+            samples = [[self._take_side(self._judge(next(encoded)), side) for _, side in unit.both] for unit in units]
             fault = next((one for unit in samples for one in unit if isinstance(one, BadRow)), None)
-            yield self._leave_out(block.path, number, fault) if fault else self._fit_units(block.path, number, samples)
+            margins = [unit.margin for unit in units]
+            fitting = fault or self._fit_units(block.path, number, samples, margins)
+            yield fitting if isinstance(fitting, EncodedRow) else self._leave_out(block.path, number, fitting)
 
-    def _parse_block(self, block: RowBlock) -> list[tuple[int, list[tuple[_Sided, _Sided]] | BadRow]]:
+    def _parse_block(self, block: RowBlock) -> list[tuple[int, list[_Unit] | BadRow]]:
         """Return what is compared in each row, or what is wrong with the row."""
         chats = self._recipe.chats
-        assert isinstance(chats, PreferenceSection)
+        assert isinstance(chats, ComparisonsSection)
         rows = read_block(block)
-        if chats.loss != "kto":
+        if not chats.is_single:
             pairs = [(number, _try(parse_pairs, row, self._recipe.source, block.path, number)) for number, row in rows]
             return [
                 (number, found)
                 if isinstance(found, BadRow)
-                else (number, [((one.chosen, CHOSEN), (one.rejected, REJECTED)) for one in found])
+                else (number, [_Unit(((one.chosen, CHOSEN), (one.rejected, REJECTED)), one.margin) for one in found])
                 for number, found in pairs
             ]
         judged = [(number, _try(parse_judged, row, self._recipe.source, block.path, number)) for number, row in rows]
@@ -66,17 +76,29 @@ class PreferenceWorker(ConversationWorker):
             return BadRow("its template shows earlier turns of an answer otherwise later on; give answers of one turn")
         return replace(samples[0], loss_mask=[side * is_trained for is_trained in samples[0].loss_mask])
 
-    def _fit_units(self, file: str, number: int, units: Sequence[Sequence[Any]]) -> EncodedRow:
-        """Return the row with those comparisons that a row of `train.seq_len` predictions holds whole."""
-        kept = [unit for unit in units if sum(len(one.input_ids) - 1 for one in unit) <= self._recipe.seq_len]
-        samples = tuple(one for unit in kept for one in unit)
+    def _fit_units(
+        self, file: str, number: int, units: Sequence[Sequence[Any]], margins: Sequence[float]
+    ) -> EncodedRow:
+        """Return the row with those comparisons that a row of `train.seq_len` places holds whole.
+
+        The last token of an answer needs a place where it is read, and none where it is only predicted.
+        """
+        chats = self._recipe.chats
+        unread = 0 if chats.rows == "scored_pairs" else 1
+        kept = [
+            (unit, margin)
+            for unit, margin in zip(units, margins, strict=True)
+            if sum(len(one.input_ids) - unread for one in unit) <= self._recipe.seq_len
+        ]
+        samples = tuple(one for unit, _ in kept for one in unit)
         dropped = TOO_LONG if len(kept) < len(units) else None
-        return EncodedRow(file, number, samples, dropped, tuple(len(one.input_ids) for one in samples))
+        lengths = tuple(len(one.input_ids) for one in samples)
+        return EncodedRow(file, number, samples, dropped, lengths, tuple(margin for unit, margin in kept for _ in unit))
 
 
 def open_worker(recipe: Recipe) -> ConversationWorker:
     """Return the worker of conversations or of preferences, as the recipe says. Raises BadInput."""
-    return PreferenceWorker(recipe) if isinstance(recipe.chats, PreferenceSection) else ConversationWorker(recipe)
+    return PreferenceWorker(recipe) if isinstance(recipe.chats, ComparisonsSection) else ConversationWorker(recipe)
 
 
 def _try(parse: Any, *arguments: Any) -> Any:
@@ -95,6 +117,7 @@ def _rotate(judged: Sequence[Judged]) -> list[Judged]:
     return others
 
 
-def _beside(one: Judged, other: Judged) -> tuple[_Sided, _Sided]:
+def _beside(one: Judged, other: Judged) -> _Unit:
     """Return an answer, and another prompt's answer to its prompt, whose log-ratio estimates the divergence (KTO)."""
-    return (one.whole, CHOSEN if one.is_good else REJECTED), (answered(one.prompt, other.answer), MISMATCHED)
+    side = CHOSEN if one.is_good else REJECTED
+    return _Unit(((one.whole, side), (answered(one.prompt, other.answer), MISMATCHED)))

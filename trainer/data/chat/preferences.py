@@ -6,6 +6,7 @@ read them. Torch-free; opens no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -40,6 +41,8 @@ class Pair:
 
     chosen: Conversation
     rejected: Conversation
+    margin: float = 0.0
+    """By how much it is better, where the data says so."""
 
 
 def answered(prompt: Conversation, answer: Sequence[Message]) -> Conversation:
@@ -51,8 +54,15 @@ def answered(prompt: Conversation, answer: Sequence[Message]) -> Conversation:
 def parse_pairs(row: Mapping[str, Any], source: ConversationSource, path: str, number: int) -> list[Pair]:
     """Read a row as one pair, or as one for every two of a ranked list that are not of one rank. Raises BadRow."""
     chosen, rejected, ranked = (source.columns.get(name, name) for name in ("chosen", "rejected", "ranked"))
+    margin = source.columns.get("margin", "margin")
+    given = row.get(margin)
+    if given is not None and not _is_number(given):
+        raise BadRow(f"{margin} is {given!r}; give a number, by how much the chosen answer is better, or leave it out")
     if row.get(ranked) is not None:
+        if given is not None:
+            raise BadRow(f"{margin} stands beside {ranked}, which makes several pairs; leave it out")
         return _parse_ranked(row, source, path, number)
+    row = {name: value for name, value in row.items() if name != margin}
     for name in (chosen, rejected):
         if row.get(name) is None:
             there = ", ".join(row) or "none"
@@ -60,7 +70,7 @@ def parse_pairs(row: Mapping[str, Any], source: ConversationSource, path: str, n
     prompt, answers = _parse_both(row, source, path, number)
     if answers[0] == answers[1]:
         raise BadRow(f"{chosen} and {rejected} are equal, and such a pair says nothing; drop the row")
-    return [Pair(answered(prompt, answers[0]), answered(prompt, answers[1]))]
+    return [Pair(answered(prompt, answers[0]), answered(prompt, answers[1]), float(given or 0.0))]
 
 
 def parse_judged(row: Mapping[str, Any], source: ConversationSource, path: str, number: int) -> list[Judged]:
@@ -187,4 +197,4 @@ def _compare(prompt: Conversation, answers: Sequence[tuple[Message, ...]], score
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import BadInput
-from configs.sections.preference import PreferenceSection
+from configs.sections.comparisons import ComparisonsSection
 from configs.sections.sft import ConversationSource, SftSection
-from configs.stages import PreferenceConfig, SftConfig
+from configs.stages import ComparisonsConfig, SftConfig
 from trainer.data.chat.check import check_samples, find_problem
 from trainer.data.chat.conversation import BadRow, Conversation
 from trainer.data.chat.encode import ChatEncoder, Sample
@@ -36,19 +36,18 @@ class Recipe:
     """Of the config, which errors name."""
     tokenizer: str
     """Its directory."""
-    chats: SftSection | PreferenceSection
+    chats: SftSection | ComparisonsSection
     seq_len: int
+    section: str = "sft"
+    """The section of the config that says how, which errors name."""
 
     @classmethod
-    def of(cls, config: SftConfig | PreferenceConfig, field: str, source: ConversationSource) -> Recipe:
+    def of(cls, config: SftConfig | ComparisonsConfig, field: str, source: ConversationSource) -> Recipe:
         """Return the recipe of one of the config's sources."""
-        chats = config.sft if isinstance(config, SftConfig) else config.preference
-        return cls(source, field, str(config.data.tokenizer), chats, config.train.seq_len)
-
-    @property
-    def section(self) -> str:
-        """The section of the config that says how, which errors name."""
-        return "sft" if isinstance(self.chats, SftSection) else "preference"
+        tokenizer, seq_len = str(config.data.tokenizer), config.train.seq_len
+        if isinstance(config, SftConfig):
+            return cls(source, field, tokenizer, config.sft, seq_len)
+        return cls(source, field, tokenizer, config.comparisons, seq_len, config.section)
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class EncodedRow:
     """Why the row, or a part of it, is left out."""
     lengths: tuple[int, ...] = ()
     """Tokens of each sample before it was cut at its end."""
+    margins: tuple[float, ...] = ()
+    """Of comparisons, of each sample: by how much the better answer of its pair is."""
 
     @property
     def num_truncated(self) -> int:
@@ -85,6 +86,8 @@ class EncodedBlock:
     """Rows left out, by reason."""
     remarks: Counter[str]
     """Samples in which something is not as the data has it, by what."""
+    margins: NDArray[np.float32]
+    """Of comparisons alone, `[num_samples]`."""
 
 
 class _Unmeant(BadRow):
@@ -123,6 +126,7 @@ class ConversationWorker:
             sum(row.num_truncated for row in rows),
             Counter(row.dropped for row in rows if row.dropped is not None),
             Counter(remark for sample in samples for remark in sample.remarks),
+            np.array([margin for row in rows for margin in row.margins], np.float32),
         )
 
     def _encode(self, block: RowBlock) -> Iterator[EncodedRow]:

@@ -1,0 +1,17 @@
+"""Rules of reward models: what one without a vocabulary to speak in cannot do. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.rules.model import check_unused
+from configs.stages import Config, RewardModelConfig
+
+
+def check_reward_model(config: Config) -> Iterator[str]:
+    """Yield every rule of reward models that the config breaks."""
+    if not isinstance(config, RewardModelConfig):
+        return
+    if config.lora is not None:
+        yield "lora: a reward model is trained whole, its new head too; a value that would work: null"
+    yield from check_unused(config.sample, "sample", ("prompts",), "in a reward model, which writes nothing")

@@ -1,0 +1,208 @@
+"""The models beside the policy: what lies in the places that the config names, whether it fits the run, and loading it.
+
+Torch-free but for building and loading.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import BadInput
+from configs.fp8 import uses_te_layers
+from configs.roles import POLICY, SecondModel
+from configs.rules.fp8 import check_fp8
+from configs.rules.layout import check_layout
+from configs.sections.model import ModelConfig
+from configs.stages import Config
+from parallel.platform import PlatformName, has_transformer_engine
+from trainer.checkpoint.base_weights import BaseWeights, identify_base
+from trainer.checkpoint.layout import resolve_checkpoint
+from trainer.checkpoint.manifest import MANIFEST, Manifest, another_run, check_head, read_manifest
+from trainer.data.tokenizer import load_tokenizer
+from trainer.hf.companions import carried_folder
+from trainer.hf.config_json import load_config_json, read_head, read_model
+from trainer.hf.directories import find_model_directory
+from trainer.run.weights import load_weights
+
+if TYPE_CHECKING:
+    from trainer.engine.build import ModelPlan
+    from trainer.engine.sharded_model import ShardedModel
+
+log = logging.getLogger(__name__)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model beside the policy, found to fit the run."""
+
+    second: SecondModel
+    config: Config
+    """The run's, with this model's architecture and, where it is trained, its optimizer."""
+    start: str | None
+    """The checkpoint or the Hugging Face model to load; None where the checkpoint that is resumed holds it."""
+    record: Mapping[str, Any]
+    """What checkpoints keep of it: the place by name and as found, its fingerprint, the architecture."""
+
+
+def find_second_models(
+    config: Config, world_size: int, platform: PlatformName, resume_from: Path | None = None
+) -> dict[str, FoundModel]:
+    """Return the models beside the policy by role.
+
+    Where a checkpoint is resumed, it holds those that are trained, and the others must be what they were. Raises
+    BadInput, naming the field, for a place that holds no model, another vocabulary or tokenizer, a size that the layout
+    does not divide, and another model than that of the checkpoint.
+    """
+    if not config.second_models:
+        return {}
+    manifest = None if resume_from is None else read_manifest(resume_from)
+    found = {}
+    for role, second in config.second_models.items():
+        record = None if manifest is None else (manifest.models or {}).get(role)
+        if manifest is not None and record is None:
+            raise BadInput(
+                f"{second.field}: {resume_from} was saved by a run without it; {another_run(config)} (with "
+                f"checkpoint.init_from={resume_from} from its weights)."
+            )
+        try:
+            found[role] = _resumed(second, config, record) if record is not None else _fresh(second, config)
+        except BadInput as error:
+            text = str(error)
+            raise BadInput(text if text.startswith(second.field) else f"{second.field}: {text}") from error
+        _check_fits(found[role], world_size, platform)
+    return found
+
+
+def plan_models(config: Config, found: Mapping[str, FoundModel]) -> dict[str, ModelPlan]:
+    """Return the plans of the policy, which is trained, and of the models beside it."""
+    from trainer.engine.build import ModelPlan
+
+    plans = {POLICY: ModelPlan(config, is_trained=True, head=config.head)}
+    for role, one in found.items():
+        second = one.second
+        plans[role] = ModelPlan(one.config, is_trained=second.is_trained, head=second.head, start=one.start)
+    return plans
+
+
+def load_second_models(models: Mapping[str, ShardedModel], plans: Mapping[str, ModelPlan]) -> None:
+    """Load the models that have a place to start from. Collective: all ranks of the world must call this."""
+    for role, plan in plans.items():
+        if plan.start is not None:
+            load_weights(models[role], plan.start)
+            kind = "trained from" if plan.is_trained else "frozen, of"
+            log.info("%s: %d layers of width %d, %s %s", role, *_size(plan.config.model), kind, plan.start)
+
+
+def _size(model: ModelConfig) -> tuple[int, int]:
+    return model.num_layers, model.hidden_size
+
+
+def _fresh(second: SecondModel, config: Config) -> FoundModel:
+    """Return what lies at the place."""
+    place, model, tokenizer = _look(second.place)
+    is_ours = (place / MANIFEST).is_file()
+    there = read_manifest(place).head if is_ours else read_head(load_config_json(place), place / "config.json")
+    check_head(there, second.head, place, is_trained=second.is_trained)
+    if model.vocab_size != config.model.vocab_size:
+        raise BadInput(
+            f"{place} has a vocabulary of {model.vocab_size} and the policy one of {config.model.vocab_size} "
+            "(model.vocab_size); name a model of the same."
+        )
+    _check_tokenizer(place, tokenizer, config)
+    source = identify_base(place)
+    record = {"named": second.place, **source.as_dict(), "model": model.model_dump(mode="json")}
+    return FoundModel(second, _own_config(second, config, model), source.path, record)
+
+
+def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> FoundModel:
+    """Return the model that a checkpoint was saved with. Raises BadInput where it is no longer there, or another."""
+    model = ModelConfig.model_validate(record["model"])
+    own = _own_config(second, config, model)
+    if second.is_trained:
+        return FoundModel(second, own, None, record)
+    path = record["path"]
+    if second.place != record["named"] or not Path(path).is_dir():
+        path = str(_look(second.place)[0])
+    source: BaseWeights = identify_base(Path(path))
+    if source.fingerprint != record["fingerprint"]:
+        raise BadInput(
+            f"{path} is another model than the one of the checkpoint that is resumed, which was in {record['path']}; "
+            f"name the place of that, or {another_run(config)}."
+        )
+    return FoundModel(second, own, source.path, record)
+
+
+def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Config:
+    """Return the run's config for another model; the padding of its vocabulary is layout, and so the run's."""
+    model = model.model_copy(update={"vocab_pad_multiple": config.model.vocab_pad_multiple})
+    return config.model_copy(
+        update={
+            "model": model,
+            "lora": None,
+            "optimizer": second.optimizer or config.optimizer,
+            "schedule": second.schedule or config.schedule,
+        }
+    )
+
+
+def _look(text: str) -> tuple[Path, ModelConfig, Path | None]:
+    """Return the directory of a model, its architecture, and the directory of its tokenizer where that is known.
+
+    Raises BadInput where there is none.
+    """
+    checkpoint = resolve_checkpoint(text)
+    if checkpoint is not None:
+        manifest = read_manifest(checkpoint)
+        return checkpoint, ModelConfig.model_validate(manifest.config["model"]), _saved_tokenizer(manifest, checkpoint)
+    place = Path(text)
+    directory = find_model_directory(place) if place.is_dir() else place
+    if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
+        raise BadInput(
+            f"{text} holds no complete checkpoint and no Hugging Face model; name one like "
+            "runs/<name>/checkpoints/latest."
+        )
+    model = read_model(load_config_json(directory), directory / "config.json")
+    return directory, model, directory if _has_tokenizer(directory) else None
+
+
+def _saved_tokenizer(manifest: Manifest, checkpoint: Path) -> Path | None:
+    """Return the directory of the tokenizer that a checkpoint's run had, or of the one that the run carried."""
+    named, carried = manifest.config["data"]["tokenizer"], carried_folder(checkpoint.parent.parent)
+    for place in (None if named is None else Path(named), carried):
+        if place is not None and _has_tokenizer(place):
+            return place
+    return None
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _check_tokenizer(place: Path, directory: Path | None, config: Config) -> None:
+    """Raise BadInput where the tokens of a model are not those that the run makes."""
+    if config.data.tokenizer is None or not Path(config.data.tokenizer).is_dir():
+        return
+    if directory is None:
+        log.info("%s: which tokenizer it was trained with is not known; it is taken to be data.tokenizer", place)
+        return
+    if load_tokenizer(directory).vocabulary_hash != load_tokenizer(config.data.tokenizer).vocabulary_hash:
+        raise BadInput(
+            f"{place} was trained with the tokenizer in {directory}, whose vocabulary is not that of data.tokenizer "
+            f"{config.data.tokenizer}; name a model of the same tokenizer."
+        )
+
+
+def _check_fits(found: FoundModel, world_size: int, platform: PlatformName) -> None:
+    """Raise BadInput with a sentence for each rule of the layout that the model breaks."""
+    has_te = uses_te_layers(found.config, has_te=has_transformer_engine())
+    problems = [
+        *check_layout(found.config, world_size, platform=platform, has_te=has_te),
+        *check_fp8(found.config),
+    ]
+    if problems:
+        raise BadInput("\n".join(f"{found.second.field}: {found.second.place}: {problem}" for problem in problems))
