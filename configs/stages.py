@@ -148,11 +148,6 @@ class DistillConfig(SftConfig):
         """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
 
-    @property
-    def keeps_reference(self) -> bool:
-        """Whether a copy of the weights that the run starts from lies in the memory of the host."""
-        return self.grpo.method.kl_coefficient > 0 and self.lora is None
-
 
 class TeacherCacheConfig(DistillConfig):
     """What a model says of conversations, for others to learn from: the run's model is the teacher, none is trained."""
@@ -270,6 +265,11 @@ class GrpoConfig(Config):
     def longest_prompt(self) -> int:
         """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a copy of the weights that the run starts from lies in the memory of the host."""
+        return self.grpo.method.kl_coefficient > 0 and self.lora is None
 
 
 class PpoConfig(GrpoConfig):
