@@ -120,6 +120,17 @@ def test_a_bad_row_is_refused_before_anything_is_written(prefer, folder, tmp_pat
     assert said.endswith("preference.bad_rows=drop") and not (tmp_path / "refused").exists()
 
 
+def test_answers_that_the_template_makes_alike_are_refused(prefer, folder, tmp_path):
+    file, template = tmp_path / "alike.jsonl", tmp_path / "trims.jinja"
+    turn = "<|im_start|>{{ one.role }}\n{{ one.content | trim }}<|im_end|>\n"
+    asked = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    template.write_text("{% for one in messages %}" + turn + "{% endfor %}" + asked)
+    row = {"prompt": "a", "chosen": "b", "rejected": " b "}
+    file.write_text((folder / "pairs.jsonl").read_text() + json.dumps(row) + "\n")
+    code, said, _ = prefer(1, "alike", f"preference.template={template}", data=file)
+    assert code == 2 and f"row 24 of {file}: chosen and rejected are the same tokens" in said
+
+
 def test_a_pair_that_no_row_holds_is_left_out_and_counted(prefer, folder, tmp_path):
     from trainer.data.chat.cache import read_summary
 
