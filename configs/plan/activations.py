@@ -118,7 +118,9 @@ def _in_flight(layout: Layout, pp_rank: int, num_microbatches: int) -> list[int]
 
 
 def _logit_bytes(config: Config, layout: Layout, sizes: _Sizes) -> float:
-    """Logits of one piece of a microbatch, in the compute format and in fp32."""
+    """Logits of one piece of a microbatch, in the compute format and in fp32; of a scalar head its input in fp32."""
+    if config.head == "scalar":
+        return 4 * sizes.tokens * config.model.hidden_size / sizes.stream_split
     vocabulary_part = padded_vocab_size(config.model) // layout.tp
     piece = -(-sizes.tokens // num_logit_pieces(sizes.tokens, vocabulary_part))
     return (sizes.value_bytes + 4) * piece * vocabulary_part

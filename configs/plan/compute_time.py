@@ -101,7 +101,8 @@ class ComputeTime:
 
     def output_layer(self) -> Seconds:
         """Return the time of the output layer and the loss, over a tp rank's part of the vocabulary."""
-        part = padded_vocab_size(self._config.model) / self._layout.tp
+        is_scalar = self._config.head == "scalar"
+        part = 1.0 if is_scalar else padded_vocab_size(self._config.model) / self._layout.tp
         products = self._products(_Product(self._tokens, self._config.model.hidden_size, part), is_fp8=False)
         # logits in the compute format and in fp32: written, read for the largest, the sum and the gradient
         return products + Seconds(self._moved(self._tokens * part * 14), self._moved(self._tokens * part * 10))

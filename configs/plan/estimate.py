@@ -22,6 +22,7 @@ from configs.plan.derive import (
 )
 from configs.plan.flops import active_part
 from configs.plan.tensors import Linear, layer_linears
+from configs.roles import HeadKind
 from configs.sections.model import ModelConfig
 from configs.stages import Config, RftConfig
 
@@ -66,9 +67,13 @@ class _Weight:
     is_trained: bool = True
 
 
-def count_parameters(model: ModelConfig) -> ParameterCount:
+def count_parameters(model: ModelConfig, head: HeadKind = "vocabulary") -> ParameterCount:
     """Count the parameters without vocabulary padding; a router's expert bias counts, as in published checkpoints."""
-    embedding = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    embedding = model.vocab_size * model.hidden_size
+    if head == "scalar":
+        embedding += model.hidden_size
+    elif not model.tie_embeddings:
+        embedding *= 2
     total = active = embedding + _norm(model, model.hidden_size).count
     for layer in range(model.num_layers):
         for weight in _layer_weights(model, layer):
@@ -165,9 +170,11 @@ def _layer_parameters(model: ModelConfig, layer: int, layout: Layout) -> tuple[i
 
 
 def _vocabulary_parameters(config: Config, layout: Layout, pp_rank: int) -> int:
-    """Return one rank's parameters of the embedding and the output layer."""
+    """Return one rank's parameters of the embedding and the output layer, or the scalar head, which is not split."""
     one = padded_vocab_size(config.model) * config.model.hidden_size // layout.tp
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
+    if config.head == "scalar":
+        return one * is_first + config.model.hidden_size * is_last
     # A tied output layer is a second copy unless the first stage is also the last one.
     return one * is_first + one * (is_last and not (config.model.tie_embeddings and is_first))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from configs.plan.adapters import adapted_linears, part_parameters
 from configs.plan.derive import first_layer_with_experts, head_dim, layer_windows
 from configs.plan.tensors import Linear, layer_linears
+from configs.roles import HeadKind
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from configs.stages import Config
@@ -28,17 +29,23 @@ def attended_pairs(length: int, window: int | None) -> int:
     return length**2 if window is None else length**2 - max(0, length - window) ** 2
 
 
-def model_flops(model: ModelConfig, num_tokens: int, num_attended_pairs: int, lora: LoraConfig | None = None) -> float:
+def model_flops(
+    model: ModelConfig,
+    num_tokens: int,
+    num_attended_pairs: int,
+    lora: LoraConfig | None = None,
+    head: HeadKind = "vocabulary",
+) -> float:
     """Return the FLOPs of forward and backward: 3 x the forward matrix multiplications.
 
     Two FLOPs per token and parameter that multiplies it (active experts, router and the output layer over the true
-    vocabulary; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of `attended_pairs` over
-    the layers and over what attention sees at once (samples, or documents): 2 heads (d_qk + d_v) FLOPs a pair, of which
-    half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half, and so do we.
-    Recomputation is not counted: this is model, not hardware, FLOPs. With LoRA the frozen weights have no gradients, so
-    that theirs are 2 x, and the adapters' come on top.
+    vocabulary, or the scalar head; embedding look-up, norms and biases are free). `num_attended_pairs` is the sum of
+    `attended_pairs` over the layers and over what attention sees at once (samples, or documents): 2 heads (d_qk + d_v)
+    FLOPs a pair, of which half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half,
+    and so do we. Recomputation is not counted: this is model, not hardware, FLOPs. With LoRA the frozen weights have no
+    gradients, so that theirs are 2 x, and the adapters' come on top.
     """
-    multiplied = model.vocab_size * model.hidden_size
+    multiplied = (1 if head == "scalar" else model.vocab_size) * model.hidden_size
     first_with_experts = first_layer_with_experts(model)
     for layer, count in ((0, first_with_experts), (model.num_layers - 1, model.num_layers - first_with_experts)):
         if count:  # all layers of a kind are alike
@@ -67,4 +74,4 @@ def flops_per_step(config: Config, global_batch: int) -> float:
     """Return the model FLOPs of a step of `global_batch` samples that are attended whole, over all ranks."""
     seq_len, model = config.train.seq_len, config.model
     pairs = sum(attended_pairs(seq_len, window) for window in layer_windows(model))
-    return model_flops(model, global_batch * seq_len, global_batch * pairs, config.lora)
+    return model_flops(model, global_batch * seq_len, global_batch * pairs, config.lora, config.head)

@@ -123,7 +123,7 @@ def _update_rows(config: GrpoConfig, layout: Layout) -> Iterable[tuple[str, str]
 
 def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     model = config.model
-    count, memory = count_parameters(model), estimate_memory(config, layout)
+    count, memory = count_parameters(model, config.head), estimate_memory(config, layout)
     padded = padded_vocab_size(model)
     yield "vocabulary", f"{model.vocab_size:,} ids, padded to {padded:,}"
     yield "parameters", f"{count.total:,} ({count.embedding:,} in the vocabulary)"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs.sections.model import ModelConfig
+from configs.stages import RewardModelConfig
 from tests.pool import Place
 from tests.small_runs import build_stage, open_engine, save_checkpoint, small_config
 
@@ -76,15 +77,15 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def make_hf_model(directory: Path, name: str) -> None:
+def make_hf_model(directory: Path, name: str, head: str = "ForCausalLM", **further: Any) -> None:
     """Write a small random model of a family, with weights that differ everywhere (norms and biases too)."""
     import torch
     import transformers
 
     kind, changes, _ = CASES[name]
-    config = getattr(transformers, f"{kind}Config")(**(SHARED | changes))
+    config = getattr(transformers, f"{kind}Config")(**(SHARED | changes | further))
     torch.manual_seed(7)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = getattr(transformers, kind + head)(config)
     with torch.no_grad():
         for tensor in [*model.parameters(), *(buffer for key, buffer in model.named_buffers() if "bias" in key)]:
             spread = 0.3 if tensor.dim() == 1 else 0.06
@@ -167,3 +168,81 @@ def test_a_family_comes_in_and_goes_out(ranks, tmp_path, name):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(before)
     np.testing.assert_array_equal(transformers_logits(tmp_path / "out", tokens), expected)
+
+
+REWARD_CASES = {
+    "llama": (2, {"tp": 2, "sp": True}),
+    "qwen2": (2, {"pp": 2}),  # tied
+    "qwen3": (2, {"cp": 2}),
+    "mixtral": EP2,
+    "deepseek_v3": (2, {"tp": 2, "sp": True}),
+}
+
+
+def score_and_export(
+    place: Place, config: Any, source: str, tokens: np.ndarray, run_dir: str, target: str
+) -> np.ndarray:
+    """Take in a sequence classifier, return the values of all tokens, save on this layout and export from there."""
+    import torch
+
+    from parallel.collectives import from_last_pp_stage
+    from trainer.data.batch import Batch
+    from trainer.engine.forward import forward_values
+    from trainer.engine.state import TrainState
+    from trainer.hf.export_source import describe_source
+    from trainer.hf.exporting import export_checkpoint
+    from trainer.hf.source import HfModel
+    from trainer.hf.warm_start import load_hf_weights
+
+    with open_engine(place, RewardModelConfig.model_validate(config.model_dump() | {"reward": {}})) as engine:
+        load_hf_weights(engine, HfModel(source, config.model))
+        ids = torch.from_numpy(tokens)
+        positions = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
+        found = engine.score([Batch(ids, ids, positions, torch.ones(ids.shape))], forward_values)
+        values = from_last_pp_stage(found[0] if found else torch.empty(ids.shape), engine.mesh)
+        stage = build_stage(engine)
+        stage.name = "reward"
+        save_checkpoint(engine, TrainState(), stage, Path(run_dir))
+        export_checkpoint(
+            describe_source((Path(run_dir) / "checkpoints" / "latest").resolve()),
+            Path(target),
+            dtype=None,
+            rank=place.rank,
+            world_size=place.world_size,
+            on_bytes=lambda done: None,
+        )
+    return values.numpy()
+
+
+def transformers_scores(directory: Path, tokens: np.ndarray, ends: list[int]) -> np.ndarray:
+    """Return the scores `[rows, len(ends)]` of the beginnings of each row that end at these tokens."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    assert model.config.num_labels == 1
+    with torch.no_grad():
+        scores = [[model(torch.from_numpy(row[None, : end + 1])).logits.item() for end in ends] for row in tokens]
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("name", REWARD_CASES)
+def test_a_reward_model_comes_in_and_goes_out(ranks, tmp_path, name):
+    """A classifier of one label: `transformers` scores as we do, before and after, and every tensor is the same."""
+    import torch
+
+    world, layout = REWARD_CASES[name]
+    make_hf_model(tmp_path / "hf", name, "ForSequenceClassification", num_labels=1)
+    config = small_config(world, model=read_section(tmp_path / "hf").model_dump(), parallel=layout)
+    tokens, ends = np.random.default_rng(3).integers(0, 251, (2, 48)), [0, 20, 47]
+    arguments = (str(tmp_path / "hf"), tokens, str(tmp_path / "run"), str(tmp_path / "out"))
+    found = ranks.run(score_and_export, config, *arguments, world=world)
+    expected = transformers_scores(tmp_path / "hf", tokens, ends)
+    assert np.ptp(expected) > 0.1
+    for values in found:
+        np.testing.assert_allclose(values[:, ends], expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    before, after = read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "out")
+    assert before.keys() == after.keys() and "score.weight" in before
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+    np.testing.assert_array_equal(transformers_scores(tmp_path / "out", tokens, ends), expected)

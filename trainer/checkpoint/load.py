@@ -72,7 +72,7 @@ def warm_start(model: ShardedModel, checkpoint: Path) -> None:
     """
     manifest = open_manifest(checkpoint)
     check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
-    check_head(manifest, model.head, checkpoint, is_trained=model.is_trained)
+    check_head(manifest.head, model.head, checkpoint, is_trained=model.is_trained)
     stored = open_stored(checkpoint, manifest, model.mesh)
     state = build_model_state(model.chunks, model.mesh)
     if manifest.stage["name"] == IMPORT_STAGE:  # Hugging Face models have no state of Transformer Engine

@@ -15,7 +15,8 @@ from typing import Any
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
-from configs.stages import Config, HeadKind
+from configs.roles import HeadKind
+from configs.stages import Config
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.checkpoint.migrate import refuse_unknown, rename_fields, resolve_saved
 from trainer.engine.state import TrainState
@@ -59,7 +60,7 @@ class Manifest:
     def template(self) -> str | None:
         """The chat template that the run named in its stage's section; None for its tokenizer's own, or no stage of
         conversations."""
-        sections = (self.config.get(name) or {} for name in ("sft", "grpo"))
+        sections = (self.config.get(name) or {} for name in ("sft", "preference", "reward", "grpo"))
         return next((section["template"] for section in sections if section.get("template") is not None), None)
 
     def write(self, directory: Path) -> None:
@@ -135,17 +136,17 @@ def check_architecture(
         )
 
 
-def check_head(manifest: Manifest, head: HeadKind, where: Path, *, is_trained: bool) -> None:
-    """Raise BadInput if a model with that head cannot begin with the weights of the checkpoint.
+def check_head(there: HeadKind, here: HeadKind, where: Path, *, is_trained: bool) -> None:
+    """Raise BadInput if a model with the head `here` cannot begin with weights of a model with the head `there`.
 
     One that is to be trained takes a language model's but for the output layer, and its scalar head as it is drawn.
     """
-    if manifest.head == "scalar" and head == "vocabulary":
+    if there == "scalar" and here == "vocabulary":
         raise BadInput(
             f"{where}: holds a model with a scalar head (a reward model or a critic), which has no output layer; name "
-            "a checkpoint of a language model, such as the one that it began with."
+            "a language model, such as the one that it began with."
         )
-    if manifest.head == "vocabulary" and head == "scalar" and not is_trained:
+    if there == "vocabulary" and here == "scalar" and not is_trained:
         raise BadInput(
             f"{where}: holds a language model, which has no scalar head to score answers with; name a reward model "
             "(launch/reward.py makes one of it)."

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.fp8 import resolve_backend, uses_te_layers
-from configs.roles import POLICY
-from configs.stages import Config, HeadKind
+from configs.roles import POLICY, HeadKind
+from configs.stages import Config
 from parallel.mesh import Mesh
 from parallel.platform import has_transformer_engine
 from parallel.replicate import replicate

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from configs.plan.derive import layer_windows
-from configs.stages import Config, HeadKind
+from configs.roles import HeadKind
+from configs.stages import Config
 from parallel.collectives import sum_over_microbatch_ranks
 from parallel.mesh import Mesh
 from parallel.replicate import gather_parameters, resolve_overlap

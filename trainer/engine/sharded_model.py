@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from configs.errors import BadInput
-from configs.stages import Config, HeadKind
+from configs.roles import HeadKind
+from configs.stages import Config
 from parallel.collectives import any_rank, from_last_pp_stage, gather_over_cp, gather_over_tp
 from parallel.mesh import Mesh
 from parallel.schedule import run_schedule

@@ -132,11 +132,40 @@ def token_ids(target: Path) -> dict[str, int]:
     ids |= {token: number for token, number in (vocabulary["model"].get("vocab") or {}).items() if token not in ids}
     found = {}
     for kind in ("bos", "eos", "pad"):
-        token = settings.get(f"{kind}_token")
-        text = token.get("content") if isinstance(token, dict) else token
+        text = _content(settings.get(f"{kind}_token"))
         if text in ids:
             found[f"{kind}_token_id"] = ids[text]
     return found
+
+
+def set_padding(target: Path) -> tuple[int | None, list[str]]:
+    """Choose what pads rows of answers in an export, let its tokenizer name that too, and return the id and notes.
+
+    A sequence classifier of transformers takes the value at the last token that is not padding, so that no token serves
+    that ends a turn. Of these the first: the tokenizer's own, one that is called so, what ends documents, the unknown.
+    """
+    if not (target / "tokenizer.json").is_file():
+        return None, ["config.json: no pad_token_id, as no tokenizer is known; score answers one by one, or set it"]
+    tokenizer, file = load_tokenizer(str(target)), target / "tokenizer_config.json"
+    settings = _read(file) if file.is_file() else {}
+    special = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
+    named = [_content(settings.get("pad_token")), *(token for token in special if "pad" in token.lower())]
+    try:
+        end = observe(load_template(None, target), tokenizer).end_token
+    except BadInput:  # no chat template
+        end = None
+    for token in (*named, tokenizer.eod_token, _content(settings.get("unk_token"))):
+        number = None if token is None else tokenizer.backend.token_to_id(token)
+        if token != end and number is not None:
+            _write(file, settings | {"pad_token": token})
+            return number, []
+    return None, [f"config.json: no pad_token_id, as {end} ends turns and nothing else pads; score answers one by one"]
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token as `tokenizer_config.json` spells it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _copy_companions(source: Path, target: Path) -> None:

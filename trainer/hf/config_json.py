@@ -19,6 +19,7 @@ from configs.errors import BadInput
 from configs.fields import location_text
 from configs.paths import find_special_file
 from configs.plan.derive import head_dim, layer_windows, num_query_groups
+from configs.roles import HeadKind
 from configs.rules.model import check_model
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.layout import resolve_checkpoint
@@ -30,6 +31,7 @@ from trainer.hf.rope_json import ROPE_KEYS, longest_context, read_rope, write_ro
 
 # Further names of the longest sequence, which nothing computes with.
 _LIMITS = ("model_max_length", "max_sequence_length")
+_CLASSIFIER = "ForSequenceClassification"
 # What shapes training alone: a checkpoint says the same whatever these are.
 _TRAINING_ONLY = {"vocab_pad_multiple", "init_std", "hidden_dropout", "attention_dropout"}
 _TRAINING_ONLY_MOE = {"aux_loss_coeff", "z_loss_coeff", "bias_update_rate"}
@@ -54,12 +56,29 @@ def find_family(config: Mapping[str, Any], where: object) -> Family:
     """Return the table that `architectures` names. Raises BadInput for one that is unknown."""
     architectures = config.get("architectures") or []
     for name in architectures if isinstance(architectures, list) else []:
-        for full in (name, f"{str(name).removesuffix('Model')}ForCausalLM"):  # LlamaModel: without an output layer
+        kind = str(name).removesuffix("Model").removesuffix(_CLASSIFIER)  # LlamaModel: without an output layer
+        for full in (name, f"{kind}ForCausalLM"):
             if isinstance(full, str) and full in FAMILIES:
                 return FAMILIES[full]
     raise BadInput(
-        f"{where}: architectures {architectures} cannot be converted; those that can: {', '.join(sorted(FAMILIES))}."
+        f"{where}: architectures {architectures} cannot be converted; those that can: {', '.join(sorted(FAMILIES))}, "
+        f"and reward models of these (...{_CLASSIFIER} with one label)."
     )
+
+
+def read_head(config: Mapping[str, Any], where: object) -> HeadKind:
+    """Return the head that `architectures` names. Raises BadInput for a classifier that gives no single value."""
+    architectures = config.get("architectures") or []
+    if not (isinstance(architectures, list) and any(str(name).endswith(_CLASSIFIER) for name in architectures)):
+        return "vocabulary"
+    labels = config.get("id2label")
+    num_labels = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # as transformers
+    if num_labels != 1:
+        raise BadInput(
+            f"{where}: {architectures[0]} tells {num_labels} labels apart, and a reward model gives one value; the "
+            "only num_labels that can be converted: 1."
+        )
+    return "scalar"
 
 
 def read_model(config: Mapping[str, Any], where: object = "config.json") -> ModelConfig:
@@ -115,8 +134,12 @@ def _by_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, A
     return named, problems
 
 
-def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_model(
+    model: ModelConfig, carried: Mapping[str, Any] | None = None, head: HeadKind = "vocabulary"
+) -> dict[str, Any]:
     """Return the `config.json` of a model, over the one that was `carried` from its import, if there is one.
+
+    With a scalar head it is a sequence classifier of one label.
 
     Raises BadInput naming each field of `model` that no family expresses.
     """
@@ -130,6 +153,9 @@ def write_model(model: ModelConfig, carried: Mapping[str, Any] | None = None) ->
         "model_type": family.model_type,
     }
     config.pop("original_max_position_embeddings", None)  # it is written with the rotation, where that has one
+    if head == "scalar":
+        config["architectures"] = [family.architecture.removesuffix("ForCausalLM") + _CLASSIFIER]
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if carried is None:
         config |= {only.key: only.values[0] for only in family.only if only.values[0] is not None}
     for option in family.options:

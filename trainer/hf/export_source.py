@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import BadInput
+from configs.roles import HeadKind
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from parallel.collectives import first_of_ranks, on_rank_zero
@@ -38,6 +39,8 @@ class ExportSource:
     """Of a checkpoint that holds adapters alone."""
     base: BaseWeights | None = None
     """The weights that they belong to."""
+    head: HeadKind = "vocabulary"
+    """Whether it is a language model, or a reward model, which is written as a sequence classifier of one label."""
 
 
 def find_export_source(path: Path, *, rank: int, world_size: int) -> ExportSource:
@@ -81,6 +84,7 @@ def describe_source(checkpoint: Path) -> ExportSource:
         manifest.template,
         lora=None if lora is None else LoraConfig.model_validate(lora),
         base=recorded_base(manifest.base, checkpoint),
+        head=manifest.head,
     )
 
 

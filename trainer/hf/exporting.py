@@ -17,6 +17,7 @@ from trainer.hf.adapters import TensorStore
 from trainer.hf.companions import (
     carried_config,
     drop_missing_code,
+    set_padding,
     set_token_limit,
     token_ids,
     write_chat_template,
@@ -25,7 +26,7 @@ from trainer.hf.companions import (
 from trainer.hf.config_json import find_family, has_other_context, write_model
 from trainer.hf.export_source import ExportSource, open_tensors
 from trainer.hf.importing import ConversionReport, count_non_finite, share
-from trainer.hf.rules import Rule
+from trainer.hf.rules import PaddedRows, Rule
 from trainer.hf.safetensors_files import OutputTensor, plan_files, write_file, write_index
 from trainer.hf.tensors import model_rules
 
@@ -48,8 +49,8 @@ def export_checkpoint(
     Peak memory is a few of the largest tensors. Raises BadInput. Collective: all ranks of the world must call this.
     """
     started = time.perf_counter()
-    config = write_model(source.model, carried_config(source.carried))
-    rules = list(model_rules(source.model, find_family(config, "config.json").names))
+    config = write_model(source.model, carried_config(source.carried), source.head)
+    rules = list(model_rules(source.model, find_family(config, "config.json").names, source.head))
     parts = _Parts(open_tensors(source, rules), rules, dtype)
     files = plan_files(parts.outputs, max_file_bytes)
     mine = share([sum(tensor.num_bytes for tensor in group) for group in files.values()], rank, world_size)
@@ -127,6 +128,11 @@ def _write_rest(growing: Path, source: ExportSource, config: dict[str, Any], dty
         notes += set_token_limit(growing, source.model.max_position_embeddings)
     if source.carried is None:
         config = config | token_ids(growing)
+    if source.head == "scalar":
+        padding, said = set_padding(growing)
+        notes += said
+        config = {name: value for name, value in config.items() if name != "pad_token_id"}
+        config |= {} if padding is None else {"pad_token_id": padding}
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config = config | {key: str(dtype).removeprefix("torch.")}
     (growing / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -138,7 +144,7 @@ def _check_stored(stored: TensorStore, rule: Rule) -> None:
     name, shape = rule.megatron.name, stored.shape(rule.megatron.name)
     if shape is None:
         raise BadInput(f"{stored.path}: lacks {name}, which a model of its config has; it cannot be exported.")
-    is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    is_vocabulary = isinstance(rule.conversion, PaddedRows)
     fits = shape[1:] == rule.megatron.shape[1:] and (
         shape[0] >= rule.hf[0].shape[0] if is_vocabulary else shape[0] == rule.megatron.shape[0]
     )

@@ -131,6 +131,7 @@ def _finish(source: HfModel, growing: Path, partial: Path, files: dict[str, dict
         config=resolved_dict(config),
         versions={name: version(name) for name in ("torch", "megatron-core")},
         files=files,
+        head=source.head,
     ).write(partial)
     publish(partial, 0)
     carry(source.directory, growing)

@@ -15,6 +15,8 @@ class TensorNames:
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     output: str = "lm_head.weight"
+    score: str = "score.weight"
+    """The head of a sequence classifier."""
     layer: str = "model.layers.{layer}."
     input_norm: str = "input_layernorm.weight"
     query: str = "self_attn.q_proj."

@@ -9,7 +9,7 @@ import torch
 
 from configs.errors import BadInput
 from configs.sections.model import ModelConfig
-from trainer.hf.config_json import find_family, left_aside, load_config_json, read_model
+from trainer.hf.config_json import find_family, left_aside, load_config_json, read_head, read_model
 from trainer.hf.directories import find_model_directory
 from trainer.hf.fp8_blocks import dequantise, num_blocks
 from trainer.hf.quantisation import QUANTISATION_KEY, SCALE_SUFFIX, read_block_size
@@ -34,6 +34,7 @@ class HfModel:
         config = load_config_json(self.directory)
         self.family = find_family(config, self.directory / "config.json")
         self.model = read_model(config, self.directory / "config.json")
+        self.head = read_head(config, self.directory / "config.json")
         self._block_size = read_block_size(config)[0]
         self._full_format = _FORMATS.get(str(config.get("dtype", config.get("torch_dtype"))), torch.bfloat16)
         self._num_prediction_layers = 0
@@ -42,7 +43,9 @@ class HfModel:
             self._num_prediction_layers = max(1, announced or 0)
         self._files = SafetensorsDirectory(self.directory)
         self._name_as_whole_model()
-        self.rules = {rule.megatron.name: rule for rule in model_rules(model or self.model, self.family.names)}
+        self.rules = {
+            rule.megatron.name: rule for rule in model_rules(model or self.model, self.family.names, self.head)
+        }
         self._check_shapes()
         self.ignored = self._find_ignored()
         self.notes = [
@@ -97,12 +100,14 @@ class HfModel:
         if embedding in tensors or embedding.removeprefix(prefix) not in tensors:
             return
         output = self.family.names.output
-        if output not in tensors and not self.model.tie_embeddings:
+        if self.head == "vocabulary" and output not in tensors and not self.model.tie_embeddings:
             raise BadInput(
                 f"{self.directory}: holds a base model without an output layer ({output}), which "
                 f"{self.family.architecture} has beside it; save it as {self.family.architecture}."
             )
-        self._files.tensors = {name if name == output else prefix + name: one for name, one in tensors.items()}
+        self._files.tensors = {
+            name if name in (output, self.family.names.score) else prefix + name: one for name, one in tensors.items()
+        }
 
     def _check_shapes(self) -> None:
         for rule in self.rules.values():
@@ -157,7 +162,7 @@ class HfModel:
         further = sorted(self._files.tensors.keys() - wanted)
         unknown = [name for name in further if not any(re.search(pattern, name) for pattern in patterns)]
         names = self.family.names
-        if names.output in unknown and self.model.tie_embeddings:
+        if names.output in unknown and self.model.tie_embeddings and self.head == "vocabulary":
             if not torch.equal(self._files.read(names.output), self._files.read(names.embedding)):
                 raise BadInput(
                     f"{self.directory}: {names.output} differs from {names.embedding} though config.json ties them; "

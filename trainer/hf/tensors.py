@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from configs.plan.derive import head_dim, num_query_groups, padded_vocab_size
 from configs.plan.tensors import Linear, layer_linears
+from configs.roles import HeadKind
 from configs.sections.model import ModelConfig, MoeConfig
 from trainer.hf.names import TensorNames
 from trainer.hf.rules import Conversion, GateUp, GroupedQkv, HfTensor, MegatronTensor, PaddedRows, Rule, Same
@@ -18,8 +19,8 @@ _Linears = Mapping[str, Linear]
 """Of one layer, by name."""
 
 
-def model_rules(model: ModelConfig, names: TensorNames) -> Iterator[Rule]:
-    """Yield the rules of every tensor, in the order of the model."""
+def model_rules(model: ModelConfig, names: TensorNames, head: HeadKind = "vocabulary") -> Iterator[Rule]:
+    """Yield the rules of every tensor of a model with that head, in the order of the model."""
     vocabulary = (model.vocab_size, model.hidden_size)
     padded = PaddedRows(model.vocab_size, padded_vocab_size(model))
     padded_shape = (padded.num_rows, model.hidden_size)
@@ -27,7 +28,9 @@ def model_rules(model: ModelConfig, names: TensorNames) -> Iterator[Rule]:
     for layer in range(model.num_layers):
         yield from _layer_rules(model, names, layer)
     yield _rule("decoder.final_layernorm.weight", (model.hidden_size,), {names.final_norm: (model.hidden_size,)})
-    if not model.tie_embeddings:
+    if head == "scalar":
+        yield _rule("output_layer.weight", (1, model.hidden_size), {names.score: (1, model.hidden_size)})
+    elif not model.tie_embeddings:
         yield _rule("output_layer.weight", padded_shape, {names.output: vocabulary}, padded)
 
 

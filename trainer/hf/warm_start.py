@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trainer.checkpoint.manifest import check_head
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.sharded_state import HEAD
 from trainer.hf.shards import model_shards
@@ -12,13 +13,15 @@ from trainer.hf.source import HfModel
 
 @torch.no_grad()
 def load_hf_weights(model: ShardedModel, source: HfModel) -> None:
-    """Copy the weights into the model; step, optimizer and data start anew. A scalar head stays as it was drawn.
+    """Copy the weights into the model; step, optimizer and data start anew.
 
-    Peak memory beyond the model's own is a few of the largest tensors. Collective: all ranks of the world must call
-    this (every one reads the files it needs).
+    A scalar head that the source lacks stays as it was drawn. Peak memory beyond the model's own is a few of the
+    largest tensors. Raises BadInput where the heads do not fit. Collective: all ranks of the world must call this
+    (every one reads the files it needs).
     """
+    check_head(source.head, model.head, source.directory, is_trained=model.is_trained)
     for shard in model_shards(model):
-        if shard.name == HEAD and model.head == "scalar":
+        if shard.name == HEAD and source.head != model.head:
             continue
         part = source.read(shard.name)
         for axis, (start, length) in enumerate(zip(shard.offsets, shard.data.shape, strict=True)):

@@ -22,8 +22,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from configs.context_parallel import uses_te_attention
 from configs.plan.derive import padded_vocab_size
+from configs.roles import HeadKind
 from configs.sections.model import MlaConfig, ModelConfig
-from configs.stages import Config, HeadKind
+from configs.stages import Config
 from parallel.mesh import Mesh
 from trainer.model.attention.core import CORE_ATTENTIONS, SdpaCoreAttention
 from trainer.model.attention.own import own_attention

@@ -38,7 +38,9 @@ class Reporter:
         if self._writer is None or self._live is None:
             return
         seconds = sum(result.phase_seconds.values())
-        flops = model_flops(self._config.model, result.num_input_tokens, result.num_attended_pairs, self._config.lora)
+        config = self._config
+        counts = (result.num_input_tokens, result.num_attended_pairs)
+        flops = model_flops(config.model, *counts, config.lora, config.head)
         tflops = flops / seconds / self._mesh.world_size / 1e12
         row = {
             "step": state.step,

@@ -172,7 +172,7 @@ def _checkpoint_bytes(config: Config) -> int:
         return 0
     if config.lora is not None:
         return _BYTES_PER_PARAMETER * count_adapter_parameters(config.model, config.lora)
-    return _BYTES_PER_PARAMETER * count_parameters(config.model).total
+    return _BYTES_PER_PARAMETER * count_parameters(config.model, config.head).total
 
 
 def _summarise(

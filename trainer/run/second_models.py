@@ -24,7 +24,7 @@ from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.checkpoint.manifest import MANIFEST, Manifest, another_run, check_head, read_manifest
 from trainer.data.tokenizer import load_tokenizer
 from trainer.hf.companions import carried_folder
-from trainer.hf.config_json import load_config_json, read_model
+from trainer.hf.config_json import load_config_json, read_head, read_model
 from trainer.hf.directories import find_model_directory
 from trainer.run.weights import load_weights
 
@@ -105,8 +105,9 @@ def _size(model: ModelConfig) -> tuple[int, int]:
 def _fresh(second: SecondModel, config: Config) -> FoundModel:
     """Return what lies at the place."""
     place, model, tokenizer = _look(second.place)
-    if (place / MANIFEST).is_file():
-        check_head(read_manifest(place), second.head, place, is_trained=second.is_trained)
+    is_ours = (place / MANIFEST).is_file()
+    there = read_manifest(place).head if is_ours else read_head(load_config_json(place), place / "config.json")
+    check_head(there, second.head, place, is_trained=second.is_trained)
     if model.vocab_size != config.model.vocab_size:
         raise BadInput(
             f"{place} has a vocabulary of {model.vocab_size} and the policy one of {config.model.vocab_size} "

@@ -53,8 +53,8 @@ def answered(prompt: Conversation, answer: Sequence[Message]) -> Conversation:
 
 def parse_pairs(row: Mapping[str, Any], source: ConversationSource, path: str, number: int) -> list[Pair]:
     """Read a row as one pair, or as one for every two of a ranked list that are not of one rank. Raises BadRow."""
-    names = ("chosen", "rejected", "ranked", "margin")
-    chosen, rejected, ranked, margin = (source.columns.get(name, name) for name in names)
+    chosen, rejected, ranked = (source.columns.get(name, name) for name in ("chosen", "rejected", "ranked"))
+    margin = source.columns.get("margin", "margin")
     given = row.get(margin)
     if given is not None and not _is_number(given):
         raise BadRow(f"{margin} is {given!r}; give a number, by how much the chosen answer is better, or leave it out")

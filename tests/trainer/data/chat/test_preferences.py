@@ -45,6 +45,12 @@ def test_a_pair_in_every_form_is_the_same(shape):
     assert (pair.chosen.source, pair.chosen.row) == ("f", 3)
 
 
+@pytest.mark.parametrize("margin", [None, 0, 2, 0.75])
+def test_a_margin_is_the_pairs_and_no_part_of_its_prompt(margin):
+    [pair] = parse_pairs({"chosen": f"{Q} {GOOD}", "rejected": f"{Q} {BAD}", "margin": margin}, SOURCE, "f", 3)
+    assert pair.margin == (margin or 0.0) and texts(pair.chosen)[0] == ("user", Q, False)
+
+
 def test_earlier_answers_and_the_system_prompt_are_context():
     row = {"system": "Be short.", "chosen": [USER, YES, USER, YES], "rejected": [USER, YES, USER, NO]}
     [pair] = parse_pairs(row, SOURCE, "f", 0)
@@ -104,6 +110,8 @@ BAD_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     "one_ranked": ({"prompt": Q, "ranked": [GOOD]}, "two answers or more"),
     "ties": ({"prompt": Q, "ranked": [GOOD, BAD], "scores": [1, 1]}, "all equal or of one score"),
     "scores": ({"prompt": Q, "ranked": [GOOD, BAD], "scores": [1]}, "a number for each of the 2 answers"),
+    "margin": ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "margin": "much"}, "margin is 'much'; give a number"),
+    "margin_of_list": ({"prompt": Q, "ranked": [GOOD, BAD], "margin": 1}, "margin stands beside ranked"),
 }
 
 
