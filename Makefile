@@ -14,7 +14,7 @@ LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-grpo demo-calculator test test-cluster test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-reward demo-grpo demo-calculator test test-cluster test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,11 @@ demo-preference: setup  ## teach that model by pairs of a right and a wrong answ
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
 	$(PYTHON) tools/make_small_tasks.py --tasks pairs --rows 3000 --out data/pairs
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/preference.py configs/demo/preference.yaml
+
+demo-reward: setup  ## make a reward model of that model from such pairs: how often it prefers the right answer
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) tools/make_small_tasks.py --tasks pairs --rows 3000 --out data/pairs
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/reward.py configs/demo/reward.yaml
 
 demo-grpo: setup  ## reward that model for right answers, from where fine-tuning left it
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft

@@ -21,6 +21,7 @@ from trainer.rehearse.rank import fake_world, prepare
 
 NUM_STEPS = 2  # the first makes what later ones find
 DOCUMENTS = (0, 5, 64, 100, 128)
+STAGES = ("policy", "sft", "preference", "reward")
 
 
 def reinforce(engine: Any, batches: list[Any]) -> None:
@@ -69,6 +70,24 @@ def prefer(engine: Any, batches: list[Any]) -> None:
         engine.train_step(laid, objective, 1e-3)
 
 
+def reward(config: Config, mesh: Any, batches: list[Any]) -> dict[str, int]:
+    """Take steps of a reward model beside the policy, then of a critic, and return what the host reads in the last."""
+    from trainer.engine.build import ModelPlan, build_models
+    from trainer.stages.reward import RewardObjective
+
+    model: Any = build_models({"reward": ModelPlan(config, is_trained=True, head="scalar")}, mesh)["reward"]
+    shape = batches[0].tokens.shape
+    columns = {"sequence": torch.zeros(shape, dtype=torch.int64), "ends": torch.ones(shape, dtype=torch.int32)}
+    sequences = {"side": torch.tensor([1, 2, 1, 2]), "margin": torch.zeros(2)}
+    laid = [dataclasses.replace(one, columns=columns, sequences=sequences) for one in batches]
+    for _ in range(NUM_STEPS):
+        READS.clear()
+        model.train_step(laid, RewardObjective(0.01, mesh.cp_group), 1e-3)
+    found = dict(READS)
+    model.close()
+    return found
+
+
 def generate(engine: Any) -> dict[str, int]:
     """Draw three tokens for each of four rows, of which three fit, and return what the host reads meanwhile.
 
@@ -105,8 +124,11 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     return found | {"reads_of_generation": generate(engine)}
 
 
-def run_case(config: Config, world: int, rank: int, *, is_whole: bool) -> dict[str, Any]:
-    """Build the engine of one rank and take steps, with `is_whole` all else too; return what the last steps showed."""
+def run_case(config: Config, world: int, rank: int, *, is_whole: bool, has_reward: bool) -> dict[str, Any]:
+    """Build the engine of one rank and take steps, with `is_whole` all else too; return what the last steps showed.
+
+    With `has_reward` a reward model takes steps beside it.
+    """
     from parallel.replaced_names import resolve
     from tools.device_checks.engine import made_up_batches
     from trainer.data.batch import Documents
@@ -129,6 +151,8 @@ def run_case(config: Config, world: int, rank: int, *, is_whole: bool) -> dict[s
         found = {"reads": dict(READS), "peak_bytes": memory.peak}
         if is_whole:
             found |= run_the_rest(engine, batches, objective)
+        if has_reward:
+            found["reads_of_reward"] = reward(config, mesh, batches)
         assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(mesh.platform))
         engine.close()
     return found
@@ -140,16 +164,15 @@ def main() -> None:
     results = {}
     for name, case in json.load(sys.stdin).items():
         try:
-            found = run_case(
-                Config.model_validate(case["config"]), case["world"], case["rank"], is_whole=case["is_whole"]
-            )
+            sizes = (case["world"], case["rank"])
+            flags = {"is_whole": case["is_whole"], "has_reward": case["has_reward"]}
+            found = run_case(Config.model_validate(case["config"]), *sizes, **flags)
             results[name] = {"error": None, **found}
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
             nothing: dict[str, dict[str, int]] = {
-                kind: {}
-                for kind in ("reads", "reads_of_policy", "reads_of_sft", "reads_of_preference", "reads_of_generation")
+                kind: {} for kind in ("reads", *(f"reads_of_{stage}" for stage in STAGES), "reads_of_generation")
             }
             results[name] = {"error": error, **nothing, "peak_bytes": 0}
     print(json.dumps(results))
