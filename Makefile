@@ -16,7 +16,7 @@ LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-online-dpo demo-reward demo-distill demo-grpo demo-calculator test test-cluster test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-online-dpo demo-reward demo-distill demo-grpo demo-ppo demo-calculator test test-cluster test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,10 @@ demo-distill: setup  ## teach a model half the size what that model says of each
 demo-grpo: setup  ## reward that model for right answers, from where fine-tuning left it
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml
+
+demo-ppo: setup  ## the same with a critic: PPO
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/ppo.py configs/demo/ppo.yaml
 
 demo-calculator: setup  ## teach the model of long texts to ask a calculator, and reward it for right answers
 	test -e runs/demo_long/checkpoints/latest || $(MAKE) demo-long-context

@@ -82,6 +82,7 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
 def _model_checks(mesh: Mesh) -> Iterator[Check]:
     """Yield what a model must do on any device, beside learning: names replaced, scores, rotation, nothing to learn."""
     from tools.device_checks.conversations import check_conversations
+    from tools.device_checks.critic import check_critic
     from tools.device_checks.distill import check_distillation
     from tools.device_checks.model import check_generation, check_replaced_names, check_rotation, check_scores
     from tools.device_checks.policy import check_policy
@@ -102,6 +103,8 @@ def _model_checks(mesh: Mesh) -> Iterator[Check]:
         yield f"{compute} policy", lambda compute=compute: check_policy(mesh, compute)  # type: ignore[misc]
         yield f"{compute} rewards", lambda compute=compute: check_rewards(mesh, compute)  # type: ignore[misc]
         yield f"{compute} distillation", lambda compute=compute: check_distillation(mesh, compute)  # type: ignore[misc]
+    for compute in ("fp32", "bf16"):
+        yield f"{compute} critic", lambda compute=compute: check_critic(mesh, compute)  # type: ignore[misc]
 
 
 def _fp8_checks(mesh: Mesh) -> Iterator[Check]:

@@ -22,7 +22,7 @@ from trainer.rehearse.rank import fake_world, prepare
 
 NUM_STEPS = 2  # the first makes what later ones find
 DOCUMENTS = (0, 5, 64, 100, 128)
-STAGES = ("policy", "sft", "preference", "distill", "reward")
+STAGES = ("policy", "sft", "preference", "distill", "reward", "critic")
 
 
 def reinforce(engine: Any, batches: list[Any]) -> None:
@@ -71,9 +71,11 @@ def prefer(engine: Any, batches: list[Any]) -> None:
         engine.train_step(laid, objective, 1e-3)
 
 
-def reward(config: Config, mesh: Any, batches: list[Any]) -> dict[str, int]:
-    """Take steps of a reward model beside the policy, and return what the host reads in the last."""
+def learn_values(config: Config, mesh: Any, batches: list[Any]) -> dict[str, dict[str, int]]:
+    """Take steps of a reward model beside the policy, then one of a critic; return what the host reads in the last."""
     from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.forward import forward_values
+    from trainer.rl.critic import RETURNS, VALUES, ValueObjective
     from trainer.stages.reward import RewardObjective
 
     model: Any = build_models({"reward": ModelPlan(config, is_trained=True, head="scalar")}, mesh)["reward"]
@@ -84,9 +86,13 @@ def reward(config: Config, mesh: Any, batches: list[Any]) -> dict[str, int]:
     for _ in range(NUM_STEPS):
         READS.clear()
         model.train_step(laid, RewardObjective(0.01, mesh.cp_group), 1e-3)
-    found = dict(READS)
+    found = {"reads_of_reward": dict(READS)}
+    model.score(batches, forward_values)
+    columns = {name: torch.ones(shape) for name in (VALUES, RETURNS)}
+    READS.clear()
+    model.train_step([dataclasses.replace(one, columns=columns) for one in batches], ValueObjective(0.2), 1e-3)
     model.close()
-    return found
+    return found | {"reads_of_critic": dict(READS)}
 
 
 def distil(engine: Any, batches: list[Any]) -> None:
@@ -172,7 +178,7 @@ def run_case(config: Config, world: int, rank: int, *, is_whole: bool, has_rewar
         if is_whole:
             found |= run_the_rest(engine, batches, objective)
         if has_reward:
-            found["reads_of_reward"] = reward(config, mesh, batches)
+            found |= learn_values(config, mesh, batches)
         assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(mesh.platform))
         engine.close()
     return found
