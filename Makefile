@@ -16,7 +16,7 @@ LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-reward demo-grpo demo-calculator test test-cluster test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-reward demo-online-dpo demo-grpo demo-calculator test test-cluster test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,10 @@ demo-reward: setup  ## make a reward model of that model from such pairs: how of
 	$(PYTHON) tools/make_small_tasks.py --tasks pairs --rows 3000 --out data/pairs
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/reward.py configs/demo/reward.yaml
 
+demo-online-dpo: setup  ## teach that model by pairs of its own answers in three rounds, and ask it before and after
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/online_dpo.py configs/demo/online_dpo.yaml
+
 demo-grpo: setup  ## reward that model for right answers, from where fine-tuning left it
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml
@@ -89,6 +93,7 @@ bench: setup  ## measure tokens/s against bare megatron-core, Hugging Face Train
 	$(PYTHON) tools/bench/sft.py
 	$(PYTHON) tools/bench/conversion.py
 	$(PYTHON) tools/bench/context_parallel.py
+	$(PYTHON) tools/bench/preference.py
 	OMP_NUM_THREADS=1 $(PYTHON) tools/bench/generation.py
 	$(PYTHON) tools/bench/grpo.py
 

@@ -266,6 +266,11 @@ class GrpoConfig(Config):
         """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a copy of the weights that the run starts from lies in the memory of the host."""
+        return self.grpo.method.kl_coefficient > 0 and self.lora is None
+
 
 class PpoConfig(GrpoConfig):
     """Reinforcement learning with a critic: prompts, rewards and rollouts as without, and what PPO makes of them."""
@@ -324,6 +329,12 @@ class OnlineDpoConfig(GrpoConfig):
     def longest_prompt(self) -> int:
         """Tokens of a prompt at most, so that a row holds two answers to it; their last tokens are no input."""
         return self.train.seq_len // 2 + 1 - self.rollout.max_new_tokens
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a copy of the weights that the run starts from lies in the memory of the host."""
+        section = self.online_dpo
+        return section.method.has_reference and section.reference == "start" and self.lora is None
 
 
 STAGE_CONFIGS: Mapping[str, type[Config]] = {

@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace, differing: list[str]) -> None:
     print("\n".join(describe_refused(found)))
     print("\nthe first:")
     print("\n".join(describe_plan(shown[0], machine)))
-    if arguments.stage in ("grpo", "ppo"):
+    if arguments.stage in ("grpo", "ppo", "online_dpo"):
         print("left out     answers, rewards and scores of a step, and the memory of their keys and values")
     print("overrides    " + " ".join(overrides_of(shown[0])))
     if arguments.json is not None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
+from configs.plan.derive import derive_layout
+from configs.plan.show import describe
 from configs.rules.check import check_config
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "demo" / "online_dpo.yaml")
@@ -34,6 +36,14 @@ def test_what_it_needs_and_what_means_nothing_to_it(words: list[str], named: lis
     problems = check_config(load_config(RECIPE, words, "online_dpo"), 2, platform="cpu", has_te=False)
     assert [one.split(": ")[0] for one in problems] == named, problems
     assert all("that would work: " in one for one in problems)
+
+
+def test_a_plan_says_what_a_round_is() -> None:
+    text = describe(config := load_config(RECIPE, [], "online_dpo"), derive_layout(config, 2))
+    assert "1,024 prompts x 8 answers, a pair of each group; then 50 steps" in text
+    assert "the policy as each round begins" in text and "of the host's memory" not in text
+    config = load_config(RECIPE, ["online_dpo.reference=start"], "online_dpo")
+    assert "of the host's memory" in describe(config, derive_layout(config, 2))
 
 
 def test_single_answers_are_refused() -> None:

@@ -89,6 +89,13 @@ def test_a_run_goes_on_after_kills_within_rounds_and_on_another_layout(online, t
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_simpo_needs_no_reference_and_its_pairs_are_its_own(online):
-    rows = online(2, "free", "online_dpo.loss=simpo", "train.num_steps=2", "parallel.tp=2")
-    assert len(rows) == 2 and rows[0]["rewards/accuracies"] >= 0
+def test_a_reward_model_ranks_the_answers_and_simpo_needs_no_reference(online, train, tmp_path):
+    judge = tmp_path / "judge"
+    options = (f"data.tokenizer={tmp_path / 'tokenizer'}", f"checkpoint.init_from={tmp_path / 'seed'}")
+    made = (f"run.dir={judge}", "train.num_steps=0", "reward.template=chatml")
+    assert train(1, *NO_DATA, *options, *made, stage="reward") == (0, "")
+    scored = ("grpo.rewards=[]", f"grpo.reward_model={{init_from: {judge}}}")
+    rows = online(2, "free", "online_dpo.loss=simpo", "train.num_steps=2", "parallel.tp=2", *scored)
+    assert len(rows) == 2 and rows[0]["reward/reward_model/mean"] == pytest.approx(rows[0]["critic/score/mean"])
+    check_round(tmp_path / "free" / "rollouts" / "step_00000001.jsonl", rows[0])
+    assert rows[0]["pairs/num_pairs"] == 6, "values hardly ever tie"

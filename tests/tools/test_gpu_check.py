@@ -133,7 +133,7 @@ def run_model_checks(place):
     import torch.distributed as dist
 
     from parallel.replaced_names import resolve
-    from tools.device_checks import conversations, lora, model, routers, steps
+    from tools.device_checks import conversations, lora, model, preferences, routers, steps
     from tools.one_rank import open_world
     from trainer.engine.engine import Engine
     from trainer.model.lora.adapter import Adapter
@@ -151,6 +151,7 @@ def run_model_checks(place):
         lambda: model.check_rotation(mesh),
         lambda: lora.check_lora(mesh, "bf16"),
         lambda: conversations.check_conversations(mesh),
+        lambda: preferences.check_preferences(mesh),
         lambda: model.check_generation(mesh, "fp32"),
     ]
     with open_world("cpu") as mesh:
@@ -165,6 +166,7 @@ def run_model_checks(place):
             patch("trainer.model.dynamic_rope.compute_dynamic_frequencies", rotate_by_the_longest),
             patch.object(Adapter, "merge", lambda self: None),
             patch("trainer.stages.sft.with_sample_weights", weigh_all_tokens),
+            patch("trainer.stages.preference.sum_by_sequence", lambda values, *_: values.flatten()[:4]),
             patch("trainer.model.attention.cache.CachedTokens.visible", see_all_keys),
         ]
         broken = []
@@ -204,10 +206,10 @@ def see_all_keys(tokens, window, dtype):
 
 def test_what_a_model_must_do_on_any_device_is_seen(ranks):
     sound, broken = ranks.run(run_model_checks)[0]
-    assert [one.status for one in sound] == ["passed"] * 9, sound
+    assert [one.status for one in sound] == ["passed"] * 10, sound
     assert "gloo beside gloo" in sound[0].detail and "Adam and gradient norm torch's" in sound[1].detail
     assert "128 of 256 tokens count" in sound[3].detail
-    assert [one.status for one in broken] == ["failed"] * 9, broken
+    assert [one.status for one in broken] == ["failed"] * 10, broken
     for outcome, words in zip(
         broken,
         (
@@ -219,6 +221,7 @@ def test_what_a_model_must_do_on_any_device_is_seen(ranks):
             "dynamic: losses differ by",
             "merged logits differ by",
             "losses differ by",
+            "scores or losses differ by",
             "grouped: differs by",
         ),
         strict=True,
