@@ -1,6 +1,6 @@
 """Show what a recipe makes of its conversations, or of its preferences: which tokens are trained, what is left out.
 
-Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference] [--split validation] [--html FILE] ...
+Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference|reward] [--split validation] [--html F] ...
 Trained tokens are green, or between [[ and ]] where there are no colours; special tokens are bold. `--json` has an
 object a sample, before packing: source, row (from 0), input_ids, loss_mask, dropped, and of an answer its side.
 """
