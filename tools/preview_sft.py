@@ -1,6 +1,6 @@
 """Show what a recipe makes of its conversations, or of its preferences: which tokens are trained, what is left out.
 
-Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference] [--split validation] [--html FILE] ...
+Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference|reward] [--split validation] [--html F] ...
 Trained tokens are green, or between [[ and ]] where there are no colours; special tokens are bold. `--json` has an
 object a sample, before packing: source, row (from 0), input_ids, loss_mask, dropped, and of an answer its side.
 """
@@ -27,7 +27,7 @@ from tools.outputs import check_file
 from tools.paths import path_argument
 
 if TYPE_CHECKING:
-    from configs.stages import PreferenceConfig, SftConfig
+    from configs.stages import ComparisonsConfig, SftConfig
     from trainer.data.chat.encode import Sample
     from trainer.data.chat.worker import EncodedRow
     from trainer.data.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ Piece = tuple[str, str]
 """What a token spells, and its kind."""
 
 
-def encode_rows(config: SftConfig | PreferenceConfig, split: str) -> Iterator[EncodedRow]:
+def encode_rows(config: SftConfig | ComparisonsConfig, split: str) -> Iterator[EncodedRow]:
     """Yield what becomes of every row of a split's sources; rows that a run refuses come as dropped ones."""
     from trainer.data.chat.preference_worker import open_worker
     from trainer.data.chat.rows import iter_blocks, list_chat_files
@@ -62,7 +62,7 @@ def encode_rows(config: SftConfig | PreferenceConfig, split: str) -> Iterator[En
                 progress.show(done)
 
 
-def _section(config: SftConfig | PreferenceConfig) -> str:
+def _section(config: SftConfig | ComparisonsConfig) -> str:
     return config.source_field("train").partition(".")[0]
 
 
@@ -98,13 +98,13 @@ def mark(pieces: Sequence[Piece]) -> str:
     return "".join(f"[[{text}]]" if is_trained else text for is_trained, text in runs)
 
 
-def summarise(config: SftConfig | PreferenceConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, str]]:
+def summarise(config: SftConfig | ComparisonsConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, str]]:
     """Return what a person wants to know of all samples: lengths, trained share, packing, what is left out and why."""
     import numpy as np
 
     from trainer.data.packing import pack_best_fit, place_alone
 
-    section, is_paired = getattr(config, _section(config)), config.packing == "pairs"
+    section, is_paired = getattr(config, _section(config)), "pairs" in config.packing
     samples = [sample for row in rows for sample in row.samples]
     dropped = Counter(row.dropped for row in rows if row.dropped is not None)
     table = [("rows", f"{len(rows):,}"), ("samples", f"{len(samples):,}")]
@@ -116,7 +116,8 @@ def summarise(config: SftConfig | PreferenceConfig, rows: Sequence[EncodedRow]) 
         table.append(("trained", f"{trained:,} of {int(lengths.sum()):,} tokens ({trained / lengths.sum():.1%})"))
         seq_len = config.train.seq_len
         pack = place_alone if config.packing == "padded" else pack_best_fit
-        places = (lengths - 1).reshape(-1, 2).sum(axis=1) if is_paired else lengths - 1
+        read = lengths if config.packing == "scored_pairs" else lengths - 1
+        places = read.reshape(-1, 2).sum(axis=1) if is_paired else read
         num_rows = pack(np.bincount(places, minlength=seq_len + 1), seq_len).num_rows
         filled = places.sum() / (num_rows * seq_len)
         table.append(("rows of train.seq_len", f"{num_rows:,} of {seq_len:,} tokens, {filled:.1%} of them filled"))
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="preview_sft.py", description="What a recipe makes of its conversations.")
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--stage", choices=("sft", "preference"), default="sft", help="the recipe's (sft)")
+    parser.add_argument("--stage", choices=("sft", "preference", "reward"), default="sft", help="the recipe's (sft)")
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
     parser.add_argument("--html", type=path_argument, metavar="FILE", help="write a page with 100 samples")
@@ -208,11 +209,11 @@ def preview(arguments: argparse.Namespace) -> None:
     """Print and write what was asked for. Raises BadInput."""
     from configs.load import load_config
     from configs.rules.data import check_data
-    from configs.stages import PreferenceConfig, SftConfig
+    from configs.stages import ComparisonsConfig, SftConfig
     from trainer.data.tokenizer import load_tokenizer
 
     config = load_config(arguments.recipe, arguments.overrides, arguments.stage)
-    assert isinstance(config, SftConfig | PreferenceConfig)
+    assert isinstance(config, SftConfig | ComparisonsConfig)
     problems = list(check_data(config))
     if problems:
         raise BadInput("\n".join(problems))
@@ -224,7 +225,7 @@ def preview(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(str(config.data.tokenizer))
     rows = list(encode_rows(config, arguments.split))
     table = summarise(config, rows)
-    has_sides = arguments.stage == "preference"
+    has_sides = arguments.stage != "sft"
     samples = [pair for row in rows for pair in zip(headings(row, has_sides), row.samples, strict=True)]
     pieces = [(title, list(spell(tokenizer, one.input_ids, one.loss_mask))) for title, one in samples[:100]]
     _print(table, pieces[: arguments.show])

@@ -166,7 +166,7 @@ def run_model_checks(place):
             patch("trainer.model.dynamic_rope.compute_dynamic_frequencies", rotate_by_the_longest),
             patch.object(Adapter, "merge", lambda self: None),
             patch("trainer.stages.sft.with_sample_weights", weigh_all_tokens),
-            patch("trainer.stages.preference.sum_by_sequence", lambda values, *_: values.flatten()[:4]),
+            patch("trainer.stages.comparisons.sum_by_sequence", lambda values, *_: values.flatten()[:4]),
             patch("trainer.model.attention.cache.CachedTokens.visible", see_all_keys),
         ]
         broken = []

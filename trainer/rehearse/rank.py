@@ -116,8 +116,8 @@ def _batch(config: Config) -> Any:
     batch = build_batch(windows, tuple(range(train.micro_batch_size)))
     if config.head == "vocabulary":
         return batch
-    numbers, ends = torch.zeros_like(batch.tokens), torch.ones_like(batch.tokens, dtype=torch.int32)
-    columns = {"sequence": numbers, "ends": ends}
+    zeros = torch.zeros_like(batch.tokens)
+    columns = {"sequence": zeros, "ends": torch.ones_like(zeros, dtype=torch.int32)}
     return replace(batch, columns=columns, sequences={"side": torch.tensor([1, 2]), "margin": torch.zeros(1)})
 
 

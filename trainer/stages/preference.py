@@ -15,16 +15,17 @@ from configs.stages import PreferenceConfig
 from parallel.collectives import gather_objects
 from trainer.data.batch import Batch
 from trainer.data.packed_source import REJECTED
-from trainer.data.sequences import sum_by_sequence, with_sequences
+from trainer.data.sequences import with_sequences
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
 from trainer.engine.state import TrainState
 from trainer.evaluate.answers import AnswerEvaluator
 from trainer.evaluate.validation import Evaluator
 from trainer.losses import preference
-from trainer.losses.loss import Loss, Mean
+from trainer.losses.loss import Loss
 from trainer.rl.reference_scores import ReferenceScores, forward_log_probs, score_answers
 from trainer.stages.base import StageContext
+from trainer.stages.comparisons import sum_answers, sum_comparisons
 from trainer.stages.training import StepReader, TrainingStage
 
 _PAIR_FIGURES = (
@@ -72,29 +73,13 @@ class PreferenceObjective:
         return forward_log_probs(model, batch)
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
-        """Return the summed loss of one microbatch's comparisons. Collective: all cp ranks must call this.
-
-        Every cp rank computes each loss from the sums over all of them, with the gradient of its own tokens; its value
-        counts where the comparison's last token of the first answer lies.
-        """
-        num_sequences = len(batch.sequences["side"])
-        log_probs = torch.where(batch.loss_mask > 0, output.float(), 0.0)
-        own = sum_by_sequence(log_probs, batch.columns["sequence"], num_sequences)
-        whole = own.detach().clone()
-        dist.all_reduce(whole, group=self._cp_group)
-        sums = whole + (own - own.detach())
-        ends = batch.columns["ends"].float()
-        is_here = sum_by_sequence(ends, batch.columns["sequence"], num_sequences)[::2]
+        """Return the summed loss of one microbatch's comparisons. Collective: all cp ranks must call this."""
+        sums, is_here = sum_answers(output, batch, self._cp_group)
         if self._method.loss == "kto":
             losses, figures = self._judge_single(sums, batch)
         else:
             losses, figures = self._judge_pairs(sums, batch)
-        total = (is_here * losses.detach() + (losses - losses.detach())).sum()
-        means = {
-            name: Mean((is_here * value).sum().detach(), (is_here * weight).sum())
-            for name, (value, weight) in figures.items()
-        }
-        return Loss(total, means)
+        return sum_comparisons(losses, figures, is_here)
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Return the number of comparisons whose last token of the first answer is here."""

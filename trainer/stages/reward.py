@@ -12,15 +12,16 @@ import torch.distributed as dist
 from configs.stages import RewardModelConfig
 from parallel.collectives import max_over_ranks
 from trainer.data.batch import Batch
-from trainer.data.sequences import sum_by_sequence, with_margins
+from trainer.data.sequences import with_margins
 from trainer.engine.build import POLICY
 from trainer.engine.engine import Engine
 from trainer.engine.forward import forward_values
 from trainer.engine.state import StepResult, TrainState
 from trainer.evaluate.rewards import RewardEvaluator
-from trainer.losses.loss import Loss, Mean
+from trainer.losses.loss import Loss
 from trainer.losses.reward import bradley_terry, centering
 from trainer.stages.base import StageContext
+from trainer.stages.comparisons import sum_answers, sum_comparisons
 from trainer.stages.training import TrainingStage
 
 
@@ -39,34 +40,21 @@ class RewardObjective:
         return forward_values(model, batch)
 
     def loss(self, output: torch.Tensor, batch: Batch) -> Loss:
-        """Return the summed loss of one microbatch's pairs. Collective: all cp ranks must call this.
-
-        Every cp rank computes each loss from the rewards that all of them have, with the gradient of its own; its value
-        counts where the chosen answer's reward is.
-        """
-        num_sequences = len(batch.sequences["side"])
-        counted = torch.where(batch.loss_mask > 0, output, 0.0)
-        own = sum_by_sequence(counted, batch.columns["sequence"], num_sequences)
-        whole = own.detach().clone()
-        dist.all_reduce(whole, group=self._cp_group)
-        chosen, rejected = (whole + (own - own.detach())).view(-1, 2).t()
-        is_here = sum_by_sequence(batch.columns["ends"].float(), batch.columns["sequence"], num_sequences)[::2]
+        """Return the summed loss of one microbatch's pairs. Collective: all cp ranks must call this."""
+        rewards, is_here = sum_answers(output, batch, self._cp_group)  # one token of an answer has a label
+        chosen, rejected = rewards.view(-1, 2).t()
         losses = bradley_terry(chosen, rejected, batch.sequences["margin"])
         if self._centering:
             losses = losses + self._centering * centering(chosen, rejected)
-        total = (is_here * losses.detach() + (losses - losses.detach())).sum()
-        rewards = whole.view(-1, 2)
-        if num_sequences:  # known without waiting for the device
+        pairs = rewards.detach().view(-1, 2)
+        if len(pairs):  # known without waiting for the device
             counts = (is_here > 0).unsqueeze(-1)
-            ends = (torch.where(counts, -rewards, -math.inf).amax(), torch.where(counts, rewards, -math.inf).amax())
+            ends = (torch.where(counts, -pairs, -math.inf).amax(), torch.where(counts, pairs, -math.inf).amax())
             self.extremes.append(torch.stack(ends))
-        difference, both = rewards[:, 0] - rewards[:, 1], rewards.mean(dim=1)
-        figures = ((difference > 0).float(), difference, both)
-        means = {
-            name: Mean((is_here * figure).sum(), is_here.sum())
-            for name, figure in zip(self.mean_names, figures, strict=True)
-        }
-        return Loss(total, means)
+        difference = pairs[:, 0] - pairs[:, 1]
+        figures = ((difference > 0).float(), difference, pairs.mean(dim=1))
+        weighed = {name: (one, torch.ones_like(one)) for name, one in zip(self.mean_names, figures, strict=True)}
+        return sum_comparisons(losses, weighed, is_here)
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Return the number of pairs whose chosen answer's reward is here."""

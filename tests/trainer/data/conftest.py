@@ -32,6 +32,9 @@ class MemoryDataset:
     def read_mask(self, document: int, start: int, length: int) -> None:
         """Say that every token is trained."""
 
+    def read_margin(self, document: int) -> float:
+        return document / 4
+
 
 @pytest.fixture
 def make_dataset():

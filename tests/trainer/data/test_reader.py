@@ -26,6 +26,8 @@ def make_reader(make_dataset):
 
     def make(dp_rank=0, dp_size=1, micro_batch_size=1, size_at=lambda consumed: 16, packing="concat", **options):
         datasets = [make_dataset("a", [50, 60, 70, 300], 1), make_dataset("b", [90, 11, 200, 3, 4, 5], 1001)]
+        if packing == "scored_pairs":  # which rows hold whole
+            datasets = [make_dataset("a", [3, 5, 2, 6, 4, 4, 1, 2], 1), make_dataset("b", [2, 3, 5, 3], 1001)]
         blend = Blend([SOURCES[packing](dataset, SEQ_LEN, seed=5) for dataset in datasets], [2, 1])
         reader = BatchReader(
             blend,
