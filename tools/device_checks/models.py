@@ -1,4 +1,4 @@
-"""Several models on the device, at once and by turns: the same numbers, and memory that is really free between turns."""
+"""Several models on the device, at once and by turns: the same numbers, and memory that is free between turns."""
 
 from __future__ import annotations
 
