@@ -128,6 +128,24 @@ def generate(engine: Any) -> dict[str, int]:
     return dict(READS)
 
 
+def take_turns(engine: Any, batches: list[Any], objective: Any) -> None:
+    """Update a critic and score with a reward model, which lend each other the device's memory."""
+    from configs.roles import CRITIC, REWARD
+    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.forward import forward_values
+
+    parallel = engine.config.parallel.model_copy(update={"offload_models": True})
+    config = engine.config.model_copy(update={"parallel": parallel})
+    plans = {CRITIC: ModelPlan(config, True), REWARD: ModelPlan(config, False, head="scalar")}
+    models: Any = build_models(plans, engine.mesh)
+    for _ in range(NUM_STEPS):
+        models[REWARD].score(batches, forward_values)
+        models[CRITIC].train_step(batches, objective, 1e-3)
+    assert models[CRITIC]._weights.is_away and models[CRITIC]._update_memory.is_away and models[REWARD]._weights.is_away
+    for model in models.values():
+        model.close()
+
+
 def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, Any]:
     """Take steps of other objectives, an evaluation, scores, logits and answers; return what the host reads in some."""
     from trainer.engine.forward import forward_language_model, score_language_model
@@ -147,6 +165,8 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     engine.score(batches, forward_language_model)
     engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
     engine.compute_logits(batches[0].tokens)
+    if engine.mesh.tp_size > 1:  # once is enough, and with FP8 and adapters
+        take_turns(engine, batches, objective)
     return found | {"reads_of_generation": generate(engine)}
 
 

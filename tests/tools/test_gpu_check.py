@@ -133,7 +133,7 @@ def run_model_checks(place):
     import torch.distributed as dist
 
     from parallel.replaced_names import resolve
-    from tools.device_checks import conversations, lora, model, preferences, routers, steps
+    from tools.device_checks import conversations, lora, model, models, preferences, routers, steps
     from tools.one_rank import open_world
     from trainer.engine.engine import Engine
     from trainer.model.lora.adapter import Adapter
@@ -153,6 +153,7 @@ def run_model_checks(place):
         lambda: conversations.check_conversations(mesh),
         lambda: preferences.check_preferences(mesh),
         lambda: model.check_generation(mesh, "fp32"),
+        lambda: models.check_turns(mesh, "bf16"),
     ]
     with open_world("cpu") as mesh:
         sound = [check() for check in checks]
@@ -168,6 +169,7 @@ def run_model_checks(place):
             patch("trainer.stages.sft.with_sample_weights", weigh_all_tokens),
             patch("trainer.stages.comparisons.sum_by_sequence", lambda values, *_: values.flatten()[:4]),
             patch("trainer.model.attention.cache.CachedTokens.visible", see_all_keys),
+            patch("trainer.engine.turns.Turns._bring", bring_zeros),
         ]
         broken = []
         for check, fault in zip(checks, faults, strict=True):
@@ -185,6 +187,14 @@ def weigh_all_tokens(batch):
     columns = dict(with_sample_weights(batch).columns)
     columns["weights"] = batch.loss_mask * columns["ends"].sum() / batch.loss_mask.sum()
     return dataclasses.replace(batch, columns=columns)
+
+
+def bring_zeros(turns):
+    """Give memory back to the device without what was in it."""
+    for storage, copy in turns._copies.values():
+        storage.resize_(copy.numel())
+        storage.fill_(0)
+    turns.is_away = False
 
 
 def shift_labels(model, batch):
@@ -223,6 +233,7 @@ def test_what_a_model_must_do_on_any_device_is_seen(ranks):
             "losses differ by",
             "scores or losses differ by",
             "grouped: differs by",
+            "by turns and",
         ),
         strict=True,
     ):
