@@ -98,7 +98,7 @@ def score_by_transformers(export: Path, texts: list[tuple[str, str]]) -> list[fl
     return found
 
 
-def test_a_reward_model_scores_as_transformers_does_in_every_stage(ppo, train, questions, tmp_path):
+def test_four_models_by_turns_and_a_reward_model_that_scores_as_transformers_does(ppo, train, questions, tmp_path):
     pairs, seed, reward = tmp_path / "pairs.jsonl", tmp_path / "seed", tmp_path / "reward"
     rows = [{"prompt": f"{n}?", "chosen": f"is {n}", "rejected": f"no {n}"} for n in range(12)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -111,7 +111,10 @@ def test_a_reward_model_scores_as_transformers_does_in_every_stage(ppo, train, q
     assert train(1, *given, stage="reward") == (ExitCode.DONE, "")
     scored = f"grpo.reward_model={{init_from: {reward}, weight: 0.5}}"
     first = ("train.num_steps=1", "ppo.critic.warmup_steps=0", scored)
-    (row,) = ppo(2, "scored", *first, "parallel.pp=2", f"ppo.critic.init_from={reward}")
+    four = (*first, "parallel.tp=2", "parallel.pp=2", f"ppo.critic.init_from={reward}", "train.num_steps=2")
+    row, _ = rows = ppo(4, "scored", *four)
+    by_turns = ppo(4, "by_turns", *four, "parallel.offload_models=true")
+    assert [without_times(one) for one in by_turns] == [without_times(one) for one in rows]
     kept = rollouts_of(tmp_path / "scored")[1]
     values = [one["rewards"]["reward_model"] for one in kept]
     for one, value in zip(kept, values, strict=True):
