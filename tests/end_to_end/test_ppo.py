@@ -44,13 +44,18 @@ def ppo(questions, train, tmp_path):
     )  # fmt: skip
 
     def run(
-        world: int, name: str, *overrides: str, fault: str | None = None, refused: str | None = None
+        world: int,
+        name: str,
+        *overrides: str,
+        fault: str | None = None,
+        refused: str | None = None,
+        code: ExitCode = ExitCode.BAD_INPUT,
     ) -> list[dict[str, Any]]:
         run_dir = tmp_path / name
         words = (*fixed, f"run.dir={run_dir}", *overrides)
         if refused is not None:
-            code, said = train(world, *words, stage="ppo")
-            assert code == ExitCode.BAD_INPUT and "\n" not in said and re.search(refused, said), said
+            ended, said = train(world, *words, stage="ppo")
+            assert ended == code and "\n" not in said and re.search(refused, said), said
             return []
         if fault is None:
             assert train(world, *words, stage="ppo") == (ExitCode.DONE, "")
@@ -81,6 +86,11 @@ def test_a_killed_run_goes_on_to_the_same_curve_on_another_layout(ppo, tmp_path)
     for step, rollouts in whole.items():
         kept = rollouts_of(tmp_path / "killed")[step]
         assert [one["answers"] for one in kept] == [one["answers"] for one in rollouts]
+
+
+def test_a_critic_that_is_not_finite_is_named(ppo):
+    broken = ("ppo.critic.optimizer.lr=1e30", "ppo.critic.warmup_steps=0", "train.max_nonfinite_steps=1")
+    ppo(1, "broken", *broken, refused="critic: non-finite loss", code=ExitCode.NON_FINITE)
 
 
 def score_by_transformers(export: Path, texts: list[tuple[str, str]]) -> list[float]:
