@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_same_curve_on_another_layout(ppo, tmp_path)
 
 def test_a_critic_that_is_not_finite_is_named(ppo):
     broken = ("ppo.critic.optimizer.lr=1e30", "ppo.critic.warmup_steps=0", "train.max_nonfinite_steps=1")
-    ppo(1, "broken", *broken, refused="critic: non-finite loss", code=ExitCode.NON_FINITE)
+    ppo(1, "broken", *broken, refused="critic: non-finite .*lower ppo.critic.optimizer.lr", code=ExitCode.NON_FINITE)
 
 
 def score_by_transformers(export: Path, texts: list[tuple[str, str]]) -> list[float]:
@@ -130,10 +130,10 @@ def test_four_models_by_turns_and_a_reward_model_that_scores_as_transformers_doe
     for one, value in zip(kept, values, strict=True):
         assert one["score"] == pytest.approx(one["rewards"]["regex"] + 0.5 * value)
     assert row["reward/reward_model/mean"] == pytest.approx(np.mean(values)) and np.std(values) > 0.01
-    assert math.isfinite(row["validation_reward_model/questions"])
+    assert math.isfinite(rows[-1]["validation_reward_model/questions"])
     # an answer that begins with a space is written another way by the tokenizer when it is read whole
     told = [(one, value) for one, value in zip(kept, values, strict=True) if not one["answers"][0][:1].isspace()]
-    (export,) = (reward / "checkpoints").glob("step_*/hf")
+    export = reward / "checkpoints" / "step_00000003" / "hf"
     expected = score_by_transformers(export, [(one["prompt"], one["answers"][0]) for one, _ in told])
     assert len(told) > 8
     np.testing.assert_allclose([value for _, value in told], expected, rtol=0, atol=1e-4)
