@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
 from configs.stages import Config
@@ -13,6 +14,9 @@ from parallel.environment import Environment
 from parallel.platform import PlatformName, has_transformer_engine
 from parallel.platform.host_memory import host_memory_bytes
 from parallel.platform.processor import lacks_units
+
+if TYPE_CHECKING:
+    from configs.plan.others import Others
 
 _GIB = 2**30
 
@@ -119,6 +123,30 @@ def _check_weights(config: Config, _stage_name: str) -> None:
     if checkpoint is not None and os.path.exists(checkpoint):
         found = existing_checkpoint(checkpoint, "checkpoint.init_from")
         check_architecture(read_manifest(found), resolved_dict(config)["model"], found, is_warm_start=True)
+
+
+def find_others(config: Config, world_size: int, platform_name: PlatformName) -> tuple[Others, list[str]]:
+    """Return the models beside the policy that are on this machine, and what of them does not fit the run.
+
+    Of a run that goes on nothing is looked at: it has them in its checkpoint.
+    """
+    from configs.plan.others import OtherModel
+    from trainer.checkpoint.layout import latest_checkpoint
+    from trainer.run.second_models import find_second_model
+
+    others, problems = {}, []
+    is_fresh = config.checkpoint.resume in ("auto", "never") and latest_checkpoint(str(config.run.dir)) is None
+    for role, second in config.second_models.items():
+        if not os.path.exists(second.place):
+            continue
+        try:
+            found = find_second_model(second, config, world_size, platform_name)
+            others[role] = OtherModel(found.config, second.head, second.is_trained)
+        except BadInput as error:
+            problems += [str(error)] if is_fresh else []
+        except OSError as error:  # such as a folder inside that this user may not enter
+            problems += [describe_os_error(error)] if is_fresh else []
+    return others, problems
 
 
 def data_problems(config: Config) -> Iterator[str]:

@@ -10,7 +10,15 @@ import os
 
 from configs.errors import BadInput, ExitCode
 from configs.stages import Config
-from launch.checks import config_problems, data_problems, machine_problems, path_problems, slowness, start_problems
+from launch.checks import (
+    config_problems,
+    data_problems,
+    find_others,
+    machine_problems,
+    path_problems,
+    slowness,
+    start_problems,
+)
 from parallel.environment import Environment
 from parallel.platform import CLUSTER_PLATFORM, PlatformName, detect_platform_name, has_transformer_engine
 
@@ -31,11 +39,12 @@ def dry_run(
         world_size = _fewest_ranks(config) if is_fewest else environment.world_size
     platform_name = detect_platform_name()
     problems = problems + plan_problems(config, stage_name, world_size, CLUSTER_PLATFORM)
-    if problems:
-        raise BadInput("\n".join(problems))
+    others, misfits = find_others(config, world_size, CLUSTER_PLATFORM)
+    if problems or misfits:
+        raise BadInput("\n".join([*problems, *misfits]))
     order = _order_of_data(config)
     if environment.rank == 0:
-        print(describe(config, derive_layout(config, world_size), is_fewest=is_fewest))
+        print(describe(config, derive_layout(config, world_size), is_fewest=is_fewest, others=others))
         for sentence in order:
             print(f"order of data    {sentence}")
         here = config_problems(config, world_size, platform_name, has_te=has_transformer_engine())

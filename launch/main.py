@@ -18,6 +18,7 @@ from configs.stages import Config
 from launch.causes import describe_cause, describe_continuation, describe_os_error
 from launch.checks import (
     config_problems,
+    find_others,
     machine_problems,
     memory_problem,
     path_problems,
@@ -112,7 +113,9 @@ def _check(
     problems += machine_problems(config, platform_name)
     # What was queued again may still be finishing a checkpoint: under the run's lock it is looked at again anyway.
     start = [] if environment.is_restart else start_problems(config, stage_name)
-    problems += path_problems(config) or [*find_data_problems(config), *start]  # a closed path is not looked into
+    _, others = find_others(config, environment.world_size, platform_name)
+    # a closed path is not looked into
+    problems += path_problems(config) or [*find_data_problems(config), *start, *others]
     if problems:
         raise BadInput("\n".join(problems))
     problem = memory_problem(config, environment, platform_name)

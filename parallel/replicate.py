@@ -66,6 +66,12 @@ def gather_parameters(replicas: list[Any]) -> None:
             replica.start_param_sync(force_sync=True)
 
 
+def count_gradient_bytes(replicas: list[Any]) -> int:
+    """Return the bytes of the gradient buffers, also while their memory is freed."""
+    buffers = (buffer for replica in replicas for buffer in replica.buffers + replica.expert_parallel_buffers)
+    return sum(buffer.grad_data.nbytes for buffer in buffers)
+
+
 def free_gradients(replicas: list[Any]) -> None:
     """Free the memory of the gradient buffers; their contents are lost."""
     with _quiet():

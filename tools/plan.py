@@ -19,6 +19,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 from configs.errors import BadInput
 from configs.load import load_config
 from configs.plan.devices import DEVICES, find_device
+from configs.plan.others import OtherModel, Others
 from configs.search.search import RESERVE, Found, Machine, Plan, search
 from configs.sections.parallel import ParallelConfig
 from configs.stages import STAGE_CONFIGS, Config
@@ -86,9 +87,10 @@ def _run(arguments: argparse.Namespace, differing: list[str]) -> None:
             differing.append(arguments.rehearse)
         return
     wanted = _wanted(arguments.why)
-    found = search(config, machine)
+    others = _others(config)
+    found = search(config, machine, others=others)
     if wanted:
-        print("\n".join(_why(config, machine, found, wanted)))
+        print("\n".join(_why(config, machine, found, wanted, others)))
         return
     if not found.plans:
         raise BadInput(_nothing(found, machine))
@@ -138,9 +140,23 @@ def _wanted(text: str | None) -> dict[str, int]:
     return wanted
 
 
-def _why(config: Config, machine: Machine, all_found: Found, wanted: dict[str, int]) -> Iterator[str]:
+def _others(config: Config) -> Others:
+    """Return the models beside the policy, whatever layout they fit; those that are not on this machine are told."""
+    from trainer.run.second_models import look_at
+
+    others = {}
+    for role, second in config.second_models.items():
+        if Path(second.place).exists():
+            others[role] = OtherModel(look_at(second, config), second.head, second.is_trained)
+            print(f"{role:<12} {others[role].describe()} ({second.field}: {second.place})")
+        else:
+            print(f"{role:<12} {second.field}: {second.place} is not on this machine, and not counted")
+    return others
+
+
+def _why(config: Config, machine: Machine, all_found: Found, wanted: dict[str, int], others: Others) -> Iterator[str]:
     """Yield what became of the layouts with some sizes, beside the fastest of all."""
-    found = search(config, machine, lambda parallel: _has_sizes(parallel, machine, wanted))
+    found = search(config, machine, lambda parallel: _has_sizes(parallel, machine, wanted), others)
     micro_batch = wanted.get("mbs")
     plans = [one for one in found.plans if micro_batch in (None, one.config.train.micro_batch_size)]
     refused = sum(found.refused.values())

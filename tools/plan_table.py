@@ -12,7 +12,7 @@ HEAD = (
     "GiB", "s/step", "tokens/s/GPU", "TFLOP/s", "bubble", "waiting",
 )  # fmt: skip
 TIME_PARTS = ("compute", "host", "tp", "cp", "ep", "pp", "bubble", "dp", "update")
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "other_models")
 
 
 def split_text(plan: Plan | Large) -> str:
@@ -84,7 +84,8 @@ def overrides_of(plan: Plan | Large) -> list[str]:
 def describe_plan(plan: Plan, machine: Machine) -> Iterator[str]:
     """Yield the lines that say what a layout takes: memory by kind, time by kind, bytes over each axis."""
     memory, step = plan.memory, plan.step
-    parts = ", ".join(f"{kind} {getattr(memory, kind) / GIB:.2f}" for kind in MEMORY_PARTS)
+    sizes = {kind.replace("_", " "): getattr(memory, kind) / GIB for kind in MEMORY_PARTS}
+    parts = ", ".join(f"{kind} {size:.2f}" for kind, size in sizes.items() if size or kind != "other models")
     reserve = (machine.device.memory_bytes - machine.usable_bytes) / GIB
     yield f"memory, GiB  {memory.total / GIB:.2f} of {machine.device.memory_bytes / GIB:.1f} on pipeline stage " + (
         f"{memory.pp_rank}: {parts}; {reserve:.1f} kept for buffers and fragmentation"

@@ -48,10 +48,13 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    other_models: int = 0
+    """What models beside this one add (`configs.plan.others`)."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        own = self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return own + self.other_models
 
 
 _Kind = Literal["none", "tp", "expert"]

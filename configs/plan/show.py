@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from types import MappingProxyType
 
 import yaml
 
@@ -20,9 +21,10 @@ from configs.plan.derive import (
     tokens_after,
     tokens_per_step,
 )
-from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
+from configs.plan.estimate import count_parameters, parameters_per_rank
 from configs.plan.flops import flops_per_step
 from configs.plan.kv_cache import plan_cache
+from configs.plan.others import Others, estimate_together
 from configs.stages import STAGE_CONFIGS, Config, GrpoConfig, PpoConfig, RftConfig, Split
 
 _MIB, _GIB = 2**20, 2**30
@@ -43,16 +45,17 @@ def field_help(stage: str) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def describe(config: Config, layout: Layout, *, is_fewest: bool = False) -> str:
+def describe(config: Config, layout: Layout, *, is_fewest: bool = False, others: Others = MappingProxyType({})) -> str:
     """Return the resolved config as YAML and, below it, what follows from it on this layout.
 
-    `is_fewest` says that nobody asked for this number of ranks: it is the least that the layout fits.
+    `is_fewest` says that nobody asked for this number of ranks: it is the least that the layout fits. `others` are the
+    models beside the policy that are on this machine.
     """
     resolved = yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True, width=120)
     rows = [
         *_layout_rows(config, layout, is_fewest),
         *_batch_rows(config, layout),
-        *_size_rows(config, layout),
+        *_size_rows(config, layout, others),
         *data_rows(config),
     ]
     width = max(len(name) for name, _ in rows)
@@ -129,9 +132,9 @@ def _update_rows(config: GrpoConfig, layout: Layout) -> Iterable[tuple[str, str]
     )
 
 
-def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
+def _size_rows(config: Config, layout: Layout, others: Others) -> Iterable[tuple[str, str]]:
     model = config.model
-    count, memory = count_parameters(model, config.head), estimate_memory(config, layout)
+    count, memory = count_parameters(model, config.head), estimate_together(config, layout, others)
     padded = padded_vocab_size(model)
     yield "vocabulary", f"{model.vocab_size:,} ids, padded to {padded:,}"
     yield "parameters", f"{count.total:,} ({count.embedding:,} in the vocabulary)"
@@ -144,9 +147,10 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     yield name, f"{parameters_per_rank(config, layout):,} on the fullest rank"
     fullest = f"on the fullest rank (pipeline stage {memory.pp_rank}), without buffers and fragmentation"
     yield "estimated memory", f"{_size_text(memory.total)} {fullest}"
-    for kind in ("weights", "gradients", "optimizer", "activations", "logits"):
+    for kind in ("weights", "gradients", "optimizer", "activations", "logits", "other_models"):
         if getattr(memory, kind):
-            yield f"  {kind}", _size_text(getattr(memory, kind))
+            yield f"  {kind.replace('_', ' ')}", _size_text(getattr(memory, kind))
+    yield from _other_rows(config, layout, others)
     needed = memory.total
     if isinstance(config, GrpoConfig):
         num_rows, cache = plan_cache(config)
@@ -165,6 +169,24 @@ def _size_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
             f"model TFLOPs per {'update' if isinstance(config, GrpoConfig) else 'step'}",
             f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}",
         )
+
+
+def _other_rows(config: Config, layout: Layout, others: Others) -> Iterable[tuple[str, str]]:
+    """Say of each model beside the policy what it is and takes, and what all take at once and by turns."""
+    for role, second in config.second_models.items():
+        if role in others:
+            fullest = max(others[role].estimate(config, layout), key=lambda stage: stage.total)
+            yield role, f"{others[role].describe()}, {_size_text(fullest.total)} ({second.field}: {second.place})"
+        else:
+            yield role, f"{second.field}: {second.place} is not on this machine, and not counted"
+    if not others:
+        return
+    parallel = config.parallel
+    for is_by_turns, name in ((False, "all at once"), (True, "by turns")):
+        update = {"parallel": parallel.model_copy(update={"offload_models": is_by_turns})}
+        total = estimate_together(config.model_copy(update=update), layout, others).total
+        chosen = ", as here" if is_by_turns == parallel.offload_models else ""
+        yield f"  {name}", f"{_size_text(total)} (parallel.offload_models={str(is_by_turns).lower()}{chosen})"
 
 
 def _fitting_device(num_bytes: int) -> str:

@@ -31,6 +31,25 @@ def check_stage(config: Config) -> Iterator[str]:
         needs = "LoRA adapts"
     if needs is not None:
         yield from _check_has_weights(config, needs)
+    yield from _check_offload(config)
+
+
+def _check_offload(config: Config) -> Iterator[str]:
+    """Yield why models cannot rest on the host, or need not."""
+    if not config.parallel.offload_models:
+        return
+    draws_answers = isinstance(config, GrpoConfig) and not isinstance(config, RftConfig)
+    if not draws_answers and not config.second_models:
+        yield (
+            "parallel.offload_models: this run has one model, which computes all the time, and nothing to do by turns; "
+            "a value that would work: false"
+        )
+    fp8 = config.precision.fp8
+    if fp8 is not None and fp8.param_gather:
+        yield (
+            "parallel.offload_models: weights that are in FP8 alone (precision.fp8.param_gather) stay on the device; "
+            "a value that would work: false"
+        )
 
 
 def _check_has_weights(config: Config, needs: str) -> Iterator[str]:

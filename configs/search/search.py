@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from configs.fp8 import uses_te_layers
 from configs.plan.derive import Layout, derive_layout
 from configs.plan.devices import Device
-from configs.plan.estimate import MemoryEstimate, estimate_memory, parameters_of_stages
+from configs.plan.estimate import MemoryEstimate, parameters_of_stages
+from configs.plan.others import Others, estimate_together
 from configs.plan.step_time import StepModel, StepTime
 from configs.rules.check import check_config
 from configs.rules.layout import check_layout
@@ -71,8 +73,13 @@ class Found:
     """Of each such field, one sentence."""
 
 
-def search(config: Config, machine: Machine, is_wanted: Callable[[ParallelConfig], bool] = lambda _: True) -> Found:
-    """Judge every layout that `is_wanted`.
+def search(
+    config: Config,
+    machine: Machine,
+    is_wanted: Callable[[ParallelConfig], bool] = lambda _: True,
+    others: Others = MappingProxyType({}),
+) -> Found:
+    """Judge every layout that `is_wanted`, also by the `others`, the models beside the policy.
 
     Layouts that break a rule are counted once, whatever their microbatch and recomputation.
     """
@@ -84,6 +91,7 @@ def search(config: Config, machine: Machine, is_wanted: Callable[[ParallelConfig
         train = _train(config, micro_batch_size=1, recompute=options[0])
         one = config.model_copy(update={"parallel": parallel, "train": train})
         problems = check_config(one, machine.gpus, platform=machine.platform, has_te=machine.has_te)
+        problems += _check_others(one, machine, others)
         if problems:
             name = problems[0].split(":")[0]
             found.refused[name] += 1
@@ -91,18 +99,34 @@ def search(config: Config, machine: Machine, is_wanted: Callable[[ParallelConfig
             continue
         layout = derive_layout(one, machine.gpus)
         smallest = one.model_copy(update={"train": _train(one, recompute=options[-1])})
-        memory = estimate_memory(smallest, layout)
+        memory = estimate_together(smallest, layout, others)
         if memory.total > machine.usable_bytes:
             found.too_large.append(Large(smallest, layout, memory))
             continue
-        _judge_variants(one, layout, machine, options, found)
+        _judge_variants(one, layout, machine, options, found, others)
     found.plans.sort(key=lambda plan: plan.step.total)
     found.too_large.sort(key=lambda plan: plan.memory.total)
     return found
 
 
+def _check_others(config: Config, machine: Machine, others: Others) -> list[str]:
+    """Return every rule of the layout that a model beside the policy breaks, one sentence each, after its role."""
+    return [
+        f"{role}: {problem}"
+        for role, other in others.items()
+        for problem in check_layout(
+            other.on_layout(config), machine.gpus, platform=machine.platform, has_te=machine.has_te
+        )
+    ]
+
+
 def _judge_variants(
-    config: Config, layout: Layout, machine: Machine, options: Sequence[RecomputeConfig], found: Found
+    config: Config,
+    layout: Layout,
+    machine: Machine,
+    options: Sequence[RecomputeConfig],
+    found: Found,
+    others: Others,
 ) -> None:
     """Judge a legal layout with every microbatch and recomputation."""
     use_te = uses_te_layers(config, has_te=machine.has_te)
@@ -115,7 +139,7 @@ def _judge_variants(
         model = None
         for recompute in options:
             one = config.model_copy(update={"train": train.model_copy(update={"recompute": recompute})})
-            memory = estimate_memory(one, layout, parameters)
+            memory = estimate_together(one, layout, others, parameters)
             if memory.total > machine.usable_bytes:
                 found.too_large.append(Large(one, layout, memory))
                 continue

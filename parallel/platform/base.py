@@ -71,6 +71,13 @@ class Platform(Protocol):
         """Return the most memory this process has held: on the device, or resident where there is none."""
         ...
 
+    def measure_peak(self) -> AbstractContextManager[list[int]]:
+        """Note the most device memory, in bytes, that was held within the context; nothing where that is not known.
+
+        Not to be nested.
+        """
+        ...
+
     def peak_tflops(self) -> Mapping[str, float]:
         """Return the dense peak in TFLOP/s by number format (`bf16`, `fp8`), empty where unknown."""
         ...

@@ -63,6 +63,11 @@ class CpuPlatform:
         """Return the largest resident set of this process so far, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    @contextlib.contextmanager
+    def measure_peak(self) -> Iterator[list[int]]:
+        """Note nothing: the resident set has no peak that could begin anew."""
+        yield []
+
     def peak_tflops(self) -> Mapping[str, float]:
         """Return nothing: no vendor states a peak for this CPU that MFU could be measured against."""
         return {}

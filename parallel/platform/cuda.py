@@ -30,6 +30,10 @@ class CudaPlatform:
     queues_collectives = True
     overlaps_communication = True
 
+    def __init__(self) -> None:
+        self._peak = 0
+        """Of the memory allocated before the allocator last began anew to look for it."""
+
     def activate(self, local_rank: int) -> torch.device:
         """Make GPU `local_rank` current and return it."""
         # Lets tensor-parallel communication start before the matmul queued after it; read when the context is made.
@@ -71,7 +75,16 @@ class CudaPlatform:
 
     def peak_memory_bytes(self) -> int:
         """Return the most GPU memory allocated so far, in bytes."""
-        return torch.cuda.max_memory_allocated()
+        return max(self._peak, torch.cuda.max_memory_allocated())
+
+    @contextlib.contextmanager
+    def measure_peak(self) -> Iterator[list[int]]:
+        """Note the most GPU memory that was allocated within the context."""
+        found: list[int] = []
+        self._peak = self.peak_memory_bytes()
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found.append(torch.cuda.max_memory_allocated())
 
     def peak_tflops(self) -> Mapping[str, float]:
         """Return the datasheet's dense peaks of this GPU, empty for an unknown one."""

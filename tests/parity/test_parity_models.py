@@ -32,16 +32,18 @@ CRITIC_RATE = 1e-2
 
 
 def make_configs(
-    name: str, *, policy: dict[str, Any] | None = None, further: Any = None, parallel: Any = None
+    name: str, *, policy: dict[str, Any] | None = None, further: Any = None, offload_models: bool = False
 ) -> tuple[int, Config, Config]:
     """Return the number of ranks, the policy's config, and that of a critic of another shape and optimizer."""
     world, axes = LAYOUTS[name]
     sections = {"train": {"num_steps": 4}, **(further or {})}
     # With tp experts want the sequence split.
-    sections["parallel"] = {**axes, "sp": "tp" in axes, **sections.get("parallel", {}), **(parallel or {})}
+    sections["parallel"] = {**axes, "sp": "tp" in axes, **sections.get("parallel", {})}
     config = small_config(world, model=policy or {}, **sections)
     optimizer = {"lr": CRITIC_RATE, "min_lr": 1e-3, "eps": 1e-6, "clip_grad": 0.05}
-    return world, config, small_config(world, model=CRITIC_MODEL, optimizer=optimizer, **sections)
+    critic = small_config(world, model=CRITIC_MODEL, optimizer=optimizer, **sections)
+    parallel = config.parallel.model_copy(update={"offload_models": offload_models})
+    return world, *(one.model_copy(update={"parallel": parallel}) for one in (config, critic))
 
 
 @contextlib.contextmanager
@@ -188,7 +190,9 @@ def run_by_turns(place: Place, config: Config, critic: Config, run_dir: str) -> 
         save_checkpoint(models["policy"], state, stage, Path(run_dir))
         at_rest = {role: resident_bytes(model) for role, model in models.items()}
         with models["critic"].on_device(for_updates=True), models["teacher"].on_device():
-            return at_rest, {role: resident_bytes(models[role]) for role in ("critic", "teacher")}
+            in_turn = {role: resident_bytes(models[role]) for role in ("critic", "teacher")}
+            assert in_turn == {role: models[role].num_bytes for role in in_turn}
+            return at_rest, in_turn
 
 
 @pytest.mark.parametrize(("name", "further"), [("tp2_pp2", {"precision": {"compute": "bf16"}}), ("dp2", OVERLAPPED)])
@@ -196,7 +200,7 @@ def test_numbers_are_the_same_by_turns(ranks, tmp_path, name, further):
     """Also where the gather of updated weights overlaps the next forward pass, and with main weights beside bf16."""
     world, config, critic = make_configs(name, further=further)
     stays = ranks.run(run_all, config, critic, critic, None, world=world)[0]
-    _, config, critic = make_configs(name, further=further, parallel={"offload_models": True})
+    _, config, critic = make_configs(name, further=further, offload_models=True)
     at_rest, in_turn = ranks.run(run_by_turns, config, critic, str(tmp_path), world=world)[0]
     turns = ranks.run(resume_all, config, critic, str(tmp_path), world=world)[0]
     for role in ("policy", "critic"):

@@ -19,7 +19,13 @@ from configs.roles import HeadKind
 from configs.stages import Config
 from parallel.collectives import sum_over_microbatch_ranks
 from parallel.mesh import Mesh
-from parallel.replicate import free_gradients, gather_parameters, resolve_overlap, restore_gradients
+from parallel.replicate import (
+    count_gradient_bytes,
+    free_gradients,
+    gather_parameters,
+    resolve_overlap,
+    restore_gradients,
+)
 from parallel.schedule import finalize_gradients
 from parallel.watch.phases import phase
 from trainer.data.batch import Batch
@@ -74,7 +80,7 @@ class Engine(ShardedModel):
 
         Where nothing of the batch counts, or a number is not finite, the weights stay as they are.
         """
-        with self.on_device(for_updates=True):
+        with self.on_device(for_updates=True), self._measuring():
             return self._train_step(batches, objective, learning_rate)
 
     def _train_step(self, batches: Sequence[Batch], objective: Objective, learning_rate: float) -> StepResult:
@@ -130,6 +136,11 @@ class Engine(ShardedModel):
         """Return which ranks and data made the last step non-finite."""
         with self.on_device(for_updates=True):
             return describe_fault(self._report, self.modules, self.mesh)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's part of weights, gradients, main weights and moments, wherever they are."""
+        return super().num_bytes + count_gradient_bytes(self.modules) + self._update_memory.num_bytes
 
     @contextmanager
     def on_device(self, *, for_updates: bool = False) -> Iterator[None]:

@@ -70,12 +70,30 @@ class ShardedModel:
         self.fp8 = fp8
         self.adapter = adapter
         self.head = head
+        self._measured_peak = 0
         self._weights = Turns(self._find_weights, mesh.platform, is_constant=not self.is_trained)
 
     @property
     def chunks(self) -> list[Any]:
         """The bare model chunks of this rank."""
         return self.modules
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's part of the model, wherever they are."""
+        return self._weights.num_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the device held while this model computed; where that is not known, its own bytes."""
+        return self._measured_peak or self.num_bytes
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Take note of the most that the device holds within the context."""
+        with self.mesh.platform.measure_peak() as found:
+            yield
+        self._measured_peak = max(self._measured_peak, *found, 0)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -123,7 +141,8 @@ class ShardedModel:
             shown = output.log_probs if isinstance(output, TokenScores) else output
             return shown, lambda shown, non_loss_data: output
 
-        outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
+        with self._measuring():
+            outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
         return [output.map(gather) if isinstance(output, TokenScores) else gather(output) for output in outputs]
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 from configs.errors import NonFinite
 from configs.stages import Config
@@ -15,6 +16,7 @@ from parallel.mesh import Mesh
 from parallel.watch.phases import phase
 from trainer.checkpoint.layout import BEST, best_checkpoint, checkpoints_dir, step_of
 from trainer.checkpoint.save import CheckpointWriter
+from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.state import StepResult, TrainState
 from trainer.evaluate.validation import VALIDATION_LOSS, VALIDATION_PERPLEXITY, VALIDATION_SCORE
 from trainer.report.reporter import Reporter
@@ -41,7 +43,9 @@ class Hooks:
         signals: StopSignals,
         lock: RunLock,
         stragglers: StragglerReport,
+        models: Mapping[str, ShardedModel],
     ) -> None:
+        """The memory of `models`, by role, is reported where there are several."""
         self._config = config
         self._mesh = mesh
         self._stage = stage
@@ -50,6 +54,8 @@ class Hooks:
         self._signals = signals
         self._lock = lock
         self._stragglers = stragglers
+        self._models = dict(models) if len(models) > 1 else {}
+        self._has_told_memory = False
         self._first_validation: dict[str, float] = {}
         self._last_validation: dict[str, float] = {}
         self._last_validation_step = -1
@@ -92,6 +98,7 @@ class Hooks:
         extras |= self._stragglers.after_step(state.step)
         started = time.perf_counter()
         is_any_rank_writing, extras["peak_memory_gb"] = self._vote()
+        extras |= self._measure_models()
         self._checkpoints.publish_if_written(is_any_rank_writing=is_any_rank_writing)
         save_every = self._config.checkpoint.save_every
         # Weights that give non-finite losses must not push the last good ones out of the retention.
@@ -155,6 +162,19 @@ class Hooks:
         is_stop, is_writing, peak_memory = max_over_ranks(mine, mesh.device)
         self._signals.is_agreed = self._signals.is_agreed or bool(is_stop)
         return bool(is_writing), peak_memory
+
+    def _measure_models(self) -> dict[str, float]:
+        """Return the peak memory of each of several models in GB, on the rank that has most, and tell it once."""
+        if not self._models:
+            return {}
+        peaks = max_over_ranks([model.peak_bytes / 1e9 for model in self._models.values()], self._mesh.device)
+        found = dict(zip(self._models, peaks, strict=True))
+        if not self._has_told_memory:
+            self._has_told_memory = True
+            turns = "by turns" if self._config.parallel.offload_models else "all on the device"
+            told = ", ".join(f"{role} {peak:.3g} GB" for role, peak in found.items())
+            log.info("peak memory by model, on the fullest rank of each: %s (%s)", told, turns)
+        return {f"peak_memory_gb/{role}": peak for role, peak in found.items()}
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         with phase("evaluate"):

@@ -128,7 +128,7 @@ def _run_locked(
                 on_all_ranks(lambda: stage.start(state))
                 for sentence in corpus.describe_order():
                     log.info(sentence)
-            state = _fit(config, environment, mesh, start, found, stage, state, signals, lock, watch)
+            state = _fit(config, environment, mesh, start, found, models, stage, state, signals, lock, watch)
         finally:
             stage.close()
         if signals.is_agreed and state.step < config.train.num_steps:
@@ -163,6 +163,7 @@ def _fit(
     mesh: Mesh,
     start: Start,
     found: Mapping[str, FoundModel],
+    models: Mapping[str, ShardedModel],
     stage: Stage,
     state: TrainState,
     signals: StopSignals,
@@ -194,6 +195,7 @@ def _fit(
         signals=signals,
         lock=lock,
         stragglers=StragglerReport(mesh, watch),
+        models=models,
     )
     if is_exporting and start.resume_from is not None and lacks_export(start.resume_from, run_dir):
         export_run_checkpoint(config, mesh, start.resume_from)

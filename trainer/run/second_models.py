@@ -60,22 +60,41 @@ def find_second_models(
     """
     if not config.second_models:
         return {}
-    manifest = None if resume_from is None else read_manifest(resume_from)
+    saved = None if resume_from is None else read_manifest(resume_from).models or {}
     found = {}
     for role, second in config.second_models.items():
-        record = None if manifest is None else (manifest.models or {}).get(role)
-        if manifest is not None and record is None:
+        if saved is not None and role not in saved:
             raise BadInput(
                 f"{second.field}: {resume_from} was saved by a run without it; {another_run(config)} (with "
                 f"checkpoint.init_from={resume_from} from its weights)."
             )
-        try:
-            found[role] = _resumed(second, config, record) if record is not None else _fresh(second, config)
-        except BadInput as error:
-            text = str(error)
-            raise BadInput(text if text.startswith(second.field) else f"{second.field}: {text}") from error
-        _check_fits(found[role], world_size, platform)
+        found[role] = find_second_model(second, config, world_size, platform, None if saved is None else saved[role])
     return found
+
+
+def find_second_model(
+    second: SecondModel,
+    config: Config,
+    world_size: int,
+    platform: PlatformName,
+    record: Mapping[str, Any] | None = None,
+) -> FoundModel:
+    """Return what lies at a place, or what the `record` of a checkpoint says; refused as by `find_second_models`."""
+    try:
+        found = _fresh(second, config) if record is None else _resumed(second, config, record)
+    except BadInput as error:
+        text = str(error)
+        raise BadInput(text if text.startswith(second.field) else f"{second.field}: {text}") from error
+    _check_fits(found, world_size, platform)
+    return found
+
+
+def look_at(second: SecondModel, config: Config) -> Config:
+    """Return the run's config for the model at a place, on whatever layout. Raises BadInput where there is none."""
+    try:
+        return _own_config(second, config, _look(second.place)[1])
+    except BadInput as error:
+        raise BadInput(f"{second.field}: {error}") from error
 
 
 def plan_models(config: Config, found: Mapping[str, FoundModel]) -> dict[str, ModelPlan]:

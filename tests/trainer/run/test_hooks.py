@@ -32,7 +32,7 @@ def make_hooks(calls: list[str], **sections: Any) -> Any:
     return hooks.Hooks(
         small_config(**sections), SimpleNamespace(platform=platform, device=None), SimpleNamespace(),
         reporter=Recorder(calls, "reporter"), checkpoints=writer, signals=signals, lock=Recorder(calls, "lock"),
-        stragglers=SimpleNamespace(after_step=lambda step: {}),
+        stragglers=SimpleNamespace(after_step=lambda step: {}), models={},
     )  # fmt: skip
 
 
