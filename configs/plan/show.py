@@ -114,7 +114,7 @@ def _update_rows(config: GrpoConfig, layout: Layout) -> Iterable[tuple[str, str]
     size = f"{config.train.micro_batch_size} x {config.train.seq_len} tokens"
     yield "microbatches per update", f"{most} of {size} at most; answers are packed"
     held = f"divergence {method.kl_coefficient:g} x {method.kl_estimator} in the {method.kl_place}"
-    advantages = method.advantage
+    advantages: str = method.advantage
     if isinstance(config, PpoConfig):
         ppo = config.ppo
         own = f"{ppo.gae_lambda:g}" if ppo.length_alpha is None else f"1 - 1 / ({ppo.length_alpha:g} tokens)"
