@@ -133,7 +133,7 @@ def run_model_checks(place):
     import torch.distributed as dist
 
     from parallel.replaced_names import resolve
-    from tools.device_checks import conversations, lora, model, routers, steps
+    from tools.device_checks import conversations, lora, model, models, routers, steps
     from tools.one_rank import open_world
     from trainer.engine.engine import Engine
     from trainer.model.lora.adapter import Adapter
@@ -152,6 +152,7 @@ def run_model_checks(place):
         lambda: lora.check_lora(mesh, "bf16"),
         lambda: conversations.check_conversations(mesh),
         lambda: model.check_generation(mesh, "fp32"),
+        lambda: models.check_turns(mesh, "bf16"),
     ]
     with open_world("cpu") as mesh:
         sound = [check() for check in checks]
@@ -166,6 +167,7 @@ def run_model_checks(place):
             patch.object(Adapter, "merge", lambda self: None),
             patch("trainer.stages.sft.with_sample_weights", weigh_all_tokens),
             patch("trainer.model.attention.cache.CachedTokens.visible", see_all_keys),
+            patch("trainer.engine.turns.Turns._bring", bring_zeros),
         ]
         broken = []
         for check, fault in zip(checks, faults, strict=True):
@@ -183,6 +185,14 @@ def weigh_all_tokens(batch):
     columns = dict(with_sample_weights(batch).columns)
     columns["weights"] = batch.loss_mask * columns["ends"].sum() / batch.loss_mask.sum()
     return dataclasses.replace(batch, columns=columns)
+
+
+def bring_zeros(turns):
+    """Give memory back to the device without what was in it."""
+    for storage, copy in turns._copies.values():
+        storage.resize_(copy.numel())
+        storage.fill_(0)
+    turns.is_away = False
 
 
 def shift_labels(model, batch):
