@@ -10,11 +10,13 @@ CODE := configs parallel trainer launch tools tests
 
 LONG := --data data/stdlib/validation --lengths 256,512,1024,2048 --digits 2 --keys 10
 TWO_RANKS := $(PYTHON) -m launch.local --nproc-per-node 2
+# Tests of one file stay together, as they share what they set up.
+TWO_PROCESSES := -n 2 --dist loadfile
 LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-reward demo-grpo demo-ppo demo-calculator test test-cluster test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-online-dpo demo-reward demo-distill demo-grpo demo-ppo demo-calculator test test-cluster test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,10 +58,21 @@ demo-preference: setup  ## teach that model by pairs of a right and a wrong answ
 	$(PYTHON) tools/make_small_tasks.py --tasks pairs --rows 3000 --out data/pairs
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/preference.py configs/demo/preference.yaml
 
+demo-online-dpo: setup  ## teach that model by pairs of its own answers in three rounds, and ask it before and after
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/online_dpo.py configs/demo/online_dpo.yaml
+
 demo-reward: setup  ## make a reward model of that model from such pairs: how often it prefers the right answer
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
 	$(PYTHON) tools/make_small_tasks.py --tasks pairs --rows 3000 --out data/pairs
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/reward.py configs/demo/reward.yaml
+
+demo-distill: setup  ## teach a model half the size what that model says of each token, beside one that has labels alone
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) tools/make_small_tasks.py --rows 1000 --out data/few_tasks
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/distill.py configs/demo/distill.yaml
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/distill.py configs/demo/distill.yaml \
+	    run.name=demo_labels distill.label_weight=1
 
 demo-grpo: setup  ## reward that model for right answers, from where fine-tuning left it
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
@@ -77,20 +90,21 @@ demo-calculator: setup  ## teach the model of long texts to ask a calculator, an
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/calculator_grpo.yaml
 
 test: setup  ## run every test
-	$(PYTHON) -m pytest --ignore=tests/cluster
+	$(PYTHON) -m pytest $(TWO_PROCESSES) --ignore=tests/cluster
 
 test-cluster: setup  ## run jobs in a SLURM on this machine, which is installed where it is missing (root, Debian)
 	tests/cluster/slurm_lab.sh install
 	$(PYTHON) -m pytest tests/cluster
 
 test-fast: setup  ## run the tests that take seconds
-	$(PYTHON) -m pytest -m "not slow" --ignore=tests/cluster
+	$(PYTHON) -m pytest $(TWO_PROCESSES) -m "not slow" --ignore=tests/cluster
 
 bench: setup  ## measure tokens/s against bare megatron-core, Hugging Face Trainer and TRL, and what else tools/bench/ has
 	$(PYTHON) tools/bench/throughput.py
 	$(PYTHON) tools/bench/sft.py
 	$(PYTHON) tools/bench/conversion.py
 	$(PYTHON) tools/bench/context_parallel.py
+	$(PYTHON) tools/bench/preference.py
 	OMP_NUM_THREADS=1 $(PYTHON) tools/bench/generation.py
 	$(PYTHON) tools/bench/grpo.py
 

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from configs.roles import CRITIC, REWARD, HeadKind, SecondModel
+from configs.roles import CRITIC, REWARD, TEACHER, HeadKind, SecondModel
 from configs.sections.base import Section
 from configs.sections.checkpoint import CheckpointConfig
 from configs.sections.comparisons import ComparisonsSection
 from configs.sections.data import DataConfig
+from configs.sections.distill import DistillSection
 from configs.sections.grpo import GrpoSection
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
@@ -111,7 +112,7 @@ class SftConfig(Config):
         return f"sft.{split}"
 
     @property
-    def chat_template(self) -> tuple[str, str | None]:
+    def chat_template(self) -> tuple[str, str | None] | None:
         """The field of the chat template, and its value."""
         return "sft.template", self.sft.template
 
@@ -128,6 +129,72 @@ class SftConfig(Config):
     def has_document_mask(self) -> bool:
         """Attention stays within conversations."""
         return True
+
+
+class DistillConfig(SftConfig):
+    """Learning from a teacher: the conversations of fine-tuning, or pretraining's text where `sft` names none, whose
+    targets are another model's distributions."""
+
+    distill: DistillSection = DistillSection()
+    rollout: RolloutSection = RolloutSection()
+
+    @property
+    def is_of_text(self) -> bool:
+        """Whether `data` names what is read."""
+        return bool(self.data.train) and not self.sft.train
+
+    def sources(self, split: Split) -> Sequence[Any]:
+        """Return the sources of conversations or of text."""
+        return Config.sources(self, split) if self.is_of_text else super().sources(split)
+
+    def source_field(self, split: Split) -> str:
+        """Return the field of the sources."""
+        return Config.source_field(self, split) if self.is_of_text else super().source_field(split)
+
+    @property
+    def chat_template(self) -> tuple[str, str | None] | None:
+        """The field of the chat template, and its value; None for text."""
+        return None if self.is_of_text else super().chat_template
+
+    @property
+    def packing(self) -> str:
+        """How rows are made of conversations or of documents."""
+        return self.data.packing if self.is_of_text else super().packing
+
+    def packing_setting(self, packing: str) -> tuple[str, str]:
+        """Return the field that chooses `packing`, and the value with which it does."""
+        return Config.packing_setting(self, packing) if self.is_of_text else super().packing_setting(packing)
+
+    @property
+    def has_document_mask(self) -> bool:
+        """Whether attention stays within conversations, or documents."""
+        return self.data.document_mask if self.is_of_text else True
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """The teacher, unless what it says is in a cache."""
+        teacher = self.distill.teacher
+        return {} if teacher is None else {TEACHER: SecondModel("distill.teacher", teacher)}
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
+        return self.train.seq_len + 1 - self.rollout.max_new_tokens
+
+
+class TeacherCacheConfig(DistillConfig):
+    """What a model says of conversations, for others to learn from: the run's model is the teacher, none is trained."""
+
+    @property
+    def second_models(self) -> Mapping[str, SecondModel]:
+        """None."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_nothing(cls, fields: Any) -> Any:
+        """Let `train.num_steps` be left out: there are none."""
+        return without_steps(fields)
 
 
 class ComparisonsConfig(Config):
@@ -232,6 +299,11 @@ class GrpoConfig(Config):
         """Tokens of a prompt at most, so that a row holds it with any answer; the last token is no input."""
         return self.train.seq_len + 1 - self.rollout.max_new_tokens
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a copy of the weights that the run starts from lies in the memory of the host."""
+        return self.grpo.method.kl_coefficient > 0 and self.lora is None
+
 
 class PpoConfig(GrpoConfig):
     """Reinforcement learning with a critic: prompts, rewards and rollouts as without, and what PPO makes of them."""
@@ -267,8 +339,13 @@ class RftConfig(GrpoConfig):
     @classmethod
     def _train_nothing(cls, fields: Any) -> Any:
         """Let `train.num_steps` be left out: there are none."""
-        train = fields.get("train", {}) if isinstance(fields, dict) else None
-        return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
+        return without_steps(fields)
+
+
+def without_steps(fields: Any) -> Any:
+    """Return the fields of a config with no steps, unless they say how many."""
+    train = fields.get("train", {}) if isinstance(fields, dict) else None
+    return {**fields, "train": {"num_steps": 0, **train}} if isinstance(train, dict) else fields
 
 
 class OnlineDpoConfig(GrpoConfig):
@@ -286,11 +363,19 @@ class OnlineDpoConfig(GrpoConfig):
         """Tokens of a prompt at most, so that a row holds two answers to it; their last tokens are no input."""
         return self.train.seq_len // 2 + 1 - self.rollout.max_new_tokens
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a copy of the weights that the run starts from lies in the memory of the host."""
+        section = self.online_dpo
+        return section.method.has_reference and section.reference == "start" and self.lora is None
+
 
 STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "long_context": LongContextConfig,
     "sft": SftConfig,
+    "distill": DistillConfig,
+    "teacher_cache": TeacherCacheConfig,
     "preference": PreferenceConfig,
     "reward": RewardModelConfig,
     "grpo": GrpoConfig,
@@ -299,3 +384,6 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "online_dpo": OnlineDpoConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""
+
+WITHOUT_STEPS = ("rft", "teacher_cache")
+"""Stages that train nothing: what they leave is data."""

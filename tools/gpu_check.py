@@ -85,8 +85,11 @@ def _model_checks(mesh: Mesh) -> Iterator[Check]:
     """Yield what a model must do on any device, beside learning: names replaced, scores, rotation, nothing to learn."""
     from tools.device_checks.conversations import check_conversations
     from tools.device_checks.critic import check_critic
+    from tools.device_checks.distill import check_distillation
     from tools.device_checks.model import check_generation, check_replaced_names, check_rotation, check_scores
     from tools.device_checks.policy import check_policy
+    from tools.device_checks.preferences import check_preferences
+    from tools.device_checks.rewards import check_rewards
     from tools.device_checks.routers import check_router_gradient
     from tools.device_checks.steps import check_empty_batch
 
@@ -96,9 +99,12 @@ def _model_checks(mesh: Mesh) -> Iterator[Check]:
     yield "empty batch", lambda: check_empty_batch(mesh)
     yield "rotation", lambda: check_rotation(mesh)
     yield "conversations", lambda: check_conversations(mesh)
+    yield "preferences", lambda: check_preferences(mesh)
     for compute in ("fp32", "bf16", "fp16"):
         yield f"{compute} generation", lambda compute=compute: check_generation(mesh, compute)  # type: ignore[misc]
         yield f"{compute} policy", lambda compute=compute: check_policy(mesh, compute)  # type: ignore[misc]
+        yield f"{compute} rewards", lambda compute=compute: check_rewards(mesh, compute)  # type: ignore[misc]
+        yield f"{compute} distillation", lambda compute=compute: check_distillation(mesh, compute)  # type: ignore[misc]
     for compute in ("fp32", "bf16"):
         yield f"{compute} critic", lambda compute=compute: check_critic(mesh, compute)  # type: ignore[misc]
 

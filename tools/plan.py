@@ -22,7 +22,7 @@ from configs.plan.devices import DEVICES, find_device
 from configs.plan.others import OtherModel, Others
 from configs.search.search import RESERVE, Found, Machine, Plan, search
 from configs.sections.parallel import ParallelConfig
-from configs.stages import STAGE_CONFIGS, Config
+from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS, Config
 from parallel.platform import CLUSTER_PLATFORM
 from tools.console import end_process, run_command
 from tools.outputs import check_file
@@ -39,7 +39,7 @@ from tools.plan_table import (
     table_text,
 )
 
-_STAGES = tuple(stage for stage in STAGE_CONFIGS if stage != "rft")  # which trains nothing
+_STAGES = tuple(stage for stage in STAGE_CONFIGS if stage not in WITHOUT_STEPS)
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "mbs")
 
 
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace, differing: list[str]) -> None:
     print("\n".join(describe_refused(found)))
     print("\nthe first:")
     print("\n".join(describe_plan(shown[0], machine)))
-    if arguments.stage in ("grpo", "ppo"):
+    if arguments.stage in ("grpo", "ppo", "online_dpo"):
         print("left out     answers, rewards and scores of a step, and the memory of their keys and values")
     print("overrides    " + " ".join(overrides_of(shown[0])))
     if arguments.json is not None:

@@ -1,8 +1,8 @@
-"""Show what a recipe of supervised fine-tuning makes of its conversations: which tokens are trained, what is left out.
+"""Show what a recipe makes of its conversations, or of its preferences: which tokens are trained, what is left out.
 
-Run: python tools/preview_sft.py RECIPE [key=value ...] [--split validation] [--show 3] [--html FILE] [--json FILE]
+Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference] [--split validation] [--html FILE] ...
 Trained tokens are green, or between [[ and ]] where there are no colours; special tokens are bold. `--json` has an
-object a sample, before packing: source, row (from 0), input_ids, loss_mask, dropped. Writes nothing else.
+object a sample, before packing: source, row (from 0), input_ids, loss_mask, dropped, and of an answer its side.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from tools.outputs import check_file
 from tools.paths import path_argument
 
 if TYPE_CHECKING:
-    from configs.stages import SftConfig
+    from configs.stages import PreferenceConfig, SftConfig
+    from trainer.data.chat.encode import Sample
     from trainer.data.chat.worker import EncodedRow
     from trainer.data.tokenizer import Tokenizer
 
@@ -37,16 +38,18 @@ Piece = tuple[str, str]
 """What a token spells, and its kind."""
 
 
-def encode_rows(config: SftConfig, split: str) -> Iterator[EncodedRow]:
+def encode_rows(config: SftConfig | PreferenceConfig, split: str) -> Iterator[EncodedRow]:
     """Yield what becomes of every row of a split's sources; rows that a run refuses come as dropped ones."""
+    from trainer.data.chat.preference_worker import open_worker
     from trainer.data.chat.rows import iter_blocks, list_chat_files
-    from trainer.data.chat.worker import ConversationWorker, Recipe
+    from trainer.data.chat.worker import Recipe
     from trainer.data.making.documents import describe_left_out
 
-    lenient = config.model_copy(update={"sft": config.sft.model_copy(update={"bad_rows": "drop"})})
+    section = _section(config)
+    lenient = config.model_copy(update={section: getattr(config, section).model_copy(update={"bad_rows": "drop"})})
     for number, source in enumerate(config.sources(split)):  # type: ignore[arg-type]
-        recipe = Recipe.of(lenient, f"sft.{split}[{number}]", source)
-        worker = ConversationWorker(recipe)
+        recipe = Recipe.of(lenient, f"{section}.{split}[{number}]", source)
+        worker = open_worker(recipe)
         files, left_out = list_chat_files(source, recipe.field)
         if left_out:
             print(f"{source.path}: left out: {describe_left_out(left_out)}; to read another split, name its folder")
@@ -57,6 +60,17 @@ def encode_rows(config: SftConfig, split: str) -> Iterator[EncodedRow]:
                 yield from worker.encode(block)
                 done += block.num_disk_bytes
                 progress.show(done)
+
+
+def _section(config: SftConfig | PreferenceConfig) -> str:
+    return config.source_field("train").partition(".")[0]
+
+
+def side_of(sample: Sample) -> str | None:
+    """Return the side of an answer of preferences, as its mask has it."""
+    from trainer.data.packed_source import CHOSEN, MISMATCHED, REJECTED
+
+    return {CHOSEN: "chosen", REJECTED: "rejected", MISMATCHED: "mismatched"}.get(max(map(int, sample.loss_mask)))
 
 
 def spell(tokenizer: Tokenizer, input_ids: Sequence[int], loss_mask: Sequence[int]) -> Iterator[Piece]:
@@ -84,25 +98,27 @@ def mark(pieces: Sequence[Piece]) -> str:
     return "".join(f"[[{text}]]" if is_trained else text for is_trained, text in runs)
 
 
-def summarise(config: SftConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, str]]:
+def summarise(config: SftConfig | PreferenceConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, str]]:
     """Return what a person wants to know of all samples: lengths, trained share, packing, what is left out and why."""
     import numpy as np
 
     from trainer.data.packing import pack_best_fit, place_alone
 
+    section, is_paired = getattr(config, _section(config)), config.packing == "pairs"
     samples = [sample for row in rows for sample in row.samples]
     dropped = Counter(row.dropped for row in rows if row.dropped is not None)
     table = [("rows", f"{len(rows):,}"), ("samples", f"{len(samples):,}")]
     if samples:
         lengths = np.array([len(sample.input_ids) for sample in samples])
-        trained = sum(sum(sample.loss_mask) for sample in samples)
+        trained = sum(sum(map(bool, sample.loss_mask)) for sample in samples)
         low, half, high = (int(value) for value in np.quantile(lengths, (0, 0.5, 1), method="nearest"))
         table.append(("tokens of a sample", f"{low:,} to {high:,}, half of them up to {half:,}"))
         table.append(("trained", f"{trained:,} of {int(lengths.sum()):,} tokens ({trained / lengths.sum():.1%})"))
         seq_len = config.train.seq_len
-        pack = pack_best_fit if config.sft.packing else place_alone
-        num_rows = pack(np.bincount(lengths - 1, minlength=seq_len + 1), seq_len).num_rows
-        filled = (lengths - 1).sum() / (num_rows * seq_len)
+        pack = place_alone if config.packing == "padded" else pack_best_fit
+        places = (lengths - 1).reshape(-1, 2).sum(axis=1) if is_paired else lengths - 1
+        num_rows = pack(np.bincount(places, minlength=seq_len + 1), seq_len).num_rows
+        filled = places.sum() / (num_rows * seq_len)
         table.append(("rows of train.seq_len", f"{num_rows:,} of {seq_len:,} tokens, {filled:.1%} of them filled"))
     remarks = Counter(remark for sample in samples for remark in sample.remarks)
     table += [("to know", f"in {count:,} samples {remark}") for remark, count in remarks.most_common()]
@@ -110,27 +126,36 @@ def summarise(config: SftConfig, rows: Sequence[EncodedRow]) -> list[tuple[str, 
     if num_truncated:
         longest = max(length for row in rows for length in row.lengths)
         table.append(("cut at train.seq_len", f"{num_truncated:,} samples, the longest of {longest:,} tokens"))
-    refusal = ", which a run refuses (sft.bad_rows=refuse)" if config.sft.bad_rows == "refuse" else ""
+    if is_paired and samples:
+        sides = Counter(side_of(sample) for sample in samples)
+        table.append(("answers", ", ".join(f"{count:,} {side}" for side, count in sides.most_common())))
+    refusal = f", which a run refuses ({_section(config)}.bad_rows=refuse)" if section.bad_rows == "refuse" else ""
     for reason, count in dropped.most_common():
         is_bad = refusal if "train.seq_len" not in reason else ""
         table.append(("left out", f"{count:,} rows{is_bad}: {reason}"))
     return table
 
 
-def headings(row: EncodedRow) -> Iterator[str]:
-    """Yield what stands above each sample of a row: where it comes from, and what of it is cut."""
+def headings(row: EncodedRow, has_sides: bool) -> Iterator[str]:
+    """Yield what stands above each sample of a row: where it comes from, its side, and what of it is cut."""
     for sample, length in zip(row.samples, row.lengths, strict=True):
         kept = len(sample.input_ids)
         cut = f", cut to {kept:,} of {length:,} tokens" if kept < length else ""
-        yield f"{row.file}, row {row.row}{cut}"
+        side = f", {side_of(sample)}" if has_sides else ""
+        yield f"{row.file}, row {row.row}{side}{cut}"
 
 
-def write_json(path: Path, rows: Sequence[EncodedRow]) -> None:
+def write_json(path: Path, rows: Sequence[EncodedRow], has_sides: bool) -> None:
     """Write an object a sample, and one for each row, or part of one, that is left out."""
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
             found: list[dict[str, Any]] = [
-                {"input_ids": list(sample.input_ids), "loss_mask": list(map(int, sample.loss_mask)), "dropped": None}
+                {
+                    "input_ids": list(sample.input_ids),
+                    "loss_mask": [int(bool(one)) for one in sample.loss_mask],
+                    "dropped": None,
+                    **({"side": side_of(sample)} if has_sides else {}),
+                }
                 for sample in row.samples
             ]
             if row.dropped is not None:
@@ -157,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="preview_sft.py", description="What a recipe makes of its conversations.")
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--stage", choices=("sft", "preference"), default="sft", help="the recipe's (sft)")
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
     parser.add_argument("--html", type=path_argument, metavar="FILE", help="write a page with 100 samples")
@@ -182,26 +208,28 @@ def preview(arguments: argparse.Namespace) -> None:
     """Print and write what was asked for. Raises BadInput."""
     from configs.load import load_config
     from configs.rules.data import check_data
-    from configs.stages import SftConfig
+    from configs.stages import PreferenceConfig, SftConfig
     from trainer.data.tokenizer import load_tokenizer
 
-    config = load_config(arguments.recipe, arguments.overrides, "sft")
-    assert isinstance(config, SftConfig)
+    config = load_config(arguments.recipe, arguments.overrides, arguments.stage)
+    assert isinstance(config, SftConfig | PreferenceConfig)
     problems = list(check_data(config))
     if problems:
         raise BadInput("\n".join(problems))
     if not config.sources(arguments.split):
         raise BadInput(
-            f"sft.{arguments.split}: the recipe names no source; a value that would work: [{{path: chats.jsonl}}]"
+            f"{_section(config)}.{arguments.split}: the recipe names no source; a value that would work: "
+            "[{path: chats.jsonl}]"
         )
     tokenizer = load_tokenizer(str(config.data.tokenizer))
     rows = list(encode_rows(config, arguments.split))
     table = summarise(config, rows)
-    samples = [pair for row in rows for pair in zip(headings(row), row.samples, strict=True)]
+    has_sides = arguments.stage == "preference"
+    samples = [pair for row in rows for pair in zip(headings(row, has_sides), row.samples, strict=True)]
     pieces = [(title, list(spell(tokenizer, one.input_ids, one.loss_mask))) for title, one in samples[:100]]
     _print(table, pieces[: arguments.show])
     if arguments.json is not None:
-        write_json(arguments.json, rows)
+        write_json(arguments.json, rows, has_sides)
     if arguments.html is not None:
         write_html(arguments.html, f"{arguments.recipe}: {arguments.split}", table, pieces)
 

@@ -2,7 +2,7 @@
 
 Run: [torchrun --nproc-per-node N] tools/score_answers.py MODEL FILE [parallel.tp=N ...] [--out FILE.jsonl]
 Rows of FILE are conversations, whose last answer is scored (`reward`), or pairs (`chosen_reward`, `rejected_reward`),
-in the forms that training reads; each comes with what it got added. Of pairs the figures of validation are told too.
+in the forms that training reads; each comes with what it got added. With --out the figures of pairs are told too.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
     from trainer.evaluate.rewards import judge_rewards, score_rows
 
     if arguments.out is not None:
@@ -86,11 +88,9 @@ def _score(arguments: argparse.Namespace) -> None:
     else:
         arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{arguments.out}: {len(lines)} rows, {len(answers)} answers")
-    if pairs:
-        import numpy as np
-
-        figures = judge_rewards(np.array(pairs))
-        print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), file=sys.stderr)
+        if pairs:
+            figures = judge_rewards(np.array(pairs))
+            print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 def _encode(

@@ -25,7 +25,7 @@ from configs.plan.estimate import count_parameters, parameters_per_rank
 from configs.plan.flops import flops_per_step
 from configs.plan.kv_cache import plan_cache
 from configs.plan.others import Others, estimate_together
-from configs.stages import STAGE_CONFIGS, Config, GrpoConfig, PpoConfig, RftConfig, Split
+from configs.stages import STAGE_CONFIGS, Config, GrpoConfig, OnlineDpoConfig, PpoConfig, RftConfig, Split
 
 _MIB, _GIB = 2**20, 2**30
 _DEVICE_GB = (24, 40, 48, 80, 141, 180)
@@ -85,7 +85,13 @@ def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
         answers = f"{config.prompts_per_step} prompts x {config.grpo.group_size} answers"
         yield "a round", f"{answers}, which are then written down"
         return
-    if isinstance(config, GrpoConfig):
+    if isinstance(config, OnlineDpoConfig):
+        section = config.online_dpo
+        answers = f"{section.prompts_per_round:,} prompts x {config.grpo.group_size} answers, a pair of each group"
+        yield "a round", f"{answers}; then {section.steps_per_round:,} steps by the pairs"
+        held = {"start": "the model that the run starts from", "round": "the policy as each round begins"}
+        yield "held to", held[section.reference] if section.method.has_reference else "nothing"
+    elif isinstance(config, GrpoConfig):
         yield from _update_rows(config, layout)
         return
     sizes = ramp_batch_sizes(train)
@@ -155,7 +161,7 @@ def _size_rows(config: Config, layout: Layout, others: Others) -> Iterable[tuple
         num_rows, cache = plan_cache(config)
         answers = f"{num_rows} of up to {config.train.seq_len + 1:,} tokens at once on each of {layout.dp * layout.cp}"
         yield "cache of answers", f"{_size_text(cache)} while answers are drawn: {answers} replicas of the model"
-        if config.grpo.method.kl_coefficient and config.lora is None and not isinstance(config, RftConfig):
+        if config.keeps_reference and not isinstance(config, RftConfig):
             yield "reference", f"{_size_text(memory.weights)} of the host's memory for each rank"
         needed += max(0, cache - memory.activations - memory.logits)  # which are not there at the same time
     yield "fits in", _fitting_device(needed)

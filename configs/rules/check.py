@@ -9,6 +9,7 @@ from typing import Literal
 
 from configs.fp8 import uses_te_layers
 from configs.rules.data import check_data
+from configs.rules.distill import check_distill
 from configs.rules.fp8 import check_fp8
 from configs.rules.grpo import check_grpo
 from configs.rules.layout import check_layout
@@ -34,6 +35,7 @@ def check_config(config: Config, world_size: int, *, platform: Literal["cpu", "c
         *check_data(config),
         *check_training(config),
         *check_stage(config),
+        *check_distill(config),
         *check_grpo(config),
         *check_ppo(config),
         *check_preference(config),

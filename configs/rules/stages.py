@@ -6,16 +6,20 @@ from collections.abc import Iterator
 
 from configs.stages import (
     Config,
+    DistillConfig,
     GrpoConfig,
     LongContextConfig,
     PreferenceConfig,
     RewardModelConfig,
     RftConfig,
     SftConfig,
+    TeacherCacheConfig,
 )
 
 _NEEDS_WEIGHTS = {
     LongContextConfig: "long context continues",
+    TeacherCacheConfig: "a cache is made of what is said by",
+    DistillConfig: None,  # a student may begin at random
     SftConfig: "supervised fine-tuning starts from",
     PreferenceConfig: "learning from preferences starts from",
     RewardModelConfig: "a reward model starts from",

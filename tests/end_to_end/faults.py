@@ -252,6 +252,22 @@ def sigterm_in_round(rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def killed_at_call(owner: str, method: str, call: int) -> Iterator[None]:
+    """Kill every rank (SIGKILL) at the `call`-th call of a method in this run."""
+    kind, calls = pkgutil.resolve_name(owner), [0]
+    original = getattr(kind, method)
+
+    def call_or_die(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    with patch.object(kind, method, call_or_die):
+        yield
+
+
+@contextlib.contextmanager
 def killed_in_step(step: int, owner: str, method: str, *, call: int = 1) -> Iterator[None]:
     """Kill every rank (SIGKILL) in a step of reinforcement learning, at the `call`-th call of a method in it."""
     from trainer.rl.collect import Collector
@@ -354,6 +370,11 @@ FAULTS = {
     "killed_in_second_round": killed_in_second_round,
     "sigterm_in_round": sigterm_in_round,
     "no_model": lambda rank: patch("trainer.engine.build.build_models", side_effect=AssertionError("a model")),
+    "killed_drawing_answers": lambda rank: killed_at_call(
+        "trainer.engine.sharded_model.ShardedModel", "compute_next_logits", 3
+    ),
+    "killed_in_second_scores": lambda rank: killed_at_call("trainer.engine.sharded_model.ShardedModel", "score", 2),
+    "killed_in_second_update": lambda rank: killed_at_call("trainer.engine.engine.Engine", "train_step", 2),
     "killed_while_generating": lambda rank: killed_in_step(
         2, "trainer.engine.sharded_model.ShardedModel", "compute_next_logits", call=3
     ),

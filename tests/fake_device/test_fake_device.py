@@ -205,7 +205,7 @@ def test_a_step_on_a_fake_gpu(outcomes, name):
 def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     """So that it stays ahead of the GPU: nothing within the forward and backward passes waits."""
     reads = outcomes[name]["reads"]
-    stages = ("policy", "sft", "preference") if name in WHOLE else ()
+    stages = ("policy", "sft", "preference", "distill") if name in WHOLE else ()
     for stage in (*stages, "reward", "critic") if name in REWARDED else stages:
         assert outcomes[name][f"reads_of_{stage}"].keys() == reads.keys(), stage
     is_waiting = reads.pop(DISPATCHER, 0) > 0

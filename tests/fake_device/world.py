@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 import traceback
+import types
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from trainer.rehearse.rank import fake_world, prepare
 
 NUM_STEPS = 2  # the first makes what later ones find
 DOCUMENTS = (0, 5, 64, 100, 128)
-STAGES = ("policy", "sft", "preference", "reward", "critic")
+STAGES = ("policy", "sft", "preference", "distill", "reward", "critic")
 
 
 def reinforce(engine: Any, batches: list[Any]) -> None:
@@ -94,6 +95,23 @@ def learn_values(config: Config, mesh: Any, batches: list[Any]) -> dict[str, dic
     return found | {"reads_of_critic": dict(READS)}
 
 
+def distil(engine: Any, batches: list[Any]) -> None:
+    """Take steps with the engine itself for a teacher, by its hidden states and by its likeliest ids."""
+    from configs.sections.distill import DistillSection
+    from configs.sections.sft import SftSection
+    from trainer.rl.teacher import LiveTeacher
+    from trainer.stages.distill import DistillEvaluation, DistillObjective
+
+    for top_k in (None, 8):
+        section = DistillSection(beta=0.5, label_weight=0.2, top_k=top_k)
+        config: Any = types.SimpleNamespace(sft=SftSection(), distill=section)
+        teacher = LiveTeacher(engine, temperature=2.0, top_k=top_k)
+        taught = teacher.annotate(engine, batches)
+        engine.sum_losses(taught, DistillEvaluation(config, teacher))
+        READS.clear()
+        engine.train_step(taught, DistillObjective(config, teacher), 1e-3)
+
+
 def generate(engine: Any) -> dict[str, int]:
     """Draw three tokens for each of four rows, of which three fit, and return what the host reads meanwhile.
 
@@ -123,6 +141,8 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     READS.clear()
     prefer(engine, batches)
     found["reads_of_preference"] = dict(READS)
+    distil(engine, batches)
+    found["reads_of_distill"] = dict(READS)
     engine.sum_losses(batches, objective)
     engine.score(batches, forward_language_model)
     engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))

@@ -11,7 +11,7 @@ import pytest
 from configs.sections.sft import ConversationSource
 from tests import forked
 from tools.bench import throughput
-from tools.bench.chats import TAGGED_CHATML, write_tokenizer
+from tools.bench.chats import TAGGED_CHATML, write_pairs, write_tokenizer
 from tools.bench.clock import RunReport, StepClock
 from tools.bench.compare import Measure, bootstrap_interval, compare
 from tools.bench.launching import RunFailed
@@ -215,3 +215,14 @@ def test_fine_tuning_loops_train_as_many_tokens(forked_loops, chats, tmp_path):
     fit, trl = measure_case(Case("SFT", 1, overrides, ("fit", "trl"), stage="sft"), 2, chats[0])
     for run in (fit, trl):  # rows of 256, hardly any place of them empty
         assert 0.9 * 4 * 256 < run.report.tokens_per_step < 4 * 256 and len(run.step_seconds) == 2
+
+
+@pytest.mark.slow
+def test_loops_of_preferences_train_as_many_tokens(forked_loops, chats, tmp_path):
+    tiny = ("model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=64", "train.global_batch_size=4")
+    overrides = ("parallel.tp=1", f"data.tokenizer={chats[1]}", "train.seq_len=512", *tiny)
+    write_pairs(tmp_path / "pairs.jsonl", 40, length=100)
+    case = Case("DPO", 1, overrides, ("fit", "trl_dpo"), stage="preference")
+    fit, trl = measure_case(case, 2, tmp_path / "pairs.jsonl")
+    for run in (fit, trl):
+        assert 0.8 * 4 * 512 < run.report.tokens_per_step < 4 * 512 and len(run.step_seconds) == 2

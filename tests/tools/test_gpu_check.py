@@ -133,7 +133,7 @@ def run_model_checks(place):
     import torch.distributed as dist
 
     from parallel.replaced_names import resolve
-    from tools.device_checks import conversations, lora, model, models, routers, steps
+    from tools.device_checks import conversations, lora, model, models, preferences, routers, steps
     from tools.one_rank import open_world
     from trainer.engine.engine import Engine
     from trainer.model.lora.adapter import Adapter
@@ -151,6 +151,7 @@ def run_model_checks(place):
         lambda: model.check_rotation(mesh),
         lambda: lora.check_lora(mesh, "bf16"),
         lambda: conversations.check_conversations(mesh),
+        lambda: preferences.check_preferences(mesh),
         lambda: model.check_generation(mesh, "fp32"),
         lambda: models.check_turns(mesh, "bf16"),
     ]
@@ -166,6 +167,7 @@ def run_model_checks(place):
             patch("trainer.model.dynamic_rope.compute_dynamic_frequencies", rotate_by_the_longest),
             patch.object(Adapter, "merge", lambda self: None),
             patch("trainer.stages.sft.with_sample_weights", weigh_all_tokens),
+            patch("trainer.stages.preference.sum_by_sequence", lambda values, *_: values.flatten()[:4]),
             patch("trainer.model.attention.cache.CachedTokens.visible", see_all_keys),
             patch("trainer.engine.turns.Turns._bring", bring_zeros),
         ]
@@ -214,10 +216,10 @@ def see_all_keys(tokens, window, dtype):
 
 def test_what_a_model_must_do_on_any_device_is_seen(ranks):
     sound, broken = ranks.run(run_model_checks)[0]
-    assert [one.status for one in sound] == ["passed"] * 9, sound
+    assert [one.status for one in sound] == ["passed"] * 10, sound
     assert "gloo beside gloo" in sound[0].detail and "Adam and gradient norm torch's" in sound[1].detail
     assert "128 of 256 tokens count" in sound[3].detail
-    assert [one.status for one in broken] == ["failed"] * 9, broken
+    assert [one.status for one in broken] == ["failed"] * 10, broken
     for outcome, words in zip(
         broken,
         (
@@ -229,6 +231,7 @@ def test_what_a_model_must_do_on_any_device_is_seen(ranks):
             "dynamic: losses differ by",
             "merged logits differ by",
             "losses differ by",
+            "scores or losses differ by",
             "grouped: differs by",
         ),
         strict=True,
@@ -360,3 +363,33 @@ def test_table_and_json_hold_every_check(tmp_path, capsys):
     assert content["checks"][0] == {
         "name": "a", "status": "passed", "detail": "fine [x]", "figures": {"speed": 2.0}, "seconds": 1.5
     }  # fmt: skip
+
+
+def run_reward_checks(place):
+    """Check rewards, sound, with the worse answer preferred, and with others for answers alone."""
+    from unittest.mock import patch
+
+    from tools.device_checks.rewards import check_rewards
+    from tools.one_rank import open_world
+    from trainer.losses.reward import bradley_terry
+
+    with open_world("cpu") as mesh:
+        outcomes = [check_rewards(mesh, "bf16")]
+        with patch("trainer.stages.reward.bradley_terry", lambda one, other, margin: bradley_terry(other, one, margin)):
+            outcomes.append(check_rewards(mesh, "fp32"))
+        with patch("trainer.evaluate.rewards.forward_values", lambda *both: 0.9 * forward_values(*both)):
+            outcomes.append(check_rewards(mesh, "fp32"))
+    return outcomes
+
+
+def forward_values(model, batch):
+    from trainer.engine import forward
+
+    return forward.forward_values(model, batch)
+
+
+def test_a_reward_model_that_learns_or_scores_wrongly_is_seen(ranks):
+    sound, swapped, shrunk = ranks.run(run_reward_checks)[0]
+    assert sound.status == "passed", sound
+    assert swapped.status == "failed" and "of the pairs are right" in swapped.detail
+    assert shrunk.status == "failed" and "rewards in packed rows differ" in shrunk.detail

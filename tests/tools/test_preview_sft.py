@@ -60,6 +60,23 @@ def test_every_token_is_shown_and_written_with_its_mask(recipe, tmp_path, capsys
     assert "class=trained-special>&lt;|im_end|&gt;" in text and "class=trained>" in text
 
 
+def test_answers_of_preferences_are_shown_with_their_sides(recipe, tmp_path, capsys):
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "samples.json"
+    rows = [{"prompt": "1 + 1?", "chosen": "zwei", "rejected": "drei"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = tmp_path / "recipe.yaml"
+    text = recipe.read_text().replace("sft:", "preference:")
+    other.write_text(text.replace(str(recipe.parent / "chats.jsonl"), str(pairs)))
+    assert preview_sft.main([str(other), "--stage", "preference", "--json", str(out)]) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert re.search(r"row 0, rejected\n.*\n.*\n<\|im_start\|>assistant\n\[\[drei<\|im_end\|>\]\]", said)
+    assert "1 chosen, 1 rejected" in said and "chosen and rejected are equal" in said
+    assert "which a run refuses (preference.bad_rows=refuse)" in said
+    entries = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [entry.get("side") for entry in entries] == ["chosen", "rejected", None]
+    assert all(set(entry["loss_mask"]) == {0, 1} for entry in entries[:2])
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -9,7 +9,7 @@ import ast
 import json
 import sysconfig
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 from tools.prepare_corpus import CHAT_TOKENS, split_library
@@ -34,14 +34,17 @@ def write_chats(path: Path, num_bytes: int = 0) -> None:
             file.writelines(lines)
 
 
-def write_pairs(path: Path, num_pairs: int) -> None:
-    """Write pairs as JSON Lines of TRL's form: a question, its answer as chosen, and that of the next one."""
-    chats = list(islice(_chats(Path(sysconfig.get_path("stdlib"))), num_pairs + 1))
-    rows = [
-        {"prompt": prompt, "chosen": [answer], "rejected": [other]}
-        for (*prompt, answer), (_, other) in pairwise(chats)
-        if answer["content"] != other["content"]
-    ]
+def write_pairs(path: Path, num_pairs: int, length: int | None = None) -> None:
+    """Write pairs as JSON Lines of TRL's form: a question, its answer as chosen, and that of the next one.
+
+    With a `length` only answers that have so many characters are taken, of which the rest is cut.
+    """
+    chats = [chat for chat in _chats(Path(sysconfig.get_path("stdlib"))) if len(chat[-1]["content"]) >= (length or 0)]
+    rows = []
+    for (prompt, answer), (_, other) in pairwise(chats[: num_pairs + 1]):
+        chosen, rejected = ([{**one, "content": one["content"][:length].strip()}] for one in (answer, other))
+        if chosen != rejected:
+            rows.append({"prompt": [prompt], "chosen": chosen, "rejected": rejected})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

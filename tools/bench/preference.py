@@ -1,8 +1,9 @@
 """Measure learning from preferences: tokens/s of our DPO against TRL's `DPOTrainer`.
 
 Run: python tools/bench/preference.py [--steps 40] [--out FILE.json]   (`make bench`)
-On made-up pairs, step by step in turns on one rank of the CPU each, with the demo's model. Both read what the reference
-says of an answer, which they computed before the first step; tokens are those of both answers with their prompts.
+On made-up pairs, step by step in turns on one rank of the CPU each, with the demo's model: answers as they are, most
+short and some long, and answers of one length. Both read what the reference says of an answer, which they computed
+before the first step; tokens are those of both answers with their prompts, and no padding, which is TRL's own affair.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from tools.outputs import check_file
 from tools.paths import path_argument
 
 _VOCABULARY = 4096
-_NUM_PAIRS = 1000
+_NUM_PAIRS = 800
+_LENGTH = 400  # characters of answers that need hardly any padding
 _OVERRIDES = (
     "parallel.tp=1", "train.seq_len=512", "train.global_batch_size=4", "train.micro_batch_size=2",
     "preference.sft_weight=0",
@@ -39,16 +41,18 @@ _OVERRIDES = (
 
 def measure_all(num_steps: int, num_pairs: int = _NUM_PAIRS) -> dict[str, Any]:
     """Measure both and print them. Raises RunFailed."""
-    load_before = os.getloadavg()[0]
+    load_before, measures = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        chats, pairs, tokenizer = (Path(name) / part for part in ("chats.jsonl", "pairs.jsonl", "tokenizer"))
+        chats, tokenizer = Path(name) / "chats.jsonl", Path(name) / "tokenizer"
         write_chats(chats)
-        write_pairs(pairs, num_pairs)
         write_tokenizer(chats, tokenizer, _VOCABULARY)
         overrides = (*_OVERRIDES, f"data.tokenizer={tokenizer}")
-        case = Case("DPO, 1 rank", 1, overrides, ("fit", "trl_dpo"), stage="preference")
-        with Progress(case.layout, NUM_WARMUP + num_steps) as progress:
-            measures = measure_case(case, num_steps, pairs, progress)
+        for title, length in (("DPO, 1 rank", None), ("DPO, 1 rank, alike long", _LENGTH)):
+            pairs = Path(name) / f"pairs_{length}.jsonl"
+            write_pairs(pairs, num_pairs, length)
+            case = Case(title, 1, overrides, ("fit", "trl_dpo"), stage="preference")
+            with Progress(title, NUM_WARMUP + num_steps) as progress:
+                measures += measure_case(case, num_steps, pairs, progress)
     machine = describe_machine(measures[0].report.device, load_before, (*PACKAGES, "trl"))
     comparisons = compare(measures)
     print_report(machine, comparisons)

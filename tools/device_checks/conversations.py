@@ -31,7 +31,7 @@ def check_conversations(mesh: Mesh) -> Outcome:
         for weighting in ("token", "sample"):
             sft = SftSection(weighting=weighting, neftune_alpha=5.0, label_smoothing=0.1)
             evaluated = ConversationEvaluation(sft)
-            batch = evaluated.finish(_make_batch(config.model.vocab_size))
+            batch = evaluated.finish(make_batch(config.model.vocab_size))
             loss, accuracy = _define(engine, batch, weighting)
             found = engine.sum_losses([batch], evaluated)
             worst = max(worst, abs(found.mean - loss) / loss)
@@ -49,8 +49,8 @@ def check_conversations(mesh: Mesh) -> Outcome:
     return judge("conversations", problems, f"largest relative difference {worst:.1e}", {"difference": worst})
 
 
-def _make_batch(vocab_size: int) -> Any:
-    """Return two rows of two conversations each, of random tokens."""
+def make_batch(vocab_size: int, sides: tuple[int, ...] | None = None) -> Any:
+    """Return two rows of two conversations each, of random tokens; with `sides`, which answer of its row each is."""
     import numpy as np
 
     from trainer.data.batch import build_packed_batch
@@ -62,8 +62,11 @@ def _make_batch(vocab_size: int) -> Any:
     positions = np.concatenate([np.arange(length) for length in LENGTHS])
     lengths = np.repeat(LENGTHS, LENGTHS)
     labels[positions * 3 < lengths * 2] = -1
-    planes = np.stack([tokens, labels, positions]).reshape(3, 2, total // 2).swapaxes(0, 1)
-    return build_packed_batch(np.ascontiguousarray(planes), (0, 1))
+    planes = [tokens, labels, positions]
+    if sides is not None:
+        planes.append(np.where(labels >= 0, np.repeat(sides, LENGTHS), 0))
+    rows = np.stack(planes).reshape(len(planes), 2, total // 2).swapaxes(0, 1)
+    return build_packed_batch(np.ascontiguousarray(rows), (0, 1))
 
 
 def _define(engine: Any, batch: Any, weighting: str) -> tuple[float, float]:

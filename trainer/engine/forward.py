@@ -10,6 +10,8 @@ from trainer.data.batch import Batch
 from trainer.model.attention.cache import CachedTokens
 from trainer.model.attention.documents import PackedDocuments
 from trainer.model.chosen_logits import compute_chosen_logits
+from trainer.model.divergence import TopK
+from trainer.model.output_divergence import Lesson, compute_divergences, compute_top_k, give_hidden
 from trainer.model.output_loss import compute_token_losses, compute_token_scores
 from trainer.model.scalar_head import compute_values
 from trainer.model.token_scores import Scoring, TokenScores
@@ -50,6 +52,29 @@ def forward_values(model: Any, batch: Batch) -> torch.Tensor:
     """
     output = _forward(model, batch, output_processor=compute_values)
     return output.view_as(batch.tokens) if output.dim() == batch.tokens.dim() else output
+
+
+def diverge_language_model(model: Any, batch: Batch, lesson: Lesson) -> torch.Tensor:
+    """Return what the lesson asks for, `[num_outputs, batch, seq]`, from the last chunk, hidden states from the others.
+
+    What the teacher says is `[batch, seq, ...]`.
+    """
+    if batch.documents is not None:
+        lesson = lesson.map(lambda one: one.reshape(1, -1, *one.shape[2:]))
+    output = _forward(model, batch, output_processor=compute_divergences, output_processor_context=lesson)
+    return torch.stack([one.view_as(batch.labels) for one in output]) if isinstance(output, tuple) else output
+
+
+def find_likeliest(model: Any, batch: Batch, k: int, temperature: float) -> Any:
+    """Return the `TopK` of each token, `[batch, seq, k]`, from the last chunk, hidden states from the others."""
+    output = _forward(model, batch, output_processor=compute_top_k, output_processor_context=(k, temperature))
+    return output.map(lambda one: one.view(*batch.labels.shape, *one.shape[2:])) if isinstance(output, TopK) else output
+
+
+def give_last_hidden(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the last hidden states `[batch, seq, hidden]` from the last chunk, other hidden states from the others."""
+    output = _forward(model, batch, output_processor=give_hidden)
+    return output[0].view(*batch.labels.shape, -1) if isinstance(output, tuple) else output
 
 
 def forward_cached(model: Any, tokens: CachedTokens) -> torch.Tensor:

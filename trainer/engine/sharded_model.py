@@ -27,6 +27,7 @@ from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_adapter_state, build_model_state, load_model_state
 from trainer.engine.turns import Turns
 from trainer.model.attention.cache import CachedTokens
+from trainer.model.divergence import TopK
 from trainer.model.dynamic_rope import rotated_at
 from trainer.model.fp8.attach import Fp8State
 from trainer.model.lora.adapter import Adapter
@@ -127,8 +128,8 @@ class ShardedModel:
     def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], Any]) -> list[Any]:
         """Return what `forward(model, batch)` gives for each microbatch: on the last pipeline stage, elsewhere nothing.
 
-        That is a tensor `[micro_batch, seq]` or `TokenScores` of such, here whole on all cp ranks. It becomes a column
-        of its batch, for the objective of another model.
+        That is a tensor `[micro_batch, seq, ...]`, or `TokenScores` or `TopK` of such, here whole on all cp ranks. It
+        becomes a column of its batch, for the objective of another model.
         """
         self._set_training(False)
 
@@ -138,12 +139,12 @@ class ShardedModel:
         def forward_step(microbatches: Iterator[Batch], model: Any) -> tuple[Any, Callable[..., Any]]:
             output = forward(model, next(microbatches).to(self.mesh.device))
             # Megatron-Core looks at the tensor's device where there are experts.
-            shown = output.log_probs if isinstance(output, TokenScores) else output
+            shown = output.log_probs if isinstance(output, TokenScores | TopK) else output
             return shown, lambda shown, non_loss_data: output
 
         with self._measuring():
             outputs = self._run(forward_step, self._shares(batches), forward_only=True, collect_outputs=True)
-        return [output.map(gather) if isinstance(output, TokenScores) else gather(output) for output in outputs]
+        return [output.map(gather) if isinstance(output, TokenScores | TopK) else gather(output) for output in outputs]
 
     @torch.no_grad()
     @_on_device

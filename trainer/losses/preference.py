@@ -26,7 +26,7 @@ def rdpo(
 ) -> Tensor:
     """Return -log s(beta d + alpha (|y_w| - |y_l|)): a reward for length of `alpha` a token explains its part of d.
 
-    Length-regularised DPO (arXiv:2403.19159, section 3).
+    Length-regularised DPO (arXiv:2403.19159): what DPO becomes when a reward less alpha |y| is maximised.
     """
     return -logsigmoid(beta * (chosen - rejected) + alpha * (chosen_tokens - rejected_tokens))
 

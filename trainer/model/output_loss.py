@@ -43,7 +43,7 @@ def compute_token_losses(
         return losses + context * excess, losses.detach()
 
     weight = output_layer.weight if output_weight is None else output_weight
-    losses, *plain = _compute_in_pieces(losses_of, hidden_states, labels, output_layer, weight)
+    losses, *plain = compute_in_pieces(losses_of, hidden_states, (labels,), output_layer, weight)
     return (losses, plain[0]) if plain else losses
 
 
@@ -64,26 +64,32 @@ def compute_token_scores(
         return score_logits(logits, wanted, context, group, is_compiled=config.cross_entropy_loss_fusion)
 
     weight = output_layer.weight if output_weight is None else output_weight
-    return TokenScores(*_compute_in_pieces(scores_of, hidden_states, labels, output_layer, weight))
+    return TokenScores(*compute_in_pieces(scores_of, hidden_states, (labels,), output_layer, weight))
 
 
-def _compute_in_pieces(
-    compute: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]],
+def compute_in_pieces(
+    compute: Callable[..., tuple[Any, ...]],
     hidden_states: torch.Tensor,
-    labels: torch.Tensor,
+    targets: Sequence[torch.Tensor],
     output_layer: Any,
     weight: torch.Tensor,
+    *,
+    num_logits: int = 1,
 ) -> tuple[Any, ...]:
-    """Return what `compute` gives of hidden states and their labels, `[batch, seq/cp]` each or None."""
-    pieces = num_logit_pieces(labels.numel(), weight.shape[0])
+    """Return what `compute` gives of hidden states and of their targets, `[batch, seq/cp]` each or None.
+
+    Targets are `[batch, seq/cp, ...]`, such as labels; each piece has those of its tokens. `num_logits` is by how much
+    `compute` needs more room than a loss does.
+    """
+    pieces = num_logit_pieces(num_logits * targets[0].shape[0] * targets[0].shape[1], weight.shape[0])
     if pieces == 1:
-        return compute(hidden_states, labels)
-    # With sp a piece of every tp rank's part is gathered, so that labels are taken alike.
-    parts = labels.shape[1] // hidden_states.shape[0]
-    by_part = labels.unflatten(1, (parts, -1))  # [batch, tp or 1, seq/(cp*tp)]
+        return compute(hidden_states, *targets)
+    # With sp a piece of every tp rank's part is gathered, so that targets are taken alike.
+    parts = targets[0].shape[1] // hidden_states.shape[0]
+    by_part = [one.unflatten(1, (parts, -1)).chunk(pieces, dim=2) for one in targets]  # [batch, tp or 1, seq/(cp*tp)]
     found = [
-        checkpoint(compute, hidden, wanted.flatten(1), use_reentrant=False)
-        for hidden, wanted in zip(hidden_states.chunk(pieces), by_part.chunk(pieces, dim=2), strict=True)
+        checkpoint(compute, hidden, *(one.flatten(1, 2) for one in wanted), use_reentrant=False)
+        for hidden, *wanted in zip(hidden_states.chunk(pieces), *by_part, strict=True)
     ]
     whole = tuple(_join(outputs, parts) for outputs in zip(*found, strict=True))
     is_fused = output_layer.config.gradient_accumulation_fusion and hasattr(weight, "grad_added_to_main_grad")
@@ -93,7 +99,7 @@ def _compute_in_pieces(
 def _join(outputs: Sequence[torch.Tensor | None], parts: int) -> torch.Tensor | None:
     """Return the pieces of one output, of which each has a piece of every part, in the order of the labels."""
     there = [output.unflatten(1, (parts, -1)) for output in outputs if output is not None]
-    return torch.cat(there, dim=2).flatten(1) if there else None
+    return torch.cat(there, dim=2).flatten(1, 2) if there else None
 
 
 class _WeightGradientAdded(torch.autograd.Function):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,10 @@ def pair_best_and_worst(rollouts: Sequence[Rollout], *, takes_cut: bool) -> Pair
     Answers without a score are in none, nor, unless `takes_cut`, those that the limit of tokens cut.
     """
     pairs, num_ties, num_short = [], 0, 0
-    for _, group in groupby(rollouts, key=lambda rollout: rollout.group):
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    for group in groups.values():
         usable = [one for one in group if one.score is not None and (takes_cut or one.finish != "length")]
         if len(usable) < 2:
             num_short += 1

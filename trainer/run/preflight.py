@@ -20,7 +20,7 @@ from configs.errors import BadInput
 from configs.plan.adapters import count_adapter_parameters
 from configs.plan.estimate import count_parameters
 from configs.stages import Config, RftConfig
-from parallel.collectives import barrier, gather_objects
+from parallel.collectives import barrier, broadcast_object, gather_objects
 from parallel.environment import Environment
 from parallel.mesh import Mesh
 from trainer.disk.space import free_bytes
@@ -136,9 +136,9 @@ def _try_disk(run_dir: Path, mesh: Mesh, who: str, *, is_tried: bool) -> Disk | 
     try:
         if is_tried:
             problem = _write(mine)
-        barrier()
+        is_there = broadcast_object(problem) is None  # rank 0's: else nobody need look for it
         if is_tried and problem is None:
-            sees, free = _sees(zero), free_bytes(run_dir)
+            sees, free = not is_there or _sees(zero), free_bytes(run_dir)
         barrier()
     finally:
         if is_tried:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from configs.errors import BadInput, ExitCode, PeerLost
 from configs.roles import POLICY
 from configs.sections.data import DataConfig
-from configs.stages import ComparisonsConfig, Config, RftConfig, SftConfig
+from configs.stages import ComparisonsConfig, Config, RftConfig, SftConfig, TeacherCacheConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.failures import describe_peer_loss, is_peer_loss
@@ -32,6 +32,7 @@ from trainer.run.rejection import sample_answers
 from trainer.run.second_models import FoundModel, find_second_models, load_second_models, plan_models
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, find_start
+from trainer.run.teacher_cache import write_teacher_cache
 from trainer.run.weights import load_peft_adapter, load_weights
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def run(config: Config, stage_name: str, environment: Environment, platform_name
                 corpus = on_all_ranks(lambda: open_corpus(config, data))
                 if isinstance(config, RftConfig):
                     return sample_answers(corpus, environment, mesh, lock, watch)
+                if isinstance(config, TeacherCacheConfig):
+                    return write_teacher_cache(corpus, environment, mesh, lock, watch)
                 return _run_locked(corpus, stage_name, environment, mesh, lock, watch)
             except Exception as error:
                 lock.check()  # what failed may have, because the directory went
@@ -91,7 +94,7 @@ def _name_lost_rank(error: Exception, config: Config, mesh: Mesh, watch: Watch) 
 
 def _prepare_data(config: Config, environment: Environment) -> DataConfig:
     """Return what is read, after tokenising what no earlier run has: on one rank of each host, without a time limit."""
-    if not isinstance(config, SftConfig | ComparisonsConfig):
+    if not isinstance(config, SftConfig | ComparisonsConfig) or config.chat_template is None:
         return config.data
     from trainer.data.chat.cache import prepare_conversations
 

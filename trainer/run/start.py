@@ -40,8 +40,8 @@ from trainer.optim.learning_rate import compute_learning_rate
 log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
 _STEERING_SECTIONS = (
-    "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "reward", "grpo",
-    "ppo", "rollout", "online_dpo",
+    "model", "precision", "data", "train", "optimizer", "schedule", "lora", "sft", "preference", "reward",
+    "grpo", "ppo", "rollout", "online_dpo", "distill",
 )  # fmt: skip
 _QUIET_FIELDS = (
     "train.log_every", "data.prefetch_steps", "sft.cache", "sft.num_workers", "sft.num_answers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from trainer.stages.base import StageKind
+from trainer.stages.distill import build_distill_stage
 from trainer.stages.grpo import build_grpo_stage
 from trainer.stages.next_token import build_next_token_stage
 from trainer.stages.online_dpo import build_online_dpo_stage
@@ -17,6 +18,7 @@ STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(partial(build_next_token_stage, "pretrain")),
     "long_context": StageKind(partial(build_next_token_stage, "long_context")),
     "sft": StageKind(build_sft_stage),
+    "distill": StageKind(build_distill_stage),
     "preference": StageKind(build_preference_stage),
     "reward": StageKind(build_reward_stage),
     "grpo": StageKind(build_grpo_stage),

@@ -82,14 +82,28 @@ class TrainingStage:
         started = time.perf_counter()
         with phase("data"):
             batches = self.reader.read_step()
-        phases = {"data": time.perf_counter() - started}
+        return self._learn(batches, state, {"data": time.perf_counter() - started})
+
+    def _learn(
+        self,
+        batches: Sequence[Batch],
+        state: TrainState,
+        seconds: Mapping[str, float],
+        objective: Objective | None = None,
+    ) -> StepResult:
+        """Update by a global batch, by the stage's objective unless another is given. Collective: all ranks.
+
+        `seconds` are what it took to come by the batch, by phase.
+        """
+        phases = dict(seconds)
         if self._prepare is not None:
+            started = time.perf_counter()
             with phase("score"):
                 batches = self._prepare(self._engine, batches)
-            phases["score"] = time.perf_counter() - started - phases["data"]
+            phases["score"] = time.perf_counter() - started
         config = self._engine.config
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
-        result = self._engine.train_step(batches, self.objective, rate)
+        result = self._engine.train_step(batches, objective or self.objective, rate)
         return dataclasses.replace(result, phase_seconds={**phases, **result.phase_seconds})
 
     def evaluate(self) -> Evaluation:

@@ -41,7 +41,9 @@ def is_running(process):
 
 def score(code, tests=TESTS, **options):
     text = f"Here it is:\n```python\n{code}\n```\nDone."
-    return passes_tests(Reply(text, {"tests": tests}, [], 1, 10, False), **{"isolation": ISOLATION} | options)
+    return passes_tests(
+        Reply(text, {"tests": tests}, [], 1, 10, False), **{"isolation": ISOLATION, "seconds": 30.0} | options
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,9 @@
-"""Each loss of preferences is its paper's, written out in float64 with Python's own functions, value and slope."""
+"""Each loss of preferences is its paper's, written out in float64 with Python's own functions, value and slope.
+
+And TRL's: figures that TRL 1.16.0 gave of the same numbers in float64, by `DPOTrainer`, `KTOTrainer`,
+`experimental.cpo.CPOTrainer` (simpo) and `experimental.orpo.ORPOTrainer` (the odds ratio's part), whose models and
+accelerators were stand-ins that hand over these log-probabilities; it has no cDPO or R-DPO.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +63,35 @@ PAPERS = {
 }
 
 
+TRL = {
+    "dpo": [0.133021075, 2.97727427, 0.693147181, 1.41295144e-08, 16.3500001],
+    "slic": [0.0, 3.925, 1.0, 0.0, 17.35],
+    "ipo": [1.1225907, 5.0625, 2.77777778, 0.015625, 6.33361111],
+    "apo_zero": [0.76563082, 1.31078117, 1.0, 0.481258799, 1.46257009],
+    "apo_down": [0.413603856, 0.975665523, 1.11063923, 0.51874123, 0.999999989],
+    "simpo": [0.985229743, 1.22344458, 1.10318605, 0.818931453, 1.28056449],
+    "orpo": [0.848178573, 1.70925184, 1.72593603],
+}
+"""Of `PAIRS`, with a beta of `BETA` and a gamma of 0.7."""
+TRL_KTO = [0.616439349, 0.169624253, 0.334260623, 1.49999275]
+"""Of the answers below."""
+
+
+def pairs_of(name: str) -> list[tuple[float, float, int, int]]:
+    """Return the pairs that a loss is defined for: a mean log-probability is below 0."""
+    return [pair for pair in PAIRS if name != "orpo" or max(pair[:2]) < 0]
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_a_loss_is_trls(name):
+    losses = PAPERS[name][0](*torch.tensor(pairs_of(name), dtype=torch.float64).unbind(1))
+    torch.testing.assert_close(losses.tolist(), TRL[name], rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_loss_and_its_slopes_are_the_papers(name):
     ours, paper = PAPERS[name]
-    pairs = [pair for pair in PAIRS if name != "orpo" or max(pair[:2]) < 0]  # a mean of log-probabilities is below 0
+    pairs = pairs_of(name)
     chosen, rejected, chosen_tokens, rejected_tokens = torch.tensor(pairs, dtype=torch.float64).unbind(1)
     chosen, rejected = chosen.requires_grad_(), rejected.requires_grad_()
     losses = ours(chosen, rejected, chosen_tokens, rejected_tokens)
@@ -86,6 +116,7 @@ def test_single_answers_are_kahneman_and_tverskys():
         1.5 * (1 - sigmoid(BETA * (-40.0 - divergence))),
     ]
     torch.testing.assert_close(losses.tolist(), expected, rtol=1e-7, atol=1e-9)  # z is fp32
+    torch.testing.assert_close(losses.tolist(), TRL_KTO, rtol=1e-7, atol=1e-9)
     losses.sum().backward()
     assert (log_ratios.grad < 0).tolist() == [True, False, False, True]
 

@@ -25,7 +25,7 @@ from configs.errors import BadInput, PeerLost
 from configs.sections.comparisons import ComparisonsSection
 from configs.sections.data import DataConfig, SourceConfig
 from configs.stages import ComparisonsConfig, SftConfig
-from trainer.data.chat.preference_worker import PreferenceWorker
+from trainer.data.chat.preference_worker import open_worker
 from trainer.data.chat.rows import iter_blocks, list_chat_files
 from trainer.data.chat.template import load_template
 from trainer.data.chat.worker import ConversationWorker, Recipe
@@ -225,8 +225,7 @@ def _make(recipe: Recipe, cache: Path, key: str, name: str, quick: str) -> None:
 
 def _tokenise(recipe: Recipe, prefix: Path) -> None:
     """Write the dataset of a source, its mask and its summary."""
-    kind = PreferenceWorker if isinstance(recipe.chats, ComparisonsSection) else ConversationWorker
-    worker = kind(recipe)
+    worker = open_worker(recipe)
     tokenizer = worker.tokenizer
     num_workers = recipe.chats.num_workers or len(os.sched_getaffinity(0))
     files, left_out = list_chat_files(recipe.source, recipe.field)
@@ -235,7 +234,7 @@ def _tokenise(recipe: Recipe, prefix: Path) -> None:
             "%s: left out: %s; to read another split, name its folder", recipe.source.path, describe_left_out(left_out)
         )
     num_bytes = sum(file.num_bytes for file in files)
-    pool = WorkerPool(kind, recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
+    pool = WorkerPool(type(worker), recipe, worker, min(num_workers, -(-num_bytes // BLOCK_BYTES)))
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     lengths: list[np.ndarray] = []

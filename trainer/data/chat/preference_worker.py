@@ -14,7 +14,7 @@ from trainer.data.chat.conversation import BadRow, Conversation
 from trainer.data.chat.encode import Sample
 from trainer.data.chat.preferences import Judged, answered, parse_judged, parse_pairs
 from trainer.data.chat.rows import RowBlock, read_block
-from trainer.data.chat.worker import TOO_LONG, ConversationWorker, EncodedRow
+from trainer.data.chat.worker import TOO_LONG, ConversationWorker, EncodedRow, Recipe
 from trainer.data.packed_source import CHOSEN, MISMATCHED, REJECTED
 
 _Sided = tuple[Conversation, int]
@@ -44,6 +44,7 @@ class PreferenceWorker(ConversationWorker):
                 continue
             samples = [[self._take_side(self._judge(next(encoded)), side) for _, side in unit.both] for unit in units]
             fault = next((one for unit in samples for one in unit if isinstance(one, BadRow)), None)
+            fault = fault or _find_alike(samples)
             margins = [unit.margin for unit in units]
             fitting = fault or self._fit_units(block.path, number, samples, margins)
             yield fitting if isinstance(fitting, EncodedRow) else self._leave_out(block.path, number, fitting)
@@ -94,6 +95,23 @@ class PreferenceWorker(ConversationWorker):
         dropped = TOO_LONG if len(kept) < len(units) else None
         lengths = tuple(len(one.input_ids) for one in samples)
         return EncodedRow(file, number, samples, dropped, lengths, tuple(margin for unit, margin in kept for _ in unit))
+
+
+def open_worker(recipe: Recipe) -> ConversationWorker:
+    """Return the worker of conversations or of preferences, as the recipe says. Raises BadInput."""
+    return PreferenceWorker(recipe) if isinstance(recipe.chats, ComparisonsSection) else ConversationWorker(recipe)
+
+
+def _find_alike(units: Sequence[Sequence[Any]]) -> BadRow | None:
+    """Return what is wrong where the template makes one of two answers: of spaces at their ends, for instance."""
+    sides = (CHOSEN, REJECTED)
+    for unit in units:
+        if unit[0].input_ids == unit[1].input_ids and tuple(max(one.loss_mask) for one in unit) == sides:
+            return BadRow(
+                "chosen and rejected are the same tokens as the template writes them, and such a pair says nothing; "
+                "drop the row"
+            )
+    return None
 
 
 def _try(parse: Any, *arguments: Any) -> Any:

@@ -136,14 +136,16 @@ class PromptOrder:
 class PromptReader:
     """Draws prompts from a blend of sources, in an order that resumes exactly; the same on every rank."""
 
-    def __init__(self, files: Sequence[PromptFile], weights: Sequence[float | None], seed: int) -> None:
-        """Draw by `weights`, by default each source in proportion to its rows."""
-        self._files = list(files)
+    def __init__(
+        self, files: Sequence[PromptFile], weights: Sequence[float | None], seed: int, field: str = "grpo.prompts"
+    ) -> None:
+        """Draw by `weights`, by default each source in proportion to its rows; errors name `field`."""
+        self._files, self._field = list(files), field
         orders: list[Any] = [PromptOrder(file, seed) for file in files]  # a ledger asks nothing of their data but names
         self._blend = Blend(
             orders,
             [float(len(file.rows)) if weight is None else weight for file, weight in zip(files, weights, strict=True)],
-            field="grpo.prompts",
+            field=field,
         )
         self.num_too_long = 0
         """Draws that were left out so far, too long or not to be written."""
@@ -164,8 +166,8 @@ class PromptReader:
             self.num_too_long, num_tries = self.num_too_long + 1, num_tries + 1
             if num_tries == _NUM_TRIES:
                 raise BadInput(
-                    f"grpo.prompts: {_NUM_TRIES} prompts in a row, the last of {file.prefix}, have too many tokens for "
-                    "train.seq_len less rollout.max_new_tokens, or cannot be written; make train.seq_len larger"
+                    f"{self._field}: {_NUM_TRIES} prompts in a row, the last of {file.prefix}, have too many tokens "
+                    "for train.seq_len less rollout.max_new_tokens, or cannot be written; make train.seq_len larger"
                 )
         return prompts
 
