@@ -125,9 +125,8 @@ def _update_rows(config: GrpoConfig, layout: Layout) -> Iterable[tuple[str, str]
         ppo = config.ppo
         own = f"{ppo.gae_lambda:g}" if ppo.length_alpha is None else f"1 - 1 / ({ppo.length_alpha:g} tokens)"
         advantages = f"of a critic, gamma {ppo.gamma:g}, lambda {own}"
-        start = ppo.critic.init_from or "the policy's start"
         first = f"; alone in the first {ppo.critic.warmup_steps} steps" if ppo.critic.warmup_steps else ""
-        yield "critic", f"begins with {start}, lr {ppo.critic.optimizer.lr:g}, lambda {ppo.critic_lambda:g}{first}"
+        yield "updates of the critic", f"lr {ppo.critic.optimizer.lr:g}, lambda {ppo.critic_lambda:g}{first}"
     clip = f"{method.surrogate} of {method.ratio} ratios below {1 - method.clip_low:g}, above {1 + method.clip_high:g}"
     yield (
         "method",

@@ -122,7 +122,7 @@ def test_a_plan_of_ppo_says_what_its_critic_is() -> None:
     config = load_config(str(ROOT / "configs" / "demo" / "ppo.yaml"), ["ppo.length_alpha=0.05"], "ppo")
     _, _, derived = describe(config, derive_layout(config, 2)).partition("# What follows from it")
     rows = {line[:28].strip(): line[28:].strip() for line in derived.strip().splitlines()}
-    assert rows["critic"] == "begins with the policy's start, lr 0.0002, lambda 1; alone in the first 5 steps"
+    assert rows["updates of the critic"] == "lr 0.0002, lambda 1; alone in the first 5 steps"
     assert rows["method"].startswith(
         "advantages of a critic, gamma 1, lambda 1 - 1 / (0.05 tokens); clip of token ratios"
     )

@@ -44,13 +44,18 @@ def ppo(questions, train, tmp_path):
     )  # fmt: skip
 
     def run(
-        world: int, name: str, *overrides: str, fault: str | None = None, refused: str | None = None
+        world: int,
+        name: str,
+        *overrides: str,
+        fault: str | None = None,
+        refused: str | None = None,
+        code: ExitCode = ExitCode.BAD_INPUT,
     ) -> list[dict[str, Any]]:
         run_dir = tmp_path / name
         words = (*fixed, f"run.dir={run_dir}", *overrides)
         if refused is not None:
-            code, said = train(world, *words, stage="ppo")
-            assert code == ExitCode.BAD_INPUT and "\n" not in said and re.search(refused, said), said
+            ended, said = train(world, *words, stage="ppo")
+            assert ended == code and "\n" not in said and re.search(refused, said), said
             return []
         if fault is None:
             assert train(world, *words, stage="ppo") == (ExitCode.DONE, "")
@@ -83,6 +88,11 @@ def test_a_killed_run_goes_on_to_the_same_curve_on_another_layout(ppo, tmp_path)
         assert [one["answers"] for one in kept] == [one["answers"] for one in rollouts]
 
 
+def test_a_critic_that_is_not_finite_is_named(ppo):
+    broken = ("ppo.critic.optimizer.lr=1e30", "ppo.critic.warmup_steps=0", "train.max_nonfinite_steps=1")
+    ppo(1, "broken", *broken, refused="critic: non-finite .*lower ppo.critic.optimizer.lr", code=ExitCode.NON_FINITE)
+
+
 def score_by_transformers(export: Path, texts: list[tuple[str, str]]) -> list[float]:
     """Return the scores of conversations of a prompt and an answer, tokenised apart as they were seen and drawn."""
     import torch
@@ -98,7 +108,7 @@ def score_by_transformers(export: Path, texts: list[tuple[str, str]]) -> list[fl
     return found
 
 
-def test_a_reward_model_scores_as_transformers_does_in_every_stage(ppo, train, questions, tmp_path):
+def test_four_models_by_turns_and_a_reward_model_that_scores_as_transformers_does(ppo, train, questions, tmp_path):
     pairs, seed, reward = tmp_path / "pairs.jsonl", tmp_path / "seed", tmp_path / "reward"
     rows = [{"prompt": f"{n}?", "chosen": f"is {n}", "rejected": f"no {n}"} for n in range(12)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -111,16 +121,23 @@ def test_a_reward_model_scores_as_transformers_does_in_every_stage(ppo, train, q
     assert train(1, *given, stage="reward") == (ExitCode.DONE, "")
     scored = f"grpo.reward_model={{init_from: {reward}, weight: 0.5}}"
     first = ("train.num_steps=1", "ppo.critic.warmup_steps=0", scored)
-    (row,) = ppo(2, "scored", *first, "parallel.pp=2", f"ppo.critic.init_from={reward}")
+    four = (*first, "parallel.tp=2", "parallel.pp=2", f"ppo.critic.init_from={reward}", "train.num_steps=2")
+    row, _ = rows = ppo(4, "scored", *four)
+    by_turns = ppo(4, "by_turns", *four, "parallel.offload_models=true")
+    assert [without_times(one) for one in by_turns] == [without_times(one) for one in rows]
     kept = rollouts_of(tmp_path / "scored")[1]
     values = [one["rewards"]["reward_model"] for one in kept]
     for one, value in zip(kept, values, strict=True):
         assert one["score"] == pytest.approx(one["rewards"]["regex"] + 0.5 * value)
     assert row["reward/reward_model/mean"] == pytest.approx(np.mean(values)) and np.std(values) > 0.01
-    assert math.isfinite(row["validation_reward_model/questions"])
-    # an answer that begins with a space is written another way by the tokenizer when it is read whole
-    told = [(one, value) for one, value in zip(kept, values, strict=True) if not one["answers"][0][:1].isspace()]
-    (export,) = (reward / "checkpoints").glob("step_*/hf")
+    assert math.isfinite(rows[-1]["validation_reward_model/questions"])
+    # read whole, an answer that begins with a space has other tokens, and one that spells a chat token is no turn's end
+    told = [
+        (one, value)
+        for one, value in zip(kept, values, strict=True)
+        if not one["answers"][0][:1].isspace() and "<|" not in one["answers"][0]
+    ]
+    export = reward / "checkpoints" / "step_00000003" / "hf"
     expected = score_by_transformers(export, [(one["prompt"], one["answers"][0]) for one, _ in told])
     assert len(told) > 8
     np.testing.assert_allclose([value for _, value in told], expected, rtol=0, atol=1e-4)

@@ -155,3 +155,23 @@ def test_answers_of_other_weights_settings_and_prompts_are_not_mixed(start, prom
     first.with_name("step_00000002.jsonl").write_text("".join(lines[4:]))
     code, said = start("rft", 1)
     assert code == ExitCode.BAD_INPUT and "has the answers to prompt 1 where those to prompt 0 are expected" in said
+
+
+def test_a_reward_model_says_what_is_accepted_and_another_one_is_refused(start, tmp_path):
+    pairs, reward = tmp_path / "pairs.jsonl", tmp_path / "reward"
+    rows = [{"prompt": f"{n}?", "chosen": f"is {n}", "rejected": f"no {n}"} for n in range(8)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = (
+        f"checkpoint.init_from={tmp_path / 'seed'}", f"run.dir={reward}", f"reward.train=[{{path: {pairs}}}]",
+        f"reward.cache={tmp_path / 'cache'}", "reward.template=chatml",
+    )  # fmt: skip
+    assert start("reward", 1, *given, "train.num_steps=1") == (ExitCode.DONE, "")
+    scored = ("grpo.rewards=[]", f"grpo.reward_model={{init_from: {reward}, weight: 2}}", "rft.num_prompts=6")
+    assert start("rft", 2, "parallel.pp=2", *scored, "rft.min_score=-100") == (ExitCode.DONE, "")
+    kept = [one for path in list_rollouts(tmp_path / "rft") for one in read_rollouts(path)]
+    assert len(kept) == 24 and len({one["score"] for one in kept}) > 4
+    assert all(one["score"] == pytest.approx(2 * one["rewards"]["reward_model"]) for one in kept)
+    assert start("reward", 1, *given, "train.num_steps=2") == (ExitCode.DONE, "")
+    code, said = start("rft", 1, *scored)
+    assert code == ExitCode.BAD_INPUT
+    assert said.startswith("grpo.reward_model.init_from: the answers in ") and "scored by another one" in said

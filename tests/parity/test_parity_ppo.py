@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,7 +118,9 @@ def test_whole_steps_are_alike_on_every_layout(judge, layout):
     world, parallel, model = LAYOUTS[layout]
     one = judge.run(1, {}, case=take_steps, model=model, train=TRAIN)
     run = judge.run(world, parallel, case=take_steps, model=model, train=TRAIN)
-    assert_equal_runs(run, one)
+    # the policy's loss is a mean of whitened advantages, nearly 0
+    np.testing.assert_allclose(run.losses, one.losses, rtol=TOLERANCE, atol=TOLERANCE / 10)
+    assert_equal_runs(replace(run, losses=one.losses), one)
     for found, expected in zip(run.metrics, one.metrics, strict=True):
         for name in TOLD:
             if name in expected:

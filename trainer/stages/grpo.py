@@ -258,10 +258,11 @@ def train_on(
 ) -> StepResult:
     """Make updates of one step, up to a number that is not finite, and return them as one result. Collective."""
     results: list[StepResult] = []
-    for batches in updates:
-        results.append(engine.train_step(batches, objective, learning_rate))
-        if results[-1].is_fault:
-            break
+    with engine.on_device(for_updates=True):
+        for batches in updates:
+            results.append(engine.train_step(batches, objective, learning_rate))
+            if results[-1].is_fault:
+                break
     return combine(results)
 
 

@@ -41,7 +41,9 @@ class PpoStage(GrpoStage):
 
     def describe_fault(self) -> str:
         """Return what made the last step non-finite, and in which model. Collective: all ranks of the world."""
-        return f"critic: {self._critic.describe_fault()}" if self._is_critics_fault else super().describe_fault()
+        if not self._is_critics_fault:
+            return super().describe_fault()
+        return f"critic: {self._critic.describe_fault()}; lower ppo.critic.optimizer.lr"
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the cursor of the prompts and the coefficient of the divergence."""
