@@ -16,7 +16,7 @@ LONG_ROPE := model.rope.base=2.0e+4
 # One thread a rank: CPU ranks that each start a thread per core fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-online-dpo demo-grpo demo-calculator test test-cluster test-fast bench lint format types clean
+.PHONY: help setup demo pretrain demo-long-context demo-sft demo-preference demo-online-dpo demo-reward demo-distill demo-grpo demo-ppo demo-calculator test test-cluster test-fast bench lint format types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,9 +62,25 @@ demo-online-dpo: setup  ## teach that model by pairs of its own answers in three
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/online_dpo.py configs/demo/online_dpo.yaml
 
+demo-reward: setup  ## make a reward model of that model from such pairs: how often it prefers the right answer
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) tools/make_small_tasks.py --tasks pairs --rows 3000 --out data/pairs
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/reward.py configs/demo/reward.yaml
+
+demo-distill: setup  ## teach a model half the size what that model says of each token, beside one that has labels alone
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) tools/make_small_tasks.py --rows 1000 --out data/few_tasks
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/distill.py configs/demo/distill.yaml
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/distill.py configs/demo/distill.yaml \
+	    run.name=demo_labels distill.label_weight=1
+
 demo-grpo: setup  ## reward that model for right answers, from where fine-tuning left it
 	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
 	$(PYTHON) -m launch.local --nproc-per-node 2 launch/grpo.py configs/demo/grpo.yaml
+
+demo-ppo: setup  ## the same with a critic: PPO
+	test -e runs/demo_sft/checkpoints/latest || $(MAKE) demo-sft
+	$(PYTHON) -m launch.local --nproc-per-node 2 launch/ppo.py configs/demo/ppo.yaml
 
 demo-calculator: setup  ## teach the model of long texts to ask a calculator, and reward it for right answers
 	test -e runs/demo_long/checkpoints/latest || $(MAKE) demo-long-context

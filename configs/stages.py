@@ -112,7 +112,7 @@ class SftConfig(Config):
         return f"sft.{split}"
 
     @property
-    def chat_template(self) -> tuple[str, str | None]:
+    def chat_template(self) -> tuple[str, str | None] | None:
         """The field of the chat template, and its value."""
         return "sft.template", self.sft.template
 
@@ -132,10 +132,43 @@ class SftConfig(Config):
 
 
 class DistillConfig(SftConfig):
-    """Learning from a teacher: the conversations of fine-tuning, whose targets are another model's distributions."""
+    """Learning from a teacher: the conversations of fine-tuning, or pretraining's text where `sft` names none, whose
+    targets are another model's distributions."""
 
     distill: DistillSection = DistillSection()
     rollout: RolloutSection = RolloutSection()
+
+    @property
+    def is_of_text(self) -> bool:
+        """Whether `data` names what is read."""
+        return bool(self.data.train) and not self.sft.train
+
+    def sources(self, split: Split) -> Sequence[Any]:
+        """Return the sources of conversations or of text."""
+        return Config.sources(self, split) if self.is_of_text else super().sources(split)
+
+    def source_field(self, split: Split) -> str:
+        """Return the field of the sources."""
+        return Config.source_field(self, split) if self.is_of_text else super().source_field(split)
+
+    @property
+    def chat_template(self) -> tuple[str, str | None] | None:
+        """The field of the chat template, and its value; None for text."""
+        return None if self.is_of_text else super().chat_template
+
+    @property
+    def packing(self) -> str:
+        """How rows are made of conversations or of documents."""
+        return self.data.packing if self.is_of_text else super().packing
+
+    def packing_setting(self, packing: str) -> tuple[str, str]:
+        """Return the field that chooses `packing`, and the value with which it does."""
+        return Config.packing_setting(self, packing) if self.is_of_text else super().packing_setting(packing)
+
+    @property
+    def has_document_mask(self) -> bool:
+        """Whether attention stays within conversations, or documents."""
+        return self.data.document_mask if self.is_of_text else True
 
     @property
     def second_models(self) -> Mapping[str, SecondModel]:
@@ -351,3 +384,6 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
     "online_dpo": OnlineDpoConfig,
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""
+
+WITHOUT_STEPS = ("rft", "teacher_cache")
+"""Stages that train nothing: what they leave is data."""

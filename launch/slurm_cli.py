@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import BadInput
 from configs.sections.cluster import TimeLimit
-from configs.stages import STAGE_CONFIGS
+from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS
 
 USAGE = (
     """\
@@ -149,8 +149,9 @@ def _stages(options: dict[str, str], recipes: Sequence[str]) -> list[str]:
             raise BadInput(f"{option}: '{stage}' is not one of {known}; a value that would work: {near}")
     if len(stages) != len(recipes):
         raise BadInput(f"--stages: {len(stages)} stages for {len(recipes)} recipes; name a recipe for each stage")
-    if "rft" in stages[:-1]:
-        raise BadInput("--stages: rft trains nothing, so no stage can start from it; let it be the last")
+    for stage in stages[:-1]:
+        if stage in WITHOUT_STEPS:
+            raise BadInput(f"--stages: {stage} trains nothing, so no stage can start from it; let it be the last")
     return stages
 
 

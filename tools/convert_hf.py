@@ -84,7 +84,7 @@ def _import(arguments: argparse.Namespace) -> int:
             source, arguments.run_dir, rank=ranks.rank, world_size=ranks.world_size, on_bytes=show
         )
     if ranks.rank == 0:
-        _tell(f"{arguments.hf_dir} ({source.family.architecture}) -> {arguments.run_dir}", report)
+        _tell(f"{arguments.hf_dir} ({source.architecture}) -> {arguments.run_dir}", report)
         print(f"train from it: base: {arguments.run_dir / 'model.yaml'}, checkpoint.init_from={arguments.run_dir}")
     return ExitCode.DONE
 
@@ -133,6 +133,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         from trainer.hf.verify import compare_with_transformers
 
         differences = compare_models(engine.config.model, source.model)
+        if engine.head != source.head:
+            differences.append(f"a {engine.head} head, not a {source.head} one")
         if differences:
             raise BadInput(
                 f"{arguments.checkpoint}: is another architecture than {arguments.hf_dir} ({'; '.join(differences)}); "
@@ -153,7 +155,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     print(f"tokens            {result.num_tokens}")
     print(f"max difference    {result.max_difference:.3e}")
     print(f"mean difference   {result.mean_difference:.3e}")
-    print(f"KL divergence     {result.kl_divergence:.3e} nats a token")
+    if result.kl_divergence is not None:
+        print(f"KL divergence     {result.kl_divergence:.3e} nats a token")
     if result.max_difference <= arguments.tolerance:
         print(f"the same within {arguments.tolerance:g}")
         return ExitCode.DONE

@@ -82,9 +82,12 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
 def _model_checks(mesh: Mesh) -> Iterator[Check]:
     """Yield what a model must do on any device, beside learning: names replaced, scores, rotation, nothing to learn."""
     from tools.device_checks.conversations import check_conversations
+    from tools.device_checks.critic import check_critic
+    from tools.device_checks.distill import check_distillation
     from tools.device_checks.model import check_generation, check_replaced_names, check_rotation, check_scores
     from tools.device_checks.policy import check_policy
     from tools.device_checks.preferences import check_preferences
+    from tools.device_checks.rewards import check_rewards
     from tools.device_checks.routers import check_router_gradient
     from tools.device_checks.steps import check_empty_batch
 
@@ -98,6 +101,10 @@ def _model_checks(mesh: Mesh) -> Iterator[Check]:
     for compute in ("fp32", "bf16", "fp16"):
         yield f"{compute} generation", lambda compute=compute: check_generation(mesh, compute)  # type: ignore[misc]
         yield f"{compute} policy", lambda compute=compute: check_policy(mesh, compute)  # type: ignore[misc]
+        yield f"{compute} rewards", lambda compute=compute: check_rewards(mesh, compute)  # type: ignore[misc]
+        yield f"{compute} distillation", lambda compute=compute: check_distillation(mesh, compute)  # type: ignore[misc]
+    for compute in ("fp32", "bf16"):
+        yield f"{compute} critic", lambda compute=compute: check_critic(mesh, compute)  # type: ignore[misc]
 
 
 def _fp8_checks(mesh: Mesh) -> Iterator[Check]:

@@ -19,6 +19,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from configs.errors import BadInput
 from configs.plan.estimate import count_parameters
+from configs.roles import HeadKind
 from configs.sections.model import ModelConfig
 from tools.console import Progress, end_process, run_command
 from tools.paths import path_argument
@@ -66,15 +67,17 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if config.get("lora"):  # checkpoints from before LoRA have none
         lora, base = config["lora"], (manifest.base or {}).get("path", "unknown")
         yield "holds", f"adapters of rank {lora['rank']} beside {', '.join(lora['target_modules'])} of {base}"
-    yield from _describe_model(config["model"])
+    if manifest.head == "scalar":
+        yield "head", "scalar: one value a token, as reward models and critics have"
+    yield from _describe_model(config["model"], manifest.head)
     yield from _describe_ledger(manifest.stage["state"])
 
 
-def _describe_model(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _describe_model(model: dict[str, Any], head: HeadKind) -> Iterator[tuple[str, str]]:
     from pydantic import ValidationError
 
     try:
-        count = count_parameters(ModelConfig(**model))
+        count = count_parameters(ModelConfig(**model), head)
         active = f", {count.active:,} active per token" if count.active != count.total else ""
         yield "parameters", f"{count.total:,}{active}"
     except ValidationError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInput
-from configs.stages import Config
+from configs.stages import Config, RewardModelConfig
 from parallel.platform import PlatformName, detect_platform_name
 
 if TYPE_CHECKING:
@@ -68,9 +68,11 @@ def open_checkpoint(path: Path) -> Iterator[Engine]:
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
         raise BadInput(f"{path}: holds no complete checkpoint; give a run directory such as runs/demo.")
-    model = read_manifest(checkpoint).config["model"]
+    manifest = read_manifest(checkpoint)
+    model = manifest.config["model"]
     length = min(64, model["max_position_embeddings"])
-    config = Config.model_validate(
+    kind = RewardModelConfig if manifest.head == "scalar" else Config
+    config = kind.model_validate(
         {"model": model, "precision": {"compute": "fp32"}, "train": {"num_steps": 0, "seq_len": length}}
     )
     with open_world(detect_platform_name()) as mesh, open_engine(config, mesh) as engine:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import BadInput
+from configs.roles import HeadKind
 from configs.stages import Config
 from parallel.environment import Environment
 from parallel.platform import detect_platform_name, has_transformer_engine, load_platform
@@ -79,7 +80,9 @@ def _read_place(place: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_model(config: Config, place: Path, environment: Environment) -> Iterator[ShardedModel]:
+def open_model(
+    config: Config, place: Path, environment: Environment, head: HeadKind = "vocabulary"
+) -> Iterator[ShardedModel]:
     """Join the ranks and yield the model with its weights. Collective: all ranks of the world must call this."""
     import torch.distributed as dist
 
@@ -98,7 +101,7 @@ def open_model(config: Config, place: Path, environment: Environment) -> Iterato
         from trainer.engine.build import POLICY, ModelPlan, build_models
         from trainer.run.weights import load_weights
 
-        model = build_models({POLICY: ModelPlan(config, is_trained=False)}, mesh)[POLICY]
+        model = build_models({POLICY: ModelPlan(config, is_trained=False, head=head)}, mesh)[POLICY]
         try:
             load_weights(model, str(place))
             yield model

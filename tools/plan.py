@@ -21,7 +21,7 @@ from configs.load import load_config
 from configs.plan.devices import DEVICES, find_device
 from configs.search.search import RESERVE, Found, Machine, Plan, search
 from configs.sections.parallel import ParallelConfig
-from configs.stages import STAGE_CONFIGS, Config
+from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS, Config
 from parallel.platform import CLUSTER_PLATFORM
 from tools.console import end_process, run_command
 from tools.outputs import check_file
@@ -38,7 +38,7 @@ from tools.plan_table import (
     table_text,
 )
 
-_STAGES = tuple(stage for stage in STAGE_CONFIGS if stage != "rft")  # which trains nothing
+_STAGES = tuple(stage for stage in STAGE_CONFIGS if stage not in WITHOUT_STEPS)
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "mbs")
 
 

@@ -63,7 +63,7 @@ def encode_rows(config: SftConfig | PreferenceConfig, split: str) -> Iterator[En
 
 
 def _section(config: SftConfig | PreferenceConfig) -> str:
-    return config.chat_template[0].partition(".")[0]
+    return config.source_field("train").partition(".")[0]
 
 
 def side_of(sample: Sample) -> str | None:

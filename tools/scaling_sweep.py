@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from configs.errors import BadInput
 from configs.sections.base import PathText, PositiveFloat, PositiveInt, Section
-from configs.stages import STAGE_CONFIGS
+from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS
 
 SWEEP_FILE = "sweep.json"
 KINDS = ("weak", "strong")
@@ -120,7 +120,7 @@ def _sentence(path: Path, error: Any) -> str:
 
 def _problems(sweep: Sweep) -> Iterator[str]:
     """Yield what no machine could run."""
-    if sweep.stage not in STAGE_CONFIGS or sweep.stage == "rft":
+    if sweep.stage not in STAGE_CONFIGS or sweep.stage in WITHOUT_STEPS:
         yield f"stage: '{sweep.stage}' takes no steps; a value that would work: pretrain"
     if not Path(sweep.recipe).is_file():
         works = Path(__file__).parents[1] / "configs/demo/pretrain.yaml"

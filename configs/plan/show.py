@@ -23,7 +23,7 @@ from configs.plan.derive import (
 from configs.plan.estimate import count_parameters, estimate_memory, parameters_per_rank
 from configs.plan.flops import flops_per_step
 from configs.plan.kv_cache import plan_cache
-from configs.stages import STAGE_CONFIGS, Config, GrpoConfig, OnlineDpoConfig, RftConfig, Split
+from configs.stages import STAGE_CONFIGS, Config, GrpoConfig, OnlineDpoConfig, PpoConfig, RftConfig, Split
 
 _MIB, _GIB = 2**20, 2**30
 _DEVICE_GB = (24, 40, 48, 80, 141, 180)
@@ -117,11 +117,19 @@ def _update_rows(config: GrpoConfig, layout: Layout) -> Iterable[tuple[str, str]
     size = f"{config.train.micro_batch_size} x {config.train.seq_len} tokens"
     yield "microbatches per update", f"{most} of {size} at most; answers are packed"
     held = f"divergence {method.kl_coefficient:g} x {method.kl_estimator} in the {method.kl_place}"
+    advantages: str = method.advantage
+    if isinstance(config, PpoConfig):
+        ppo = config.ppo
+        own = f"{ppo.gae_lambda:g}" if ppo.length_alpha is None else f"1 - 1 / ({ppo.length_alpha:g} tokens)"
+        advantages = f"of a critic, gamma {ppo.gamma:g}, lambda {own}"
+        start = ppo.critic.init_from or "the policy's start"
+        first = f"; alone in the first {ppo.critic.warmup_steps} steps" if ppo.critic.warmup_steps else ""
+        yield "critic", f"begins with {start}, lr {ppo.critic.optimizer.lr:g}, lambda {ppo.critic_lambda:g}{first}"
     clip = f"{method.surrogate} of {method.ratio} ratios below {1 - method.clip_low:g}, above {1 + method.clip_high:g}"
     yield (
         "method",
         (
-            f"advantages {method.advantage}; {clip}; {method.normalisation}; "
+            f"advantages {advantages}; {clip}; {method.normalisation}; "
             f"{held if method.kl_coefficient else 'no divergence'}; {method.num_refills} refills"
         ),
     )

@@ -16,7 +16,7 @@ _LEAST_SHARE = 1e-12  # of a source in a blend: less than one sample of the long
 def check_data(config: Config) -> Iterator[str]:
     """Yield every rule of what is read that is broken, one sentence each with a value that would work."""
     data, train = config.data, config.train
-    if isinstance(config, SftConfig):
+    if isinstance(config, SftConfig) and config.chat_template is not None:
         yield from _check_conversations(config)
     elif isinstance(config, ComparisonsConfig):
         reason = f"in learning from comparisons, whose sources are in {config.section}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.rules.model import check_unused
+from configs.sections.base import Section
 from configs.stages import Config, DistillConfig, TeacherCacheConfig
 
 
@@ -18,6 +19,8 @@ def check_distill(config: Config) -> Iterator[str]:
             f"distill.top_k: {distill.top_k} exceeds model.vocab_size={vocabulary}; a value that would work: "
             f"{min(64, vocabulary)}"
         )
+    if config.is_of_text:
+        yield from _check_text(config)
     targets = "in distillation, whose targets are the teacher's"
     yield from check_unused(config.sft, "sft", ("label_smoothing", "neftune_alpha"), targets)
     if isinstance(config, TeacherCacheConfig):
@@ -39,6 +42,31 @@ def check_distill(config: Config) -> Iterator[str]:
         yield from _check_answers(config)
     else:
         yield from check_unused(config.rollout, "rollout", tuple(type(config.rollout).model_fields), "with lmbda=0")
+
+
+def _check_text(config: DistillConfig) -> Iterator[str]:
+    """Yield what is wrong where `data` names what is read: nothing is asked there, and caches know documents."""
+    distill, data = config.distill, config.data
+    reason = "without sft.train, where text of data.train is read"
+    names = [name for name in type(config.sft).model_fields if name not in ("label_smoothing", "neftune_alpha")]
+    yield from check_unused(config.sft, "sft", names, reason)
+    if distill.lmbda:
+        yield (
+            "distill.lmbda: text of data.train asks the student nothing; a value that would work: 0 (or conversations "
+            "in sft.train)"
+        )
+    if distill.cache is None:
+        return
+    if data.packing != "best_fit":
+        yield (
+            f"data.packing: {data.packing} cuts documents where a seed says, and a cache knows them by what they are; "
+            "a value that would work: best_fit"
+        )
+    if data.tokenizer is None:
+        yield (
+            "data.tokenizer: a cache is compared with it; a value that would work: the directory that the data was "
+            "made with"
+        )
 
 
 def _check_answers(config: DistillConfig) -> Iterator[str]:
@@ -77,3 +105,13 @@ def _check_cache(config: TeacherCacheConfig) -> Iterator[str]:
     yield from check_unused(config.rollout, "rollout", tuple(type(config.rollout).model_fields), reason)
     if config.lora is not None:
         yield f"lora: has no effect {reason}; a value that would work: null"
+    unread: list[tuple[Section, str, set[str]]] = [
+        (config.train, "train", {"num_steps", "seq_len", "global_batch_size", "micro_batch_size", "recompute"}),
+        (config.optimizer, "optimizer", set()),
+        (config.schedule, "schedule", set()),
+        (config.checkpoint, "checkpoint", {"init_from", "init_from_hf"}),
+        (config.sample, "sample", set()),
+    ]
+    for section, path, read in unread:
+        names = [name for name in type(section).model_fields if name not in read]
+        yield from check_unused(section, path, names, reason)

@@ -21,6 +21,7 @@ MODELS = Path(__file__).parents[2] / "configs" / "models"
 # 58 x 256 `e_score_correction_bias` values of its routers.
 PUBLISHED = {
     "tiny": 3_950_848,
+    "tiny_half": 2_004_288,  # 4096 x 192 + 3 x (192 x 384 + 192 x 192 + 3 x 192 x 512 + 2 x 192) + 192
     "llama3_2_1b": 1_235_814_400,
     "llama3_2_3b": 3_212_749_824,
     "llama3_1_8b": 8_030_261_248,

@@ -23,7 +23,7 @@ def problems_of(stage: str, *words: str) -> list[str]:
         ("grpo.algorithm=rloo", r"grpo\.algorithm: rloo has no critic; .* work: ppo \(or rloo with launch/grpo\.py\)$"),
         ("grpo.advantage=group_std", r"grpo\.advantage: has no effect with ppo"),
         ("ppo.adaptive_kl={target: 3}", r"ppo\.adaptive_kl: there is no divergence in the rewards .* work: null"),
-        ("ppo.critic.warmup_steps=100", r"ppo\.critic\.warmup_steps: .* train\.num_steps=100; .* work: 10$"),
+        ("ppo.critic.warmup_steps=40", r"ppo\.critic\.warmup_steps: .* train\.num_steps=40; .* work: 4$"),
         ("ppo.critic.optimizer.lr=1e-6", r"ppo\.critic\.optimizer\.min_lr: 2e-05 exceeds ppo\.critic\.optimizer\.lr"),
         ("ppo.critic.optimizer.beta2=1", r"ppo\.critic\.optimizer\.beta2: 1\.0 never forgets .* work: 0\.95$"),
         ("grpo.rewards=[]", r"grpo\.rewards: answers need at least one"),

@@ -40,6 +40,7 @@ def test_every_example_value_in_help_is_accepted(stage: str) -> None:
     whole["model.mla"] = "{kv_lora_rank: 8, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"
     whole["precision.fp8"] = "{recipe: delayed}"
     whole["train.batch_ramp"] = "{start: 1, increment: 1, num_samples: 1}"
+    whole["grpo.reward_model"] = "{init_from: runs/demo_reward}"
     fields = [field for field in schema_fields(STAGE_CONFIGS[stage]) if field.section is None]
     for field in fields:
         parent = field.path.rpartition(".")[0]
@@ -115,3 +116,13 @@ def test_a_plan_of_reinforcement_says_what_a_step_takes_and_what_the_algorithm_m
         "advantages group_std; clip of token ratios below 0.9, above 1.28; token_mean; no divergence; 10 refills"
     )
     assert "tokens per step" not in rows and "model TFLOPs per update" in rows
+
+
+def test_a_plan_of_ppo_says_what_its_critic_is() -> None:
+    config = load_config(str(ROOT / "configs" / "demo" / "ppo.yaml"), ["ppo.length_alpha=0.05"], "ppo")
+    _, _, derived = describe(config, derive_layout(config, 2)).partition("# What follows from it")
+    rows = {line[:28].strip(): line[28:].strip() for line in derived.strip().splitlines()}
+    assert rows["critic"] == "begins with the policy's start, lr 0.0002, lambda 1; alone in the first 5 steps"
+    assert rows["method"].startswith(
+        "advantages of a critic, gamma 1, lambda 1 - 1 / (0.05 tokens); clip of token ratios"
+    )

@@ -158,6 +158,8 @@ WHOLE = (
     "cp2_ring_latent_documents", "cp2_ulysses", "cp4_hierarchical", "cp2_tp2_sp", "recompute", "lora",
     "lora_experts", "lora_latent_tp2_sp", "fp8_tensorwise", "fp8_rowwise_tp2_sp", "fp8_delayed_experts",
 )  # fmt: skip
+REWARDED = ("bf16", "fp16", "experts", "tp2_sp", "pp2_first", "pp2_vpp2_last", "cp2_ring_documents", "fp8_tensorwise")
+"""Of these: a step of a reward model too."""
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,7 @@ def outcomes(tmp_path_factory):
         name: {
             "config": build_config(compute, shape, **sections).model_dump(mode="json"), "world": world, "rank": rank,
             "is_whole": name in WHOLE or name in LARGE_AND_WHOLE,
+            "has_reward": name in REWARDED,
         }
         for name, (compute, shape, sections, world, rank) in (CASES | MEMORY_CASES).items()
     }  # fmt: skip
@@ -202,7 +205,8 @@ def test_a_step_on_a_fake_gpu(outcomes, name):
 def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     """So that it stays ahead of the GPU: nothing within the forward and backward passes waits."""
     reads = outcomes[name]["reads"]
-    for stage in ("policy", "sft", "preference") if name in WHOLE else ():
+    stages = ("policy", "sft", "preference", "distill") if name in WHOLE else ()
+    for stage in (*stages, "reward", "critic") if name in REWARDED else stages:
         assert outcomes[name][f"reads_of_{stage}"].keys() == reads.keys(), stage
     is_waiting = reads.pop(DISPATCHER, 0) > 0
     assert is_waiting == ("experts" in name or name == "ep2")

@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 import traceback
+import types
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from trainer.rehearse.rank import fake_world, prepare
 
 NUM_STEPS = 2  # the first makes what later ones find
 DOCUMENTS = (0, 5, 64, 100, 128)
+STAGES = ("policy", "sft", "preference", "distill", "reward", "critic")
 
 
 def reinforce(engine: Any, batches: list[Any]) -> None:
@@ -69,6 +71,47 @@ def prefer(engine: Any, batches: list[Any]) -> None:
         engine.train_step(laid, objective, 1e-3)
 
 
+def learn_values(config: Config, mesh: Any, batches: list[Any]) -> dict[str, dict[str, int]]:
+    """Take steps of a reward model beside the policy, then one of a critic; return what the host reads in the last."""
+    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.forward import forward_values
+    from trainer.rl.critic import RETURNS, VALUES, ValueObjective
+    from trainer.stages.reward import RewardObjective
+
+    model: Any = build_models({"reward": ModelPlan(config, is_trained=True, head="scalar")}, mesh)["reward"]
+    shape = batches[0].tokens.shape
+    columns = {"sequence": torch.zeros(shape, dtype=torch.int64), "ends": torch.ones(shape, dtype=torch.int32)}
+    sequences = {"side": torch.tensor([1, 2, 1, 2]), "margin": torch.zeros(2)}
+    laid = [dataclasses.replace(one, columns=columns, sequences=sequences) for one in batches]
+    for _ in range(NUM_STEPS):
+        READS.clear()
+        model.train_step(laid, RewardObjective(0.01, mesh.cp_group), 1e-3)
+    found = {"reads_of_reward": dict(READS)}
+    model.score(batches, forward_values)
+    columns = {name: torch.ones(shape) for name in (VALUES, RETURNS)}
+    READS.clear()
+    model.train_step([dataclasses.replace(one, columns=columns) for one in batches], ValueObjective(0.2), 1e-3)
+    model.close()
+    return found | {"reads_of_critic": dict(READS)}
+
+
+def distil(engine: Any, batches: list[Any]) -> None:
+    """Take steps with the engine itself for a teacher, by its hidden states and by its likeliest ids."""
+    from configs.sections.distill import DistillSection
+    from configs.sections.sft import SftSection
+    from trainer.rl.teacher import LiveTeacher
+    from trainer.stages.distill import DistillEvaluation, DistillObjective
+
+    for top_k in (None, 8):
+        section = DistillSection(beta=0.5, label_weight=0.2, top_k=top_k)
+        config: Any = types.SimpleNamespace(sft=SftSection(), distill=section)
+        teacher = LiveTeacher(engine, temperature=2.0, top_k=top_k)
+        taught = teacher.annotate(engine, batches)
+        engine.sum_losses(taught, DistillEvaluation(config, teacher))
+        READS.clear()
+        engine.train_step(taught, DistillObjective(config, teacher), 1e-3)
+
+
 def generate(engine: Any) -> dict[str, int]:
     """Draw three tokens for each of four rows, of which three fit, and return what the host reads meanwhile.
 
@@ -98,6 +141,8 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     READS.clear()
     prefer(engine, batches)
     found["reads_of_preference"] = dict(READS)
+    distil(engine, batches)
+    found["reads_of_distill"] = dict(READS)
     engine.sum_losses(batches, objective)
     engine.score(batches, forward_language_model)
     engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
@@ -105,8 +150,11 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     return found | {"reads_of_generation": generate(engine)}
 
 
-def run_case(config: Config, world: int, rank: int, *, is_whole: bool) -> dict[str, Any]:
-    """Build the engine of one rank and take steps, with `is_whole` all else too; return what the last steps showed."""
+def run_case(config: Config, world: int, rank: int, *, is_whole: bool, has_reward: bool) -> dict[str, Any]:
+    """Build the engine of one rank and take steps, with `is_whole` all else too; return what the last steps showed.
+
+    With `has_reward` a reward model takes steps beside it.
+    """
     from parallel.replaced_names import resolve
     from tools.device_checks.engine import made_up_batches
     from trainer.data.batch import Documents
@@ -129,6 +177,8 @@ def run_case(config: Config, world: int, rank: int, *, is_whole: bool) -> dict[s
         found = {"reads": dict(READS), "peak_bytes": memory.peak}
         if is_whole:
             found |= run_the_rest(engine, batches, objective)
+        if has_reward:
+            found |= learn_values(config, mesh, batches)
         assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(mesh.platform))
         engine.close()
     return found
@@ -140,16 +190,15 @@ def main() -> None:
     results = {}
     for name, case in json.load(sys.stdin).items():
         try:
-            found = run_case(
-                Config.model_validate(case["config"]), case["world"], case["rank"], is_whole=case["is_whole"]
-            )
+            sizes = (case["world"], case["rank"])
+            flags = {"is_whole": case["is_whole"], "has_reward": case["has_reward"]}
+            found = run_case(Config.model_validate(case["config"]), *sizes, **flags)
             results[name] = {"error": None, **found}
         except Exception as failure:
             places = [f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(failure.__traceback__)]
             error = f"{type(failure).__name__}: {failure} at {' < '.join(reversed(places))}"
             nothing: dict[str, dict[str, int]] = {
-                kind: {}
-                for kind in ("reads", "reads_of_policy", "reads_of_sft", "reads_of_preference", "reads_of_generation")
+                kind: {} for kind in ("reads", *(f"reads_of_{stage}" for stage in STAGES), "reads_of_generation")
             }
             results[name] = {"error": error, **nothing, "peak_bytes": 0}
     print(json.dumps(results))

@@ -36,6 +36,8 @@ LAYOUTS = LAYOUTS_OF_SFT | {
     "cp2_tp2_sp": (4, {"cp": 2, "tp": 2, "sp": True}, {}),
 }
 
+QUICK = ("cp2", "tp2_sp", "pp2_vpp2", "ep2")
+
 
 def config_of(method: dict[str, Any]) -> Any:
     """Return what objectives read of a config of distillation."""
@@ -149,7 +151,9 @@ def update_in_rows(place: Place, config: Config, run_dir: str, teacher_dir: str)
         return make_record(engine, results)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_updates_in_packed_rows_equal_samples_alone(judge, layout):
     world, parallel, model = LAYOUTS[layout]
     teacher = str(judge.seed(TEACHER | ({"moe": MOE} if "moe" in model else {})))

@@ -353,3 +353,33 @@ def test_table_and_json_hold_every_check(tmp_path, capsys):
     assert content["checks"][0] == {
         "name": "a", "status": "passed", "detail": "fine [x]", "figures": {"speed": 2.0}, "seconds": 1.5
     }  # fmt: skip
+
+
+def run_reward_checks(place):
+    """Check rewards, sound, with the worse answer preferred, and with others for answers alone."""
+    from unittest.mock import patch
+
+    from tools.device_checks.rewards import check_rewards
+    from tools.one_rank import open_world
+    from trainer.losses.reward import bradley_terry
+
+    with open_world("cpu") as mesh:
+        outcomes = [check_rewards(mesh, "bf16")]
+        with patch("trainer.stages.reward.bradley_terry", lambda one, other, margin: bradley_terry(other, one, margin)):
+            outcomes.append(check_rewards(mesh, "fp32"))
+        with patch("trainer.evaluate.rewards.forward_values", lambda *both: 0.9 * forward_values(*both)):
+            outcomes.append(check_rewards(mesh, "fp32"))
+    return outcomes
+
+
+def forward_values(model, batch):
+    from trainer.engine import forward
+
+    return forward.forward_values(model, batch)
+
+
+def test_a_reward_model_that_learns_or_scores_wrongly_is_seen(ranks):
+    sound, swapped, shrunk = ranks.run(run_reward_checks)[0]
+    assert sound.status == "passed", sound
+    assert swapped.status == "failed" and "of the pairs are right" in swapped.detail
+    assert shrunk.status == "failed" and "rewards in packed rows differ" in shrunk.detail

@@ -35,7 +35,7 @@ def check_policy(mesh: Mesh, compute: str) -> Outcome:
         reference.remember()
         shares, differences, divergences = [], [], []
         for step in range(NUM_STEPS):
-            rollouts = _draw(engine, config.model.vocab_size, step)
+            rollouts = draw_rollouts(engine, config.model.vocab_size, step)
             shares.append(sum(one.score for one in rollouts) / len(rollouts))
             batches, difference = _lay_out(engine, objective, rollouts, reference)
             result = engine.train_step(batches, objective, 3e-3)
@@ -53,8 +53,8 @@ def check_policy(mesh: Mesh, compute: str) -> Outcome:
     return judge(f"{compute} policy", problems, found, figures)
 
 
-def _draw(engine: Any, vocab_size: int, step: int) -> list[Any]:
-    """Return a group of answers to each prompt, scored by their share of rewarded tokens."""
+def draw_rollouts(engine: Any, vocab_size: int, step: int) -> list[Any]:
+    """Return a group of answers to each made-up prompt, scored by their share of rewarded tokens."""
     from trainer.generate.generator import EngineGenerator
     from trainer.generate.sampling import Sampling
     from trainer.rl.rollout import Rollout

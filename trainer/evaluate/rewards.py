@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import batched
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parallel.collectives import gather_objects
+from parallel.collectives import from_last_pp_stage, gather_objects
 from trainer.data.batch import Batch
 from trainer.data.reader import ValidationReader
 from trainer.data.sequences import sum_by_sequence
 from trainer.engine.engine import Engine
+from trainer.engine.forward import forward_values
 from trainer.engine.objective import Objective
+from trainer.engine.sharded_model import ShardedModel
 from trainer.evaluate.validation import VALIDATION_LOSS, Evaluation, Evaluator, fill_pipeline
 
 NUM_BINS = 10
@@ -24,10 +27,8 @@ NUM_BINS = 10
 class RewardEvaluator(Evaluator):
     """Scores every pair of every validation source when asked."""
 
-    def __init__(self, readers: Mapping[str, ValidationReader], forward: Callable[[Any, Batch], torch.Tensor]) -> None:
-        """`forward` gives the values of a batch's tokens, as `ShardedModel.score` takes it."""
+    def __init__(self, readers: Mapping[str, ValidationReader]) -> None:
         super().__init__(readers, has_perplexity=False)
-        self._forward = forward
 
     def evaluate(self, engine: Engine, objective: Objective) -> Evaluation:
         """Return `validation_<figure>/<source>` of each source; see `judge_rewards`.
@@ -45,7 +46,7 @@ class RewardEvaluator(Evaluator):
 
     def _score(self, engine: Engine, batches: Sequence[Batch]) -> list[list[float]]:
         """Return reward of chosen, of rejected, and margin of each pair of this replica, on one of its ranks."""
-        outputs = engine.score(batches, self._forward)
+        outputs = engine.score(batches, forward_values)
         mesh = engine.mesh
         if not (mesh.is_last_pp_stage and mesh.tp_rank == 0 and mesh.cp_rank == 0):
             return []
@@ -58,6 +59,27 @@ class RewardEvaluator(Evaluator):
             rows = torch.cat([rewards, batch.sequences["margin"].double().unsqueeze(-1)], dim=1)
             pairs += rows[is_counted].tolist()
         return pairs
+
+
+def score_rows(model: ShardedModel, rows: Sequence[Sequence[int]], rows_at_once: int = 8) -> list[float]:
+    """Return the reward of each row of token ids: the value at its last token. Collective: all ranks of the world."""
+    mesh = model.mesh
+    multiple = mesh.tp_size * (2 * mesh.cp_size if mesh.cp_size > 1 else 1)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    rewards = torch.zeros(len(rows))
+    for some in batched(order, rows_at_once):
+        longest = math.ceil(max(len(rows[number]) for number in some) / multiple) * multiple
+        tokens = torch.zeros(len(some), longest, dtype=torch.int64)
+        for place, number in enumerate(some):
+            tokens[place, : len(rows[number])] = torch.tensor(rows[number])
+        positions = torch.arange(longest).expand(len(some), -1).contiguous()
+        batch = Batch(tokens, tokens, positions, torch.ones(tokens.shape))
+        found = model.score([batch] * (mesh.pp_size if mesh.vpp_size > 1 else 1), forward_values)
+        values = found[0] if found else torch.empty(tokens.shape, device=mesh.device)
+        values = from_last_pp_stage(values, mesh).cpu()
+        for place, number in enumerate(some):
+            rewards[number] = values[place, len(rows[number]) - 1]
+    return rewards.tolist()
 
 
 def judge_rewards(pairs: NDArray[np.float64]) -> dict[str, float]:

@@ -134,6 +134,12 @@ def _by_one_name(config: Mapping[str, Any], family: Family) -> tuple[dict[str, A
     return named, problems
 
 
+def architecture_of(family: Family, head: HeadKind) -> str:
+    """Return the class of `transformers` that a model of a family with that head is."""
+    name = family.architecture
+    return name if head == "vocabulary" else name.removesuffix("ForCausalLM") + _CLASSIFIER
+
+
 def write_model(
     model: ModelConfig, carried: Mapping[str, Any] | None = None, head: HeadKind = "vocabulary"
 ) -> dict[str, Any]:
@@ -149,12 +155,11 @@ def write_model(
         carried.pop(QUANTISATION_KEY, None)  # what is written is not quantised
     config: dict[str, Any] = {
         **(carried or {}),
-        "architectures": [family.architecture],
+        "architectures": [architecture_of(family, head)],
         "model_type": family.model_type,
     }
     config.pop("original_max_position_embeddings", None)  # it is written with the rotation, where that has one
     if head == "scalar":
-        config["architectures"] = [family.architecture.removesuffix("ForCausalLM") + _CLASSIFIER]
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if carried is None:
         config |= {only.key: only.values[0] for only in family.only if only.values[0] is not None}

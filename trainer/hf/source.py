@@ -9,7 +9,7 @@ import torch
 
 from configs.errors import BadInput
 from configs.sections.model import ModelConfig
-from trainer.hf.config_json import find_family, left_aside, load_config_json, read_head, read_model
+from trainer.hf.config_json import architecture_of, find_family, left_aside, load_config_json, read_head, read_model
 from trainer.hf.directories import find_model_directory
 from trainer.hf.fp8_blocks import dequantise, num_blocks
 from trainer.hf.quantisation import QUANTISATION_KEY, SCALE_SUFFIX, read_block_size
@@ -35,6 +35,7 @@ class HfModel:
         self.family = find_family(config, self.directory / "config.json")
         self.model = read_model(config, self.directory / "config.json")
         self.head = read_head(config, self.directory / "config.json")
+        self.architecture = architecture_of(self.family, self.head)
         self._block_size = read_block_size(config)[0]
         self._full_format = _FORMATS.get(str(config.get("dtype", config.get("torch_dtype"))), torch.bfloat16)
         self._num_prediction_layers = 0
@@ -49,7 +50,7 @@ class HfModel:
         self._check_shapes()
         self.ignored = self._find_ignored()
         self.notes = [
-            f"config.json: {', '.join(aside)} left aside, as transformers' {self.family.architecture} does"
+            f"config.json: {', '.join(aside)} left aside, as transformers' {self.architecture} does"
             for aside in [left_aside(config)]
             if aside
         ]
@@ -103,7 +104,7 @@ class HfModel:
         if self.head == "vocabulary" and output not in tensors and not self.model.tie_embeddings:
             raise BadInput(
                 f"{self.directory}: holds a base model without an output layer ({output}), which "
-                f"{self.family.architecture} has beside it; save it as {self.family.architecture}."
+                f"{self.architecture} has beside it; save it as {self.architecture}."
             )
         self._files.tensors = {
             name if name in (output, self.family.names.score) else prefix + name: one for name, one in tensors.items()
@@ -115,7 +116,7 @@ class HfModel:
                 stored = self._files.tensors.get(part.name)
                 if stored is None:
                     raise BadInput(
-                        f"{self.directory}: lacks {part.name}, which a {self.family.architecture} of its config.json "
+                        f"{self.directory}: lacks {part.name}, which a {self.architecture} of its config.json "
                         "has; download the model again."
                     )
                 if stored.dtype not in _FORMATS.values():
@@ -173,7 +174,7 @@ class HfModel:
         if unknown:
             shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             raise BadInput(
-                f"{self.directory}: holds tensors that a {self.family.architecture} here has no place for: {shown}; "
+                f"{self.directory}: holds tensors that a {self.architecture} here has no place for: {shown}; "
                 "remove them if they are not part of the model."
             )
         return [name for name in further if not re.search(_COMPUTED, name)]

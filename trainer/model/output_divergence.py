@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from trainer.model.divergence import Diverge, TopK, diverge_from_logits, diverge_from_top_k, find_top_k
 from trainer.model.output_loss import compute_in_pieces
 
+_NUM_LOGITS = 4
+"""Beside a student's logits its teacher's, their terms and their slopes."""
 MakeLogits = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -68,7 +70,8 @@ def compute_divergences(
         return tuple(found)
 
     weight = output_layer.weight if output_weight is None else output_weight
-    return compute_in_pieces(compare, hidden_states, (labels, *lesson.said), output_layer, weight)
+    targets = (labels, *lesson.said)
+    return compute_in_pieces(compare, hidden_states, targets, output_layer, weight, num_logits=_NUM_LOGITS)
 
 
 def compute_top_k(

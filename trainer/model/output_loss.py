@@ -73,12 +73,15 @@ def compute_in_pieces(
     targets: Sequence[torch.Tensor],
     output_layer: Any,
     weight: torch.Tensor,
+    *,
+    num_logits: int = 1,
 ) -> tuple[Any, ...]:
     """Return what `compute` gives of hidden states and of their targets, `[batch, seq/cp]` each or None.
 
-    Targets are `[batch, seq/cp, ...]`, such as labels; each piece has those of its tokens.
+    Targets are `[batch, seq/cp, ...]`, such as labels; each piece has those of its tokens. `num_logits` is by how much
+    `compute` needs more room than a loss does.
     """
-    pieces = num_logit_pieces(targets[0].shape[0] * targets[0].shape[1], weight.shape[0])
+    pieces = num_logit_pieces(num_logits * targets[0].shape[0] * targets[0].shape[1], weight.shape[0])
     if pieces == 1:
         return compute(hidden_states, *targets)
     # With sp a piece of every tp rank's part is gathered, so that targets are taken alike.

@@ -11,10 +11,11 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,6 +27,7 @@ from parallel.platform import CLUSTER_PLATFORM, load_platform
 from parallel.platform.fake.collectives import CALLS, Call, forget_groups
 from parallel.platform.fake.tensors import ROUTED, NoKernel, Watch, replace_functions
 from parallel.replaced_names import NamePatch, replace_names
+from trainer.engine.objective import Objective
 from trainer.rehearse.memory import Memory, state_bytes
 
 
@@ -71,12 +73,13 @@ def fake_world(config: Config, world_size: int, rank: int) -> Iterator[tuple[Mes
 
 
 def rehearse(config: Config, world_size: int, rank: int) -> Rehearsal:
-    """Take a step of next-token training as one rank of the job; raise what the step raises.
+    """Take a step of next-token training, or of a reward model, as one rank of the job; raise what the step raises.
 
     Of more than two microbatches a pipeline stage the further ones repeat, and are left out.
     """
     from trainer.engine.build import build_engine
     from trainer.stages.next_token import NextTokenObjective
+    from trainer.stages.reward import RewardObjective
 
     layout = derive_layout(config, world_size)
     count = min(num_microbatches(config, layout, config.train.global_batch_size), 2 * layout.pp)
@@ -85,7 +88,9 @@ def rehearse(config: Config, world_size: int, rank: int) -> Rehearsal:
         ROUTED["tokens"] = tokens * config.model.moe.top_k
     with fake_world(config, world_size, rank) as (mesh, memory):
         engine = build_engine(config, mesh)
-        batch, objective = _batch(config), NextTokenObjective()
+        batch = _batch(config)
+        is_scalar = config.head == "scalar"
+        objective: Objective = RewardObjective(0.01, mesh.cp_group) if is_scalar else NextTokenObjective()
         # the first step makes what later ones find; it need not be whole
         engine.train_step([batch] * min(count, layout.pp), objective, 1e-3)
         state = state_bytes(engine)
@@ -102,13 +107,18 @@ def rehearse(config: Config, world_size: int, rank: int) -> Rehearsal:
 
 
 def _batch(config: Config) -> Any:
-    """Return a microbatch of made-up tokens."""
+    """Return a microbatch of made-up tokens; for a scalar head, of one pair of answers."""
     from trainer.data.batch import build_batch
 
     train = config.train
     shape = (train.micro_batch_size, train.seq_len + 1)
     windows = np.random.default_rng(5).integers(0, config.model.vocab_size, shape)
-    return build_batch(windows, tuple(range(train.micro_batch_size)))
+    batch = build_batch(windows, tuple(range(train.micro_batch_size)))
+    if config.head == "vocabulary":
+        return batch
+    numbers, ends = torch.zeros_like(batch.tokens), torch.ones_like(batch.tokens, dtype=torch.int32)
+    columns = {"sequence": numbers, "ends": ends}
+    return replace(batch, columns=columns, sequences={"side": torch.tensor([1, 2]), "margin": torch.zeros(1)})
 
 
 def _leave_order(tokens: Any, sizes: Any, order: Any, probs: Any = None, fused: bool = False) -> tuple[Any, Any]:

@@ -70,7 +70,7 @@ def _lay(rollouts: Sequence[Rollout], tokens: np.ndarray, lengths: np.ndarray) -
 class ValueObjective:
     """The clipped squared error of values, a mean over the tokens that the policy drew."""
 
-    mean_names = ("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean")
+    mean_names: tuple[str, ...] = ("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean")
 
     def __init__(self, clip: float | None) -> None:
         self._clip = clip

@@ -178,8 +178,8 @@ class CachedTeacher:
         place = int(np.searchsorted(self._table[:, 0], key))
         if place == len(self._table) or self._table[place, 0] != key:
             raise BadInput(
-                f"{_FIELD}: {self._directory} has nothing of a document that this run reads; give the data and the "
-                f"sft.train_on, sft.too_long of then, or {_ANEW}"
+                f"{_FIELD}: {self._directory} has nothing of a document that this run reads; give the data and "
+                f"sft.train_on of then, or {_ANEW}"
             )
         _, first, part = self._table[place].tolist()
         return part, first

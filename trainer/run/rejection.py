@@ -23,7 +23,7 @@ from configs.stages import RftConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh
-from parallel.platform import has_transformer_engine
+from parallel.platform import detect_platform_name, has_transformer_engine
 from parallel.watch.reports import WATCH
 from parallel.watch.watch import Watch
 from trainer.checkpoint.base_weights import identify_base
@@ -35,6 +35,7 @@ from trainer.report.live import format_duration
 from trainer.report.rollouts import FOLDER, list_rollouts, read_rollouts, write_rollouts
 from trainer.rl.acceptance import ACCEPTED, as_chat, choose
 from trainer.run.directory import RunLock, describe_environment, start_rank_log, write_run_files
+from trainer.run.second_models import FoundModel, find_second_models, load_second_models, plan_models
 from trainer.run.signals import StopSignals
 from trainer.run.start import Start, describe_changes, find_start
 from trainer.run.weights import load_weights
@@ -66,12 +67,13 @@ def sample_answers(corpus: Corpus, environment: Environment, mesh: Mesh, lock: R
 
     encoder = on_all_ranks(lambda: open_encoder(config, corpus))
     files = on_all_ranks(lambda: open_prompts(config, "train", encoder, None))
-    sampling = on_rank_zero(lambda: _describe_sampling(config, start, files))
+    found = on_rank_zero(lambda: find_second_models(config, mesh.world_size, detect_platform_name()))
+    sampling = on_rank_zero(lambda: _describe_sampling(config, start, files, found))
     last = on_rank_zero(lambda: _find_last(run_dir, sampling))
     rounds = _Rounds(config, files, last, run_dir, lock)
     is_done = True
     if not rounds.is_over:
-        is_done = _sample(config, encoder, rounds, environment, mesh, sampling, signals, watch)
+        is_done = _sample(config, encoder, rounds, environment, mesh, sampling, found, signals, watch)
     on_rank_zero(lambda: _accept(config, run_dir, files, sampling))
     if not is_done:
         log.info("stopped by signal after a whole round; the same command goes on behind it")
@@ -85,19 +87,22 @@ def _sample(
     environment: Environment,
     mesh: Mesh,
     sampling: Mapping[str, Any],
+    found: Mapping[str, FoundModel],
     signals: StopSignals,
     watch: Watch,
 ) -> bool:
-    """Load the model and answer all prompts that are left; return False where a signal came before the last."""
+    """Load the models and answer all prompts that are left; return False where a signal came before the last."""
     from trainer.engine.build import POLICY, ModelPlan, build_models
     from trainer.stages.grpo import open_collector
 
     run_dir = Path(str(config.run.dir))
-    model = build_models({POLICY: ModelPlan(config, is_trained=False)}, mesh)[POLICY]
+    plans = {**plan_models(config, found), POLICY: ModelPlan(config, is_trained=False)}
+    models = build_models(plans, mesh)
     try:
-        collector = on_all_ranks(lambda: open_collector(config, model, encoder, rounds.files))
+        collector = on_all_ranks(lambda: open_collector(config, models, encoder, rounds.files))
         try:
-            load_weights(model, sampling["weights"]["path"])
+            load_weights(models[POLICY], sampling["weights"]["path"])
+            load_second_models(models, plans)
             details = describe_environment(config, mesh, has_te=has_transformer_engine())
             watch.start(start_rank_log(run_dir, mesh).parent / WATCH)
             log.info("%s: answers of %s", config.run.name, sampling["weights"]["path"])
@@ -110,7 +115,8 @@ def _sample(
         finally:
             collector.close()
     finally:
-        model.close()
+        for model in models.values():
+            model.close()
 
 
 class _Rounds:
@@ -181,7 +187,9 @@ def _prompts_behind(files: Sequence[PromptFile], last: Record | None) -> Iterato
                 yield prompt
 
 
-def _describe_sampling(config: RftConfig, start: Start, files: Sequence[PromptFile]) -> dict[str, Any]:
+def _describe_sampling(
+    config: RftConfig, start: Start, files: Sequence[PromptFile], found: Mapping[str, FoundModel]
+) -> dict[str, Any]:
     """Return everything that answers depend on: weights and prompts by their hashes, and the config."""
     if start.init_from is not None:
         place, step = start.init_from, read_manifest(start.init_from).step
@@ -192,6 +200,7 @@ def _describe_sampling(config: RftConfig, start: Start, files: Sequence[PromptFi
         "weights": {"path": base.path, "step": step, "sha256": base.fingerprint},
         "prompts": {file.name: file.identity for file in files},
         "config": resolved_dict(config),
+        "models": {role: one.record["fingerprint"] for role, one in found.items()},
     }
 
 
@@ -220,6 +229,11 @@ def _find_last(run_dir: Path, sampling: Mapping[str, Any]) -> Record | None:
     changes = describe_changes(config, _steering(sampling["config"]), _COMPARED)
     if changes:
         raise BadInput(f"run.dir: {run_dir} holds answers that were sampled otherwise: {'; '.join(changes)}; {advice}")
+    for role, other in saved.get("models", {}).items():
+        if sampling["models"].get(role) != other:
+            raise BadInput(
+                f"grpo.reward_model.init_from: the answers in {run_dir} were scored by another one; {advice}"
+            )
     for name, identity in prompts.items():
         if sampling["prompts"].get(name) != identity:
             raise BadInput(f"grpo.prompts: the rows of {name} are not those that {run_dir} has answers to; {advice}")

@@ -94,7 +94,7 @@ def _name_lost_rank(error: Exception, config: Config, mesh: Mesh, watch: Watch) 
 
 def _prepare_data(config: Config, environment: Environment) -> DataConfig:
     """Return what is read, after tokenising what no earlier run has: on one rank of each host, without a time limit."""
-    if not isinstance(config, SftConfig | ComparisonsConfig):
+    if not isinstance(config, SftConfig | ComparisonsConfig) or config.chat_template is None:
         return config.data
     from trainer.data.chat.cache import prepare_conversations
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from configs.roles import POLICY, TEACHER
-from configs.stages import DistillConfig
+from configs.stages import DistillConfig, Split
 from trainer.data.batch import Batch
 from trainer.data.corpus import Corpus
+from trainer.data.indexed import TokenDataset
 from trainer.engine.engine import Engine
 from trainer.engine.forward import diverge_language_model
 from trainer.engine.state import StepResult, TrainState
@@ -141,7 +142,7 @@ def build_distill_stage(context: StageContext) -> DistillStage:
 
     ranks: Any = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size, "finish": finish}
     answers = student = None
-    if corpus.tokenizer is not None and sft.train_on != "all":
+    if not config.is_of_text and corpus.tokenizer is not None and sft.train_on != "all":
         if sft.num_answers:
             answers = AnswerEvaluator(corpus.validation, corpus.tokenizer, sft.num_answers, sft.max_answer_tokens)
         if distill.lmbda:
@@ -163,7 +164,11 @@ def _open_cache(config: DistillConfig, corpus: Corpus, *, is_last_pp_stage: bool
         tokenizer=corpus.tokenizer.vocabulary_hash,
     )
     trained = [source.dataset for source in (corpus.blend.sources if corpus.blend is not None else ())]
-    for field, datasets in (("sft.train", trained), ("sft.validation", list(corpus.validation.values()))):
+    splits: tuple[tuple[Split, list[TokenDataset]], ...] = (
+        ("train", trained),
+        ("validation", list(corpus.validation.values())),
+    )
+    for split, datasets in splits:
         for dataset in datasets:
-            teacher.check_source(field, dataset.origin, dataset.identity)
+            teacher.check_source(config.source_field(split), dataset.origin, dataset.identity)
     return teacher

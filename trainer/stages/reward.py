@@ -32,7 +32,7 @@ class RewardObjective:
     def __init__(self, center_rewards_coefficient: float, cp_group: dist.ProcessGroup) -> None:
         self._centering, self._cp_group = center_rewards_coefficient, cp_group
         self.extremes: list[torch.Tensor] = []
-        """Lowest and highest reward of each microbatch that had any."""
+        """Of each microbatch the largest of its rewards taken negative, and the largest; minus infinity for none."""
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Return the values of tokens `[batch, seq]`; hidden states but from the last chunk."""
@@ -56,8 +56,10 @@ class RewardObjective:
             losses = losses + self._centering * centering(chosen, rejected)
         total = (is_here * losses.detach() + (losses - losses.detach())).sum()
         rewards = whole.view(-1, 2)
-        if is_here.any():
-            self.extremes.append(torch.stack(rewards[is_here > 0].aminmax()))
+        if num_sequences:  # known without waiting for the device
+            counts = (is_here > 0).unsqueeze(-1)
+            ends = (torch.where(counts, -rewards, -math.inf).amax(), torch.where(counts, rewards, -math.inf).amax())
+            self.extremes.append(torch.stack(ends))
         difference, both = rewards[:, 0] - rewards[:, 1], rewards.mean(dim=1)
         figures = ((difference > 0).float(), difference, both)
         means = {
@@ -80,13 +82,10 @@ class RewardStage(TrainingStage):
         """Train on the next global batch. Collective: all ranks of the world must call this."""
         self.objective.extremes.clear()
         result = super().step(state)
-        found = [value for pair in self.objective.extremes for value in pair.tolist()]
-        mesh = self._engine.mesh
-        ends = (-min(found), max(found)) if found else (-math.inf, -math.inf)
-        lowest, highest = max_over_ranks(ends, mesh.device)
-        if math.isinf(highest):
-            return result
-        return dataclasses.replace(result, metrics={**result.metrics, "min_reward": -lowest, "max_reward": highest})
+        found = self.objective.extremes
+        own = torch.stack(found).amax(0).tolist() if found else [-math.inf] * 2
+        negative, largest = max_over_ranks(own, self._engine.mesh.device)
+        return dataclasses.replace(result, metrics={**result.metrics, "min_reward": -negative, "max_reward": largest})
 
 
 def build_reward_stage(context: StageContext) -> RewardStage:
@@ -97,4 +96,4 @@ def build_reward_stage(context: StageContext) -> RewardStage:
     ranks: Any = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
     reader = corpus.build_reader(**ranks, finish=with_margins)
     readers = corpus.build_validation_readers(**ranks, finish=with_margins)
-    return RewardStage("reward", engine, reader, objective, RewardEvaluator(readers, forward_values))
+    return RewardStage("reward", engine, reader, objective, RewardEvaluator(readers))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from trainer.data.chat.conversation import BadRow
-from trainer.rl.talk import begin_conversation
+from trainer.data.chat.conversation import BadRow, Conversation, Message
+from trainer.data.chat.prompts import Prompt
+from trainer.rl.talk import Talk, begin_conversation
 
 
 class Giving:
@@ -28,3 +30,14 @@ class Giving:
 def test_what_cannot_begin_names_the_environment(given):
     with pytest.raises(BadRow, match="grpo.environment cannot begin"):
         begin_conversation(Giving(given), {}, "x.jsonl", 3, seed=0)
+
+
+def test_what_was_said_is_a_conversation_even_where_it_is_nothing():
+    question = Conversation((Message("user", "1 + 1?"),), ({"type": "function"},), "x.jsonl", 3)
+    talk = Talk.begin(Prompt("x", 3, [1, 2], question, {}), 0, 0)
+    talk.texts.append("")
+    talk.end()
+    assert talk.as_conversation() == replace(question, messages=(Message("user", "1 + 1?"), Message("assistant", "")))
+    talk.messages += [{"role": "tool", "content": "2"}, {"role": "assistant", "content": " two"}]
+    *_, result, last = talk.as_conversation().messages
+    assert (result.role, result.content, last.role, last.content) == ("tool", "2", "assistant", " two")
