@@ -40,10 +40,15 @@ def online(train, tmp_path):
         "rollout.max_new_tokens=12", "online_dpo.prompts_per_round=6", "online_dpo.steps_per_round=2",
     )  # fmt: skip
 
-    def run(world: int, name: str, *overrides: str, fault: str | None = None) -> list[dict[str, Any]]:
+    def run(
+        world: int, name: str, *overrides: str, fault: str | None = None, refused: str | None = None
+    ) -> list[dict[str, Any]]:
         run_dir = tmp_path / name
         words = (*fixed, f"run.dir={run_dir}", *overrides)
-        if fault is None:
+        if refused is not None:
+            code, said = train(world, *words, stage="online_dpo")
+            assert code == 2 and said.startswith(refused) and "\n" not in said, said
+        elif fault is None:
             assert train(world, *words, stage="online_dpo") == (0, "")
         else:
             with pytest.raises(RankFailed, match="exit code -9"):
@@ -99,3 +104,9 @@ def test_a_reward_model_ranks_the_answers_and_simpo_needs_no_reference(online, t
     assert len(rows) == 2 and rows[0]["reward/reward_model/mean"] == pytest.approx(rows[0]["critic/score/mean"])
     check_round(tmp_path / "free" / "rollouts" / "step_00000001.jsonl", rows[0])
     assert rows[0]["pairs/num_pairs"] == 6, "values hardly ever tie"
+
+
+def test_answers_of_one_score_teach_nothing_and_end_the_run_in_a_sentence(online):
+    alike = "grpo.rewards=[{function: regex, options: {pattern: '~~~~'}}]"
+    refused = "grpo.rewards: 10 groups of answers in a row, those of step 1, are each of one score"
+    online(1, "alike", alike, "online_dpo.prompts_per_round=1", "grpo.group_size=2", refused=refused)

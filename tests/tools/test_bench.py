@@ -221,8 +221,8 @@ def test_fine_tuning_loops_train_as_many_tokens(forked_loops, chats, tmp_path):
 def test_loops_of_preferences_train_as_many_tokens(forked_loops, chats, tmp_path):
     tiny = ("model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=64", "train.global_batch_size=4")
     overrides = ("parallel.tp=1", f"data.tokenizer={chats[1]}", "train.seq_len=512", *tiny)
-    write_pairs(tmp_path / "pairs.jsonl", 40, length=100)
+    write_pairs(tmp_path / "pairs.jsonl", 40, length=30)  # some 200 tokens each
     case = Case("DPO", 1, overrides, ("fit", "trl_dpo"), stage="preference")
     fit, trl = measure_case(case, 2, tmp_path / "pairs.jsonl")
     for run in (fit, trl):
-        assert 0.8 * 4 * 512 < run.report.tokens_per_step < 4 * 512 and len(run.step_seconds) == 2
+        assert 0.6 * 4 * 512 < run.report.tokens_per_step < 4 * 512 and len(run.step_seconds) == 2
