@@ -66,9 +66,16 @@ def test_transformer_engine_rotates_only_what_it_can(
     mesh: Any = SimpleNamespace(platform=platform, cp_size=1, vpp_size=1)
     monkeypatch.setattr(model_config, "TransformerConfig", SimpleNamespace)
     monkeypatch.setattr(build, "CORE_ATTENTIONS", {"torch": SdpaCoreAttention})
-    monkeypatch.setattr(build, "_build_chunk", lambda model, transformer, *rest, **options: (transformer, options))
+    built = []  # the transformer config and the options of each chunk
+
+    def build_chunk(model, transformer, *rest, **options):
+        built.append((transformer, options))
+        return SimpleNamespace(post_process=False)
+
+    monkeypatch.setattr(build, "_build_chunk", build_chunk)
     rope = {} if scaling == "none" else ROPE | {"scaling": scaling}
     run = small_config(model={"rope": rope}, data={"document_mask": is_masked})
-    ((transformer, options),) = build.build_model_chunks(run, mesh, use_te=True)
+    build.build_model_chunks(run, mesh, use_te=True)
+    ((transformer, options),) = built
     assert transformer.apply_rope_fusion == has_fused_rotation
     assert (options["attention"] is not None) == has_own_attention
