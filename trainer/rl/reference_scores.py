@@ -20,7 +20,9 @@ from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import share_state
 
 log = logging.getLogger(__name__)
-_KEYS, _LOG_PROBS = "reference_scores.keys", "reference_scores.log_probs"
+_NAMES = ("reference_scores.keys", "reference_scores.log_probs")
+_OLD_NAMES = ("reference.keys", "reference.log_probs")
+"""In checkpoints of before online DPO, which has the weights of a reference too."""
 _AT_ONCE = 32  # microbatches whose log-probabilities are in memory together
 
 
@@ -79,23 +81,25 @@ class ReferenceScores:
 
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
         """Return keys and log-probabilities. Raises BadInput where the checkpoint to load has none."""
+        names = _NAMES if saved is None or _OLD_NAMES[0] not in saved.shapes else _OLD_NAMES
         if saved is None:
             keys = sorted(self._values)
             values = [self._values[key] for key in keys]
             tensors = torch.tensor(keys, dtype=torch.int64), torch.tensor(values, dtype=torch.float32)
-        elif _KEYS not in saved.shapes:
+        elif names[0] not in saved.shapes:
             raise BadInput(
                 f"{self._field}: the checkpoint that is resumed has no reference, as its run needed none; values that "
                 "would work: orpo, simpo (or begin under another run.name from its weights with checkpoint.init_from)"
             )
         else:
-            (count,) = saved.shapes[_KEYS]
+            (count,) = saved.shapes[names[0]]
             tensors = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float32)
-        return share_state(dict(zip((_KEYS, _LOG_PROBS), tensors, strict=True)), self._mesh)
+        return share_state(dict(zip(names, tensors, strict=True)), self._mesh)
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Take what was saved."""
-        self._values = dict(zip(loaded[_KEYS].tolist(), loaded[_LOG_PROBS].tolist(), strict=True))
+        keys, log_probs = (loaded[name].tolist() for name in (_NAMES if _NAMES[0] in loaded else _OLD_NAMES))
+        self._values = dict(zip(keys, log_probs, strict=True))
 
     def _remember(self, batches: Sequence[Batch], scores: Sequence[torch.Tensor] | None) -> None:
         mine: dict[int, float] = {}
