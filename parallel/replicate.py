@@ -61,3 +61,15 @@ def gather_parameters(replicas: list[Any]) -> None:
     for replica in replicas:
         if replica.ddp_config.overlap_param_gather:
             replica.start_param_sync(force_sync=True)
+
+
+def free_gradients(replicas: list[Any]) -> None:
+    """Free the memory of the gradient buffers; their contents are lost."""
+    for replica in replicas:
+        replica.offload_grad_buffers(synchronize=False, empty_cache=False)
+
+
+def restore_gradients(replicas: list[Any]) -> None:
+    """Give the gradient buffers that were freed their memory again, as zeros; others stay as they are."""
+    for replica in replicas:
+        replica.restore_grad_buffers(synchronize=False)

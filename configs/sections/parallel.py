@@ -40,6 +40,9 @@ class ParallelConfig(Section):
     """Reduce gradients while the backward pass runs; default true on CUDA, false on CPU."""
     overlap_param_gather: bool | None = None
     """Gather updated parameters while the forward pass runs; default true on CUDA, false on CPU."""
+    offload_models: bool = False
+    """Keep in the host's memory what is not computed with: gradients, main weights and moments but in updates, and
+    models beside the policy whole but in their turns. The numbers stay the same."""
     preflight: bool | None = None
     """Before training see whether all hosts agree, add up right over every axis, write run.dir and tell the same time;
     default true on several hosts, false on one."""

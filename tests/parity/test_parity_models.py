@@ -20,8 +20,8 @@ LAYOUTS = {
     "tp2_sp": (2, {"tp": 2, "sp": True}),
     "tp2_pp2": (4, {"tp": 2, "pp": 2}),
     "pp2_vpp2": (2, {"pp": 2, "vpp": 2}),
-    "ep2": (2, {"ep": 2}),
 }
+OVERLAPPED = {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
 POLICY_MODEL = {"hidden_dropout": 0.1}
 CRITIC_MODEL = {
     "num_layers": 8, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 4, "hidden_dropout": 0.0,
@@ -31,18 +31,17 @@ CRITIC_MODEL = {
 CRITIC_RATE = 1e-2
 
 
-def make_configs(name: str, *, policy: dict[str, Any] | None = None) -> tuple[int, Config, Config]:
+def make_configs(
+    name: str, *, policy: dict[str, Any] | None = None, further: Any = None, parallel: Any = None
+) -> tuple[int, Config, Config]:
     """Return the number of ranks, the policy's config, and that of a critic of another shape and optimizer."""
-    world, parallel = LAYOUTS[name]
-    is_split = parallel.get("tp", 1) > 1
-    parallel = {**parallel, "sp": is_split}  # experts want it
-    policy_model = {"moe": CRITIC_MODEL["moe"]} if "ep" in parallel else {}
-    config = small_config(world, parallel=parallel, model={**policy_model, **(policy or {})}, train={"num_steps": 4})
-    critic = small_config(
-        world, parallel=parallel, model=CRITIC_MODEL, train={"num_steps": 4},
-        optimizer={"lr": CRITIC_RATE, "min_lr": 1e-3, "eps": 1e-6, "clip_grad": 0.05},
-    )  # fmt: skip
-    return world, config, critic
+    world, axes = LAYOUTS[name]
+    sections = {"train": {"num_steps": 4}, **(further or {})}
+    # With tp experts want the sequence split.
+    sections["parallel"] = {**axes, "sp": "tp" in axes, **sections.get("parallel", {}), **(parallel or {})}
+    config = small_config(world, model=policy or {}, **sections)
+    optimizer = {"lr": CRITIC_RATE, "min_lr": 1e-3, "eps": 1e-6, "clip_grad": 0.05}
+    return world, config, small_config(world, model=CRITIC_MODEL, optimizer=optimizer, **sections)
 
 
 @contextlib.contextmanager
@@ -164,3 +163,50 @@ def test_both_resume_on_other_layouts(ranks, stopped, saved_on, name):
     resumed = ranks.run(resume_all, config, critic, run_dir, world=world)[0]
     for role in ("policy", "critic"):
         assert_equal_runs(resumed[role], uninterrupted[role])
+
+
+def resident_bytes(model: Any) -> int:
+    """Return the bytes of the device that a model holds."""
+    from trainer.engine.turns import distinct_storages
+
+    tensors = [*model._tensors()]
+    if model.is_trained:
+        tensors += [buffer.grad_data for one in model.modules for buffer in one.buffers + one.expert_parallel_buffers]
+        for part in model.optimizer.chained_optimizers:
+            for parameter, state in ({} if part.is_stub_optimizer else part.optimizer.state).items():
+                tensors += [parameter.data, *state.values()]
+    return sum(storage.nbytes() for storage in distinct_storages(tensors).values())
+
+
+def run_by_turns(place: Place, config: Config, critic: Config, run_dir: str) -> Any:
+    """Train with models that rest on the host, save, go on in new ones; return records, and bytes of the device."""
+    from trainer.checkpoint.layout import resolve_checkpoint
+    from trainer.checkpoint.load import resume
+    from trainer.engine.state import TrainState
+
+    with open_models(place, config, critic, critic) as models:
+        stage: Any = TwoStages(models)
+        state, _ = train(stage, models, TrainState(), STOP)
+        save_checkpoint(models["policy"], state, stage, Path(run_dir))
+        at_rest = {role: resident_bytes(model) for role, model in models.items()}
+        with models["critic"].on_device(for_updates=True), models["teacher"].on_device():
+            in_turn = {role: resident_bytes(models[role]) for role in ("critic", "teacher")}
+    with open_models(place, config, critic, critic) as models:
+        stage = TwoStages(models)
+        state = resume(config, models["policy"].mesh, stage, resolve_checkpoint(run_dir))
+        return train(stage, models, state, config.train.num_steps - STOP)[1], at_rest, in_turn
+
+
+@pytest.mark.parametrize(("name", "further"), [("tp2_pp2", {"precision": {"compute": "bf16"}}), ("dp2", OVERLAPPED)])
+def test_numbers_are_the_same_by_turns(ranks, tmp_path, name, further):
+    """Also where the gather of updated weights overlaps the next forward pass, and with main weights beside bf16."""
+    world, config, critic = make_configs(name, further=further)
+    stays = ranks.run(run_all, config, critic, critic, None, world=world)[0]
+    _, config, critic = make_configs(name, further=further, parallel={"offload_models": True})
+    turns, at_rest, in_turn = ranks.run(run_by_turns, config, critic, str(tmp_path), world=world)[0]
+    for role in ("policy", "critic"):
+        assert turns[role].losses == stays[role].losses
+        assert turns[role].grad_norms == stays[role].grad_norms
+        assert (turns[role].logits == stays[role].logits).all()
+    assert at_rest["critic"] == at_rest["teacher"] == 0
+    assert in_turn["critic"] > 2 * in_turn["teacher"] > 0

@@ -5,6 +5,7 @@ All are collective: all ranks of the world must call them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from parallel.mesh import Mesh
 from trainer.checkpoint.manifest import IMPORT_STAGE, check_architecture, check_continues, check_head
 from trainer.checkpoint.parts import collect, hand_out
 from trainer.checkpoint.stored import open_manifest, open_stored
-from trainer.engine.parts import SavedState
+from trainer.engine.engine import Engine
+from trainer.engine.parts import Checkpointed, SavedState
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.sharded_state import build_adapter_state, build_model_state, keep_head
 from trainer.engine.state import TrainState
@@ -38,7 +40,9 @@ def resume(config: Config, mesh: Mesh, stage: Stage, checkpoint: Path) -> TrainS
     check_continues(manifest, config, stage.name, checkpoint)
     stored = open_stored(checkpoint, manifest, mesh)
     saved = SavedState(stored.shapes, is_same_layout=manifest.layout == mesh.sizes())
-    hand_out(stage.parts, stored.load(collect(stage.parts, saved)))
+    for name, part in stage.parts.items():  # one after another: they need not all fit on the device
+        with _held(part):
+            hand_out({name: part}, stored.load(collect({name: part}, saved)))
     if not saved.is_same_layout:
         model = config.model
         has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
@@ -47,6 +51,11 @@ def resume(config: Config, mesh: Mesh, stage: Stage, checkpoint: Path) -> TrainS
     stage.load_state_dict(manifest.stage["state"])
     state = replace(TrainState(**manifest.state), num_nonfinite_in_a_row=0)  # a new start gets the full patience
     return _compare_alike(state, type(config).model_validate(manifest.config), config)
+
+
+def _held(part: Checkpointed) -> contextlib.AbstractContextManager[None]:
+    """Hold a model on the device, with everything that is loaded of it."""
+    return part.on_device(for_updates=True) if isinstance(part, Engine) else contextlib.nullcontext()
 
 
 def _compare_alike(state: TrainState, before: Config, config: Config) -> TrainState:

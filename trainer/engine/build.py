@@ -48,6 +48,8 @@ def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, Sharde
     for role, plan in plans.items():
         seed_everything(plan.config.run.seed, mesh.pp_rank, mesh.ep_size)
         models[role] = _build(plan, mesh, key_prefix="" if role == POLICY else f"{role}.")
+        if plan.config.parallel.offload_models:
+            models[role].rest_on_host(with_weights=role != POLICY)
         after_first = after_first or get_rng_state(mesh.platform)
     assert after_first is not None  # there is a policy
     set_rng_state(mesh.platform, after_first)

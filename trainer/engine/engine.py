@@ -18,7 +18,7 @@ from configs.plan.derive import layer_windows
 from configs.stages import Config, HeadKind
 from parallel.collectives import sum_over_microbatch_ranks
 from parallel.mesh import Mesh
-from parallel.replicate import gather_parameters, resolve_overlap
+from parallel.replicate import free_gradients, gather_parameters, resolve_overlap, restore_gradients
 from parallel.schedule import finalize_gradients
 from parallel.watch.phases import phase
 from trainer.data.batch import Batch
@@ -27,9 +27,10 @@ from trainer.engine.objective import Objective
 from trainer.engine.optimizer_state import build_optimizer_state, fit_optimizer_state, widen_weights
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_model import ShardedModel
-from trainer.engine.sharded_state import with_key_prefix
+from trainer.engine.sharded_state import copy_to_host, with_key_prefix
 from trainer.engine.state import StepResult
 from trainer.engine.sums import BatchSums, add_up, count_ahead
+from trainer.engine.turns import Turns, distinct_storages
 from trainer.model.fp8.attach import Fp8State
 from trainer.model.lora.adapter import Adapter
 from trainer.model.router_biases import RouterBiases
@@ -54,6 +55,8 @@ class Engine(ShardedModel):
         """`key_prefix` begins its keys in checkpoints, where it is not the only trained model."""
         super().__init__(config, mesh, replicas, fp8, adapter, head)
         self._key_prefix = key_prefix
+        self._update_memory = Turns(self._find_update_memory, mesh.platform, is_constant=False)
+        self._keeps_gradients = False
         self.optimizer = optimizer
         self._report = MicrobatchReport()
         self._connect()
@@ -70,6 +73,10 @@ class Engine(ShardedModel):
 
         Where nothing of the batch counts, or a number is not finite, the weights stay as they are.
         """
+        with self.on_device(for_updates=True):
+            return self._train_step(batches, objective, learning_rate)
+
+    def _train_step(self, batches: Sequence[Batch], objective: Objective, learning_rate: float) -> StepResult:
         started = time.perf_counter()
         batches = self._shares(batches)
         self._set_training(True)
@@ -87,6 +94,7 @@ class Engine(ShardedModel):
         set_rates(self.optimizer, learning_rate, self.config.optimizer.weight_decay)
         with phase("optimizer"):
             update = self._update(sums)
+            self._keeps_gradients = not update.is_applied  # for `describe_fault`
             if not update.is_applied:
                 biases.restore()
             self.mesh.platform.synchronize()
@@ -114,18 +122,63 @@ class Engine(ShardedModel):
     def sum_losses(self, batches: Sequence[Batch], objective: Objective) -> BatchSums:
         """Return the loss and further figures of one global batch, without gradients."""
         self._set_training(False)
-        return self._forward(self._shares(batches), objective, forward_only=True)
+        with self.on_device():
+            return self._forward(self._shares(batches), objective, forward_only=True)
 
     def describe_fault(self) -> str:
         """Return which ranks and data made the last step non-finite."""
-        return describe_fault(self._report, self.modules, self.mesh)
+        with self.on_device(for_updates=True):
+            return describe_fault(self._report, self.modules, self.mesh)
+
+    @contextmanager
+    def on_device(self, *, for_updates: bool = False) -> Iterator[None]:
+        """Have the weights on the device within the context, and on request what updates need beside them."""
+        with super().on_device():
+            if not for_updates:
+                yield
+                return
+            with self._update_memory.here():
+                restore_gradients(self.modules)
+                yield
+            if self._update_memory.is_away and not self._keeps_gradients:
+                free_gradients(self.modules)
+
+    def rest_on_host(self, *, with_weights: bool) -> None:
+        """Keep gradients, main weights and moments, and with them the weights or not, on the host but in their turns.
+
+        The gradients are not kept at all.
+        """
+        self._update_memory.rest_on_host()
+        free_gradients(self.modules)
+        super().rest_on_host(with_weights=with_weights)
+
+    def _find_update_memory(self) -> list[torch.Tensor]:
+        """Return main weights and moments, where they are not the weights themselves."""
+        weights = distinct_storages(self._tensors())
+        tensors = [
+            tensor
+            for part in self.optimizer.chained_optimizers
+            if not part.is_stub_optimizer
+            for group in part.optimizer.param_groups
+            for parameter in group["params"]
+            for tensor in (parameter.data, *part.optimizer.state.get(parameter, {}).values())
+            if isinstance(tensor, torch.Tensor) and tensor.device == self.mesh.device
+        ]
+        return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in weights]
 
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
-        """Return weights, FP8 history and optimizer state to save, or, given what a checkpoint holds, to load of it."""
+        """Return weights, FP8 history and optimizer state to save, or, given what a checkpoint holds, to load of it.
+
+        What is saved of a model that rests on the host are copies there; to load, it is to be held on the device.
+        """
         if saved is None:
-            self.finish_parameter_gather()
-        else:
-            saved = saved.under(self._key_prefix)
+            with self.on_device(for_updates=True):
+                self.finish_parameter_gather()
+                state = self._own_state(None)
+                return copy_to_host(state) if self._update_memory.rests_on_host else state
+        return self._own_state(saved.under(self._key_prefix))
+
+    def _own_state(self, saved: SavedState | None) -> dict[str, Any]:
         state = super().sharded_state(saved)
         weights = {name: value for name, value in state.items() if name != "fp8"}
         optimizer = build_optimizer_state(self.optimizer, weights, saved)
@@ -145,7 +198,8 @@ class Engine(ShardedModel):
 
     def finish_parameter_gather(self) -> None:
         """Wait until every rank holds the updated weights; needed before anything but a forward pass reads them."""
-        gather_parameters(self.modules)
+        if not self._weights.is_away:  # else they were, when they were sent
+            gather_parameters(self.modules)
 
     @contextmanager
     def merged_adapter(self) -> Iterator[None]:
@@ -156,8 +210,9 @@ class Engine(ShardedModel):
 
     def weights_loaded(self) -> None:
         """Let what was made from the weights be made anew, the optimizer's main copy too."""
-        super().weights_loaded()
-        self.optimizer.reload_model_params()
+        with self.on_device(for_updates=True):
+            super().weights_loaded()
+            self.optimizer.reload_model_params()
 
     def close(self) -> None:
         """Let go of the process groups, so that the same process can build another engine; this one is then unusable.

@@ -6,6 +6,7 @@ Every public method is collective: all ranks of the world must call it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,25 @@ from trainer.engine.forward import forward_cached
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import build_adapter_state, build_model_state, load_model_state
+from trainer.engine.turns import Turns
 from trainer.model.attention.cache import CachedTokens
 from trainer.model.divergence import TopK
 from trainer.model.dynamic_rope import rotated_at
 from trainer.model.fp8.attach import Fp8State
 from trainer.model.lora.adapter import Adapter
 from trainer.model.token_scores import TokenScores
+
+
+def _on_device[**Args, Result](method: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Let a method of a model have its weights on the device."""
+
+    @functools.wraps(method)
+    def with_weights(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        model: Any = args[0]
+        with model.on_device():
+            return method(*args, **kwargs)
+
+    return with_weights
 
 
 class ShardedModel:
@@ -56,13 +70,42 @@ class ShardedModel:
         self.fp8 = fp8
         self.adapter = adapter
         self.head = head
+        self._weights = Turns(self._find_weights, mesh.platform, is_constant=not self.is_trained)
 
     @property
     def chunks(self) -> list[Any]:
         """The bare model chunks of this rank."""
         return self.modules
 
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Have the weights on the device within the context, where they are anyway unless they rest on the host.
+
+        Every method that computes does so itself; around several of them it saves copying. May be nested.
+        """
+        with self._weights.here():
+            yield
+
+    def rest_on_host(self, *, with_weights: bool) -> None:
+        """Keep the memory of updates, and with it the weights or not, on the host but while they are computed with."""
+        if with_weights:
+            self.finish_parameter_gather()
+            self._weights.rest_on_host()
+
+    def _find_weights(self) -> Iterator[torch.Tensor]:
+        """Yield what is sent to the host as weights, and free what was made of them."""
+        if self.fp8 is not None:
+            self.fp8.free_weights()
+        return self._tensors()
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the parameters and buffers of this rank."""
+        for chunk in self.chunks:
+            yield from (parameter.data for parameter in chunk.parameters())
+            yield from chunk.buffers()
+
     @torch.no_grad()
+    @_on_device
     def score(self, batches: Sequence[Batch], forward: Callable[[Any, Batch], Any]) -> list[Any]:
         """Return what `forward(model, batch)` gives for each microbatch: on the last pipeline stage, elsewhere nothing.
 
@@ -84,6 +127,7 @@ class ShardedModel:
         return [output.map(gather) if isinstance(output, TokenScores | TopK) else gather(output) for output in outputs]
 
     @torch.no_grad()
+    @_on_device
     def compute_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the fp32 logits `[batch, seq, vocab_size]` of `tokens [batch, seq]` on every rank, padding cut off."""
         self._set_training(False)
@@ -119,6 +163,7 @@ class ShardedModel:
         return from_last_pp_stage(logits, self.mesh)
 
     @torch.no_grad()
+    @_on_device
     def compute_next_logits(self, microbatches: Sequence[CachedTokens]) -> torch.Tensor | None:
         """Return the logits `[wanted, vocab/tp]` after the tokens of equally long microbatches, which the cache keeps.
 
@@ -180,7 +225,7 @@ class ShardedModel:
         if self.adapter is None:
             yield
             return
-        with self.adapter.merged():
+        with self.on_device(), self.adapter.merged():
             if self.fp8 is not None:
                 self.fp8.weights_changed()
             yield
@@ -192,6 +237,7 @@ class ShardedModel:
 
         Raises BadInput where fp16 cannot hold them.
         """
+        self._weights.changed()
         if self.config.precision.compute == "fp16":
             parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
             if any_rank(not all(bool(torch.isfinite(one).all()) for one in parameters), self.mesh.device):

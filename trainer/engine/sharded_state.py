@@ -51,6 +51,14 @@ def copy_model_state(chunks: list[Any], mesh: Mesh, prefix: str) -> dict[str, An
     }
 
 
+def copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state whose shards, which are changed, have copies of their tensors in the memory of the host."""
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor | ShardedTensorFactory):
+            shard.data = shard.data.detach().to("cpu", copy=True)
+    return state
+
+
 def with_key_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Return a state whose shards, which are changed, have keys that begin with `prefix`."""
     for shard in nested_values(state):

@@ -19,6 +19,11 @@ def load_weights(model: ShardedModel, place: str) -> None:
     they are. Raises BadInput for what holds no weights, is damaged or is another architecture. Collective: all ranks of
     the world.
     """
+    with model.on_device():
+        _load_weights(model, place)
+
+
+def _load_weights(model: ShardedModel, place: str) -> None:
     from trainer.checkpoint.base_weights import recorded_base
     from trainer.checkpoint.layout import existing_checkpoint, resolve_checkpoint
     from trainer.checkpoint.load import merge_adapter, warm_start
@@ -34,7 +39,7 @@ def load_weights(model: ShardedModel, place: str) -> None:
     if base is None:
         warm_start(model, checkpoint)
     else:
-        load_weights(model, base.path)
+        _load_weights(model, base.path)
         merge_adapter(model, checkpoint)
 
 

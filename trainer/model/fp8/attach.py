@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ _ROW_SPLIT = {"input": 1, "weight": 1, "gradient": None}
 class Fp8State:
     """The FP8 side of a model: told when weights change, asked for what a checkpoint must hold."""
 
-    def __init__(self, scheme: Scheme, mesh: Mesh) -> None:
-        self._scheme, self._mesh = scheme, mesh
+    def __init__(self, scheme: Scheme, mesh: Mesh, linears: Sequence[Fp8Linear] = ()) -> None:
+        self._scheme, self._mesh, self._linears = scheme, mesh, linears
 
     @property
     def history(self) -> AmaxHistory | None:
@@ -36,8 +37,13 @@ class Fp8State:
         return self._scheme.history
 
     def weights_changed(self) -> None:
-        """Forget the quantised weights."""
+        """Let the quantised weights be made anew."""
         self._scheme.weights_version += 1
+
+    def free_weights(self) -> None:
+        """Free the memory of the quantised weights, which are made anew when they are asked for."""
+        for linear in self._linears:
+            linear.free_weight()
 
     def close_step(self, *, is_applied: bool) -> None:
         """Take note that an update was made, or skipped. Collective: all ranks of the pipeline stage must call this."""
@@ -64,12 +70,14 @@ def attach_fp8(chunks: list[Any], fp8: Fp8Config, model: ModelConfig, mesh: Mesh
 
         scheme.cast_both = cast_both
     kept = {*range(fp8.num_first_layers_kept), *range(model.num_layers - fp8.num_last_layers_kept, model.num_layers)}
+    attached = []
     for site, module in linears.items():
         if site.layer not in kept:
             split = _ROW_SPLIT if table[site.layer][site.name].split == "row" else _COLUMN_SPLIT
             cp_group = mesh.cp_group if site.expert is None else None
             module._forward_impl = Fp8Linear(scheme, site, split, module.tp_group, cp_group)
-    return Fp8State(scheme, mesh)
+            attached.append(module._forward_impl)
+    return Fp8State(scheme, mesh, attached)
 
 
 def _find_linears(chunk: Any, model: ModelConfig, mesh: Mesh) -> dict[Site, torch.nn.Module]:

@@ -119,6 +119,10 @@ class Fp8Linear:
             self._weights_version = self.scheme.weights_version
         return self._weight
 
+    def free_weight(self) -> None:
+        """Forget the weight in FP8; it is made anew when it is asked for."""
+        self._weight = None
+
     def multiply(
         self, left: Quantized, right: Quantized, dtype: torch.dtype, *, is_forward: bool = False
     ) -> torch.Tensor:
