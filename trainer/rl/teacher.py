@@ -23,7 +23,8 @@ from trainer.model.output_divergence import Lesson, MakeLogits, output_layer_of
 HIDDEN = "teacher_hidden"
 TOP_K = ("teacher_log_probs", "teacher_ids", "teacher_rest")
 """Columns of batches: `[micro_batch, seq, hidden]`, or the parts of a `TopK`."""
-_AT_ONCE = 8  # microbatches whose hidden states are on the device together, times the pipeline's stages
+AT_ONCE = 8
+"""Microbatches whose hidden states are on the device together, times the pipeline's stages."""
 
 
 class Teacher(Protocol):
@@ -56,7 +57,7 @@ class LiveTeacher:
         mesh = self._model.mesh
         multiple = mesh.pp_size if mesh.vpp_size > 1 else 1
         said: list[Batch] = []
-        for some in batched(batches, _AT_ONCE * mesh.pp_size):
+        for some in batched(batches, AT_ONCE * mesh.pp_size):
             filled = [*some, *[some[-1]] * (-len(some) % multiple)]
             outputs = self._model.score(filled, self._forward)
             if mesh.is_last_pp_stage:
