@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +68,21 @@ def gather_parameters(replicas: list[Any]) -> None:
 
 def free_gradients(replicas: list[Any]) -> None:
     """Free the memory of the gradient buffers; their contents are lost."""
-    for replica in replicas:
-        replica.offload_grad_buffers(synchronize=False, empty_cache=False)
+    with _quiet():
+        for replica in replicas:
+            replica.offload_grad_buffers(synchronize=False, empty_cache=False)
 
 
 def restore_gradients(replicas: list[Any]) -> None:
     """Give the gradient buffers that were freed their memory again, as zeros; others stay as they are."""
-    for replica in replicas:
-        replica.restore_grad_buffers(synchronize=False)
+    with _quiet():
+        for replica in replicas:
+            replica.restore_grad_buffers(synchronize=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Do not tell that Megatron-Core uses a deprecated name of torch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        yield

@@ -179,9 +179,7 @@ def resident_bytes(model: Any) -> int:
 
 
 def run_by_turns(place: Place, config: Config, critic: Config, run_dir: str) -> Any:
-    """Train with models that rest on the host, save, go on in new ones; return records, and bytes of the device."""
-    from trainer.checkpoint.layout import resolve_checkpoint
-    from trainer.checkpoint.load import resume
+    """Train with models that rest on the host, and save; return the bytes of the device that they hold."""
     from trainer.engine.state import TrainState
 
     with open_models(place, config, critic, critic) as models:
@@ -190,11 +188,7 @@ def run_by_turns(place: Place, config: Config, critic: Config, run_dir: str) -> 
         save_checkpoint(models["policy"], state, stage, Path(run_dir))
         at_rest = {role: resident_bytes(model) for role, model in models.items()}
         with models["critic"].on_device(for_updates=True), models["teacher"].on_device():
-            in_turn = {role: resident_bytes(models[role]) for role in ("critic", "teacher")}
-    with open_models(place, config, critic, critic) as models:
-        stage = TwoStages(models)
-        state = resume(config, models["policy"].mesh, stage, resolve_checkpoint(run_dir))
-        return train(stage, models, state, config.train.num_steps - STOP)[1], at_rest, in_turn
+            return at_rest, {role: resident_bytes(models[role]) for role in ("critic", "teacher")}
 
 
 @pytest.mark.parametrize(("name", "further"), [("tp2_pp2", {"precision": {"compute": "bf16"}}), ("dp2", OVERLAPPED)])
@@ -203,7 +197,8 @@ def test_numbers_are_the_same_by_turns(ranks, tmp_path, name, further):
     world, config, critic = make_configs(name, further=further)
     stays = ranks.run(run_all, config, critic, critic, None, world=world)[0]
     _, config, critic = make_configs(name, further=further, parallel={"offload_models": True})
-    turns, at_rest, in_turn = ranks.run(run_by_turns, config, critic, str(tmp_path), world=world)[0]
+    at_rest, in_turn = ranks.run(run_by_turns, config, critic, str(tmp_path), world=world)[0]
+    turns = ranks.run(resume_all, config, critic, str(tmp_path), world=world)[0]
     for role in ("policy", "critic"):
         assert turns[role].losses == stays[role].losses
         assert turns[role].grad_norms == stays[role].grad_norms
