@@ -112,6 +112,10 @@ def test_a_cache_teaches_as_its_teacher_does(distill, folder, tmp_path):
         code, said, rows = distill(1, "refused", f"distill.cache={cache}", *overrides)
         assert code == 2 and said.startswith(words), said
         assert not rows and not (tmp_path / "refused").exists()
+    with next(cache.glob("*.records")).open("ab") as records:
+        records.write(b" " * (8 * 12 + 4))
+    code, said, _ = distill(1, "refused", f"distill.cache={cache}")
+    assert code == 2 and said.startswith(f"distill.cache: {cache} is damaged, it has "), said
     code, said, _ = distill(1, "again", *writing, stage="teacher_cache")
     assert code == 2 and said.startswith(f"distill.cache: {cache}: is not empty"), said
 
