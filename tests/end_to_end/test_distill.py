@@ -128,7 +128,6 @@ def test_a_teacher_of_other_tokens_is_refused(distill, folder, train, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.slow
 def test_text_teaches_too_in_packed_rows_and_in_windows(train, corpus, tmp_path):
     teacher = tmp_path / "teacher"
     assert train(1, "model.num_layers=4", "run.seed=5", f"run.dir={teacher}", "train.num_steps=0") == (0, "")
