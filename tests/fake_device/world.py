@@ -100,14 +100,13 @@ def distil(engine: Any, batches: list[Any]) -> None:
     from configs.sections.distill import DistillSection
     from configs.sections.sft import SftSection
     from trainer.rl.teacher import LiveTeacher
-    from trainer.stages.distill import DistillEvaluation, DistillObjective
+    from trainer.stages.distill import DistillObjective
 
     for top_k in (None, 8):
         section = DistillSection(beta=0.5, label_weight=0.2, top_k=top_k)
         config: Any = types.SimpleNamespace(sft=SftSection(), distill=section)
         teacher = LiveTeacher(engine, temperature=2.0, top_k=top_k)
         taught = teacher.annotate(engine, batches)
-        engine.sum_losses(taught, DistillEvaluation(config, teacher))
         READS.clear()
         engine.train_step(taught, DistillObjective(config, teacher), 1e-3)
 

@@ -30,13 +30,7 @@ METHODS: list[dict[str, Any]] = [
 # Another depth and width than the student's, and its own output layer.
 TEACHER = {"num_layers": 8, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 2, "tie_embeddings": True}
 RATE = 3e-3
-LAYOUTS = LAYOUTS_OF_SFT | {
-    "tp2": (2, {"tp": 2}, {}),
-    "pp2": (2, {"pp": 2}, {}),
-    "cp2_tp2_sp": (4, {"cp": 2, "tp": 2, "sp": True}, {}),
-}
-
-QUICK = ("cp2", "tp2_sp", "pp2_vpp2", "ep2")
+LAYOUTS = {name: layout for name, layout in LAYOUTS_OF_SFT.items() if name != "one"} | {"tp2": (2, {"tp": 2}, {})}
 
 
 def config_of(method: dict[str, Any]) -> Any:
@@ -151,9 +145,7 @@ def update_in_rows(place: Place, config: Config, run_dir: str, teacher_dir: str)
         return make_record(engine, results)
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_updates_in_packed_rows_equal_samples_alone(judge, layout):
     world, parallel, model = LAYOUTS[layout]
     teacher = str(judge.seed(TEACHER | ({"moe": MOE} if "moe" in model else {})))

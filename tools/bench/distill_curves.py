@@ -1,6 +1,6 @@
 """Train the demo's student three ways with several seeds: by its teacher, by labels alone, by another row's teacher.
 
-Run: python tools/bench/distill_curves.py [--steps 200] [--out FOLDER]   (the teacher is what `make demo-sft` leaves)
+Run: python tools/bench/distill_curves.py [--steps 150] [--out FOLDER]   (the teacher is what `make demo-sft` leaves)
 Every run has two ranks, one run at a time, minutes each. Writes distill_curves.json.
 """
 
@@ -82,13 +82,13 @@ def describe(run: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="distill_curves.py", description="Ends of the demo of distillation.")
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps of each run (default 200)")
+    parser.add_argument("--steps", type=int, default=150, metavar="N", help="steps of each run (default 150)")
     parser.add_argument("--teacher", default="runs/demo_sft", help="what `make demo-sft` left (default runs/demo_sft)")
     default_out = ROOT / "tools" / "bench" / "results"
     parser.add_argument("--out", type=path_argument, default=default_out, metavar="FOLDER", help="for the results")
     arguments = parser.parse_args(argv)
     if arguments.steps < 20:
-        parser.error("--steps must be at least 20, for example --steps 200")
+        parser.error("--steps must be at least 20, for example --steps 150")
 
     def command() -> None:
         load_before, runs = os.getloadavg()[0], []

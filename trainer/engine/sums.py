@@ -29,8 +29,23 @@ class BatchSums:
     num_input_tokens: int
     num_attended_pairs: int
     """Over all layers."""
-    means: dict[str, float]
-    """The objective's further figures; 0 where there was nothing to take a mean of."""
+    mean_totals: dict[str, tuple[float, float]]
+    """Of the objective's further figures the sums, and what each is divided by."""
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The objective's further figures; 0 where there was nothing to take a mean of."""
+        return {name: total / count if count else 0.0 for name, (total, count) in self.mean_totals.items()}
+
+    def __add__(self, other: BatchSums) -> BatchSums:
+        """Return the sums over both, which are of one objective."""
+        totals = {
+            name: (total + other.mean_totals[name][0], count + other.mean_totals[name][1])
+            for name, (total, count) in self.mean_totals.items()
+        }
+        numbers = ("total", "count", "num_samples", "num_tokens", "num_input_tokens", "num_attended_pairs")
+        added = {name: getattr(self, name) + getattr(other, name) for name in numbers}
+        return BatchSums(**added, mean_totals=totals)
 
     @property
     def mean(self) -> float:
@@ -42,12 +57,9 @@ class BatchSums:
         """Read the vector of `add_up` after its reduction; waits for it."""
         total, count, *rest = summed.tolist()
         figures, counts = rest[: 2 * len(mean_names)], [round(value) for value in rest[2 * len(mean_names) :]]
-        means = {
-            name: figures[2 * place] / figures[2 * place + 1] if figures[2 * place + 1] else 0.0
-            for place, name in enumerate(mean_names)
-        }
+        totals = {name: (figures[2 * place], figures[2 * place + 1]) for place, name in enumerate(mean_names)}
         samples, tokens, inputs, pairs = counts
-        return cls(total, round(count), samples, tokens, inputs, pairs, means)
+        return cls(total, round(count), samples, tokens, inputs, pairs, totals)
 
 
 def add_up(

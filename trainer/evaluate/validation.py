@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import batched
+from operator import add
 
 from trainer.data.batch import Batch, without_loss
 from trainer.data.reader import ValidationReader
 from trainer.engine.engine import Engine
 from trainer.engine.objective import Objective
+from trainer.engine.sums import BatchSums
 from trainer.evaluate.answers import AnswerEvaluator, Spoken
 
 VALIDATION_LOSS = "validation_loss/"
@@ -37,14 +41,16 @@ class Evaluator:
         *,
         prepare: Callable[[Engine, Sequence[Batch]], list[Batch]] | None = None,
         has_perplexity: bool = True,
+        at_once: int | None = None,
     ) -> None:
         """`prepare` adds to a source's microbatches what the model says of all of them, and is collective.
 
-        Without `has_perplexity` the loss is none of tokens.
+        With `at_once` it does so with so many at a time, as what it adds is large. Without `has_perplexity` the loss is
+        none of tokens.
         """
         self._readers = readers
         self._answers = answers
-        self._prepare, self._has_perplexity = prepare, has_perplexity
+        self._prepare, self._has_perplexity, self._at_once = prepare, has_perplexity, at_once
 
     def check(self) -> None:
         """Raise BadInput where a source cannot be read or does not fit the model."""
@@ -60,9 +66,7 @@ class Evaluator:
         values: dict[str, float] = {}
         for name, reader in self._readers.items():
             batches = fill_pipeline(list(reader.batches()), engine.mesh.pp_size if engine.mesh.vpp_size > 1 else 1)
-            if self._prepare is not None:
-                batches = self._prepare(engine, batches)
-            sums = engine.sum_losses(batches, objective)
+            sums = self._sum(engine, batches, objective)
             loss = values[VALIDATION_LOSS + name] = sums.mean
             if self._has_perplexity:
                 values[VALIDATION_PERPLEXITY + name] = math.exp(min(loss, 700.0))
@@ -71,6 +75,14 @@ class Evaluator:
             return Evaluation(values)
         exact, answers = self._answers.evaluate(engine)
         return Evaluation(values | exact, answers)
+
+    def _sum(self, engine: Engine, batches: list[Batch], objective: Objective) -> BatchSums:
+        """Return the sums of a source. Collective: all ranks of the world must call this."""
+        if self._prepare is None:
+            return engine.sum_losses(batches, objective)
+        at_once = len(batches) if self._at_once is None else self._at_once * engine.mesh.pp_size
+        parts = [engine.sum_losses(self._prepare(engine, list(some)), objective) for some in batched(batches, at_once)]
+        return reduce(add, parts)
 
 
 def fill_pipeline(batches: list[Batch], multiple: int) -> list[Batch]:

@@ -100,10 +100,15 @@ def give_hidden(*, hidden_states: torch.Tensor, output_layer: Any, **unused: Any
     return (hidden_states.transpose(0, 1).contiguous(),)
 
 
-def output_layer_of(chunk: Any) -> MakeLogits:
-    """Return the output layer of a frozen model's last chunk, which takes hidden states that are whole."""
+def output_layer_of(chunk: Any, *, is_copied: bool) -> MakeLogits:
+    """Return the output layer of a frozen model's last chunk, which takes hidden states that are whole.
+
+    With `is_copied` it has a weight of its own, as the model's may be elsewhere when it is called.
+    """
     layer = chunk.output_layer
     weight = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
+    if is_copied:
+        weight = (layer.weight if weight is None else weight).detach().clone()
 
     def make_logits(hidden: torch.Tensor) -> torch.Tensor:
         is_split, layer.sequence_parallel = layer.sequence_parallel, False

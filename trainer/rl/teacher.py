@@ -23,7 +23,8 @@ from trainer.model.output_divergence import Lesson, MakeLogits, output_layer_of
 HIDDEN = "teacher_hidden"
 TOP_K = ("teacher_log_probs", "teacher_ids", "teacher_rest")
 """Columns of batches: `[micro_batch, seq, hidden]`, or the parts of a `TopK`."""
-_AT_ONCE = 8  # microbatches whose hidden states are on the device together, times the pipeline's stages
+AT_ONCE = 8
+"""Microbatches whose hidden states are on the device together, times the pipeline's stages."""
 
 
 class Teacher(Protocol):
@@ -46,6 +47,7 @@ class LiveTeacher:
     def __init__(self, model: ShardedModel, temperature: float, top_k: int | None) -> None:
         self.temperature = temperature
         self._model, self._top_k = model, top_k
+        self._make_logits: MakeLogits | None = None
         self._forward: Any = give_last_hidden
         if top_k is not None:
             self._forward = partial(find_likeliest, k=top_k, temperature=temperature)
@@ -55,7 +57,7 @@ class LiveTeacher:
         mesh = self._model.mesh
         multiple = mesh.pp_size if mesh.vpp_size > 1 else 1
         said: list[Batch] = []
-        for some in batched(batches, _AT_ONCE * mesh.pp_size):
+        for some in batched(batches, AT_ONCE * mesh.pp_size):
             filled = [*some, *[some[-1]] * (-len(some) % multiple)]
             outputs = self._model.score(filled, self._forward)
             if mesh.is_last_pp_stage:
@@ -64,11 +66,17 @@ class LiveTeacher:
 
     def lesson(self, batch: Batch, diverge: tuple[Diverge, ...], *, has_labels: bool) -> Lesson:
         """Return the comparison with the columns of a batch."""
-        make_logits: MakeLogits | None = None
-        names = TOP_K if self._top_k is not None else (HIDDEN,)
-        if self._top_k is None and self._model.mesh.is_last_pp_stage:
-            make_logits = output_layer_of(self._model.chunks[-1])
-        return make_lesson(batch, self.temperature, diverge, names, make_logits, has_labels=has_labels)
+        names: Sequence[str] = TOP_K
+        if self._top_k is None:
+            names = (HIDDEN,)
+            if self._make_logits is None and self._model.mesh.is_last_pp_stage:
+                self._make_logits = self._find_output_layer()
+        return make_lesson(batch, self.temperature, diverge, names, self._make_logits, has_labels=has_labels)
+
+    def _find_output_layer(self) -> MakeLogits:
+        """Return what makes the teacher's logits while the student computes; the teacher may then rest on the host."""
+        with self._model.on_device():
+            return output_layer_of(self._model.chunks[-1], is_copied=self._model.config.parallel.offload_models)
 
 
 def with_columns(batch: Batch, said: torch.Tensor | TopK) -> Batch:

@@ -48,6 +48,8 @@ class CacheInfo:
     sources: Mapping[str, str]
     """Identity of each tokenised source, by its path."""
     num_parts: int
+    num_records: int = 0
+    num_documents: int = 0
     format: int = _FORMAT
 
     def write(self, directory: Path) -> None:
@@ -81,6 +83,11 @@ class CachePart:
         self._type = record_type(k)
         self._known: set[int] = set()
         self.num_records = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that were written."""
+        return len(self._known)
 
     def add(self, batch: Batch, said: TopK) -> None:
         """Write what is said of each document of a batch."""
@@ -121,6 +128,12 @@ class CachedTeacher:
                 raise BadInput(f"{_FIELD}: {directory} is damaged ({error}); {_ANEW}") from error
             tables.append(np.column_stack([table, np.full(len(table), number)]))
         table = np.concatenate(tables)
+        there = sum(len(part) for part in self._parts), len(table)
+        if there != (self.info.num_records, self.info.num_documents):
+            raise BadInput(
+                f"{_FIELD}: {directory} is damaged, it has {there[0]} records of {there[1]} documents and {INFO} says "
+                f"{self.info.num_records} of {self.info.num_documents}; {_ANEW}"
+            )
         self._table = table[np.argsort(table[:, 0], kind="stable")]  # [documents, 3]: key, first record, part
 
     def check(self, *, vocab_size: int, seq_len: int, temperature: float, tokenizer: str) -> None:

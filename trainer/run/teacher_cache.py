@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import batched
 from pathlib import Path
@@ -99,8 +100,10 @@ def _write(
                 log_at += 0.1
     if part is not None:
         part.close()
-    num_records = sum(gather_objects(0 if part is None else part.num_records))
-    on_rank_zero(lambda: info.write(directory))
+    written = gather_objects((0, 0) if part is None else (part.num_records, part.num_documents))
+    num_records, num_documents = (sum(numbers) for numbers in zip(*written, strict=True))
+    whole = replace(info, num_records=num_records, num_documents=num_documents)
+    on_rank_zero(lambda: whole.write(directory))
     log.info("%s: %d ids of each of %d tokens", config.distill.cache, info.top_k, num_records)
 
 

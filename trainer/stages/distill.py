@@ -25,7 +25,7 @@ from trainer.losses.cross_entropy import compute_cross_entropy, count_tokens
 from trainer.losses.distillation import compute_distillation, diverge
 from trainer.losses.loss import Loss, Mean
 from trainer.rl.student import StudentAnswers, open_student
-from trainer.rl.teacher import LiveTeacher, Teacher
+from trainer.rl.teacher import AT_ONCE, LiveTeacher, Teacher
 from trainer.rl.teacher_cache import CachedTeacher
 from trainer.stages.base import StageContext
 from trainer.stages.sft import CROSS_ENTROPY, ConversationObjective
@@ -148,7 +148,11 @@ def build_distill_stage(context: StageContext) -> DistillStage:
         if distill.lmbda:
             student = open_student(config, engine, corpus.tokenizer)
     evaluator = Evaluator(
-        corpus.build_validation_readers(**ranks), answers, prepare=teacher.annotate, has_perplexity=False
+        corpus.build_validation_readers(**ranks),
+        answers,
+        prepare=teacher.annotate,
+        has_perplexity=False,
+        at_once=AT_ONCE,
     )
     return DistillStage(config, engine, corpus.build_reader(**ranks), evaluator, teacher, student)
 
