@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 if not __package__:  # run as a script: the packages are beside tools/, which Python puts first
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -35,6 +33,8 @@ _FIGURES = {"kl": "validation_kl/held_out", "exact": "validation_exact_answers/h
 
 def shuffle_cache(source: Path, target: Path) -> None:
     """Copy a teacher's cache with what it says dealt to other documents of as many trained tokens."""
+    import numpy as np
+
     shutil.copytree(source, target)
     random = np.random.default_rng(0)
     for index in target.glob("part_*.index"):
