@@ -10,8 +10,9 @@ from configs.plan.others import OtherModel, estimate_together
 from tests.small_runs import small_config
 
 
-def make(**parallel):
-    config = small_config(4, parallel={"tp": 2, "pp": 2, **parallel}, precision={"compute": "bf16"})
+def make(**changed):
+    config = small_config(4, parallel={"tp": 2, "pp": 2}, precision={"compute": "bf16"})
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=changed)})
     deep = small_config(model={"num_layers": 8}, precision={"compute": "bf16"})
     wide = small_config(model={"hidden_size": 128}, precision={"compute": "bf16"})
     others = {"critic": OtherModel(deep, "scalar", True), "reward": OtherModel(wide, "scalar", False)}
