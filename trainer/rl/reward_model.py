@@ -43,13 +43,14 @@ class RewardModel:
         self._config, self._model = config, model
         self._encoder = ChatEncoder(encoder.template, encoder.tokenizer, "last", "grpo.template")
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float | str]:
-        """Return the value of each, or why there is none; equal ones are read once and have one value, bit for bit.
+    def score(self, conversations: Sequence[Conversation | BadRow]) -> list[float | str]:
+        """Return the value of each, or why there is none: what is no conversation has none. Equal ones are read once and have one value, bit for bit.
 
         Collective: all ranks of the world must call this.
         """
-        encoded = self._encoder.encode_batch(conversations)
-        texts = [str(one) if isinstance(one, BadRow) else _up_to_end(one[-1]) for one in encoded]
+        encoded = iter(self._encoder.encode_batch([one for one in conversations if not isinstance(one, BadRow)]))
+        found = [one if isinstance(one, BadRow) else next(encoded) for one in conversations]
+        texts = [str(one) if isinstance(one, BadRow) else _up_to_end(one[-1]) for one in found]
         different = list(dict.fromkeys(text for text in texts if isinstance(text, _Text)))
         values = dict(zip(different, self._values(different), strict=True))
         return [text if isinstance(text, str) else values[text] for text in texts]

@@ -41,8 +41,12 @@ def test_what_was_said_is_a_conversation_even_where_it_is_nothing():
     talk.end()
     assert talk.as_conversation() == replace(question, messages=(Message("user", "1 + 1?"), Message("assistant", "")))
     talk.messages += [{"role": "tool", "content": "2"}, {"role": "assistant", "content": " two"}]
-    *_, result, last = talk.as_conversation().messages
+    conversation = talk.as_conversation()
+    assert isinstance(conversation, Conversation)
+    *_, result, last = conversation.messages
     assert (result.role, result.content, last.role, last.content) == ("tool", "2", "assistant", " two")
+    talk.messages.append({"role": "user", "content": "\ud800"})
+    assert isinstance(talk.as_conversation(), BadRow)
 
 
 @pytest.mark.parametrize(
