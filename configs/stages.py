@@ -322,10 +322,11 @@ class PpoConfig(GrpoConfig):
     def second_models(self) -> Mapping[str, SecondModel]:
         """The critic, and the reward model where there is one."""
         critic, start = self.ppo.critic, self.checkpoint
-        field, place, is_start = "ppo.critic.init_from", critic.init_from, critic.init_from is None
-        if is_start:
+        field, place = "ppo.critic.init_from", critic.init_from
+        if place is None:
             field = "checkpoint.init_from" if start.init_from is not None else "checkpoint.init_from_hf"
             place = start.init_from or start.init_from_hf or start.resume
+        is_start = critic.init_from is None
         own = SecondModel(field, place, head="scalar", optimizer=critic.optimizer, is_start=is_start)
         return {CRITIC: own, **super().second_models}
 

@@ -34,9 +34,7 @@ def problems_of(stage: str, *words: str) -> list[str]:
     ],
 )
 def test_what_cannot_be_is_refused(word, sentence):
-    (problem,) = problems_of(
-        "ppo", word, *(["grpo.kl.place=loss", "grpo.kl.estimator=k3"] if "target" in word else [])
-    )
+    (problem,) = problems_of("ppo", word, *(["grpo.kl.place=loss", "grpo.kl.estimator=k3"] if "target" in word else []))
     assert re.match(sentence, problem), problem
 
 

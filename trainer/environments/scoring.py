@@ -16,7 +16,6 @@ from trainer.environments.dispatch import Workers
 from trainer.environments.rewards.reply import Reply
 from trainer.environments.worker import Order, Part
 
-
 REWARD_MODEL, ENVIRONMENT, TOTAL = "reward_model", "environment", "total"
 """Names among the rewards and faults of an answer that are not functions: functions so named are numbered."""
 
@@ -120,8 +119,7 @@ def _first_with(rows: Sequence[Mapping[str, Any]], column: str | None) -> int | 
 
 
 def part_names(rewards: Sequence[RewardConfig]) -> tuple[str, ...]:
-    """Return a name for each reward: that of its function, with _2, _3 behind those that stand for something already.
-    """
+    """Return a name for each reward: that of its function, with _2, _3 behind those that are taken."""
     names = [REWARD_MODEL, ENVIRONMENT, TOTAL]
     num_taken = len(names)
     for config in rewards:

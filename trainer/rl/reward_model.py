@@ -44,8 +44,9 @@ class RewardModel:
         self._encoder = ChatEncoder(encoder.template, encoder.tokenizer, "last", "grpo.template")
 
     def score(self, conversations: Sequence[Conversation | BadRow]) -> list[float | str]:
-        """Return the value of each, or why there is none: what is no conversation has none. Equal ones are read once and have one value, bit for bit.
+        """Return the value of each, or why there is none: what is no conversation has none.
 
+        Equal ones are read once and have one value, bit for bit.
         Collective: all ranks of the world must call this.
         """
         encoded = iter(self._encoder.encode_batch([one for one in conversations if not isinstance(one, BadRow)]))

@@ -53,7 +53,7 @@ def test_what_was_said_is_a_conversation_even_where_it_is_nothing():
     ("score", "given", "total"),
     [
         (Score(0.5, {"exact": 0.5}), [1.0, 2.0], 3.5),
-        (Score(None, {"exact": None}), [1.0, 2.0], 3.0),  # none of the functions applies, as a reward model's value does
+        (Score(None, {"exact": None}), [1.0, 2.0], 3.0),  # as with a reward model's value
         (Score(None, {"exact": None}), [], None),
         (Score(None, {"exact": None}, {"exact": "raised"}), [1.0], None),
     ],

@@ -35,7 +35,8 @@ class TwoModelConfig(SftConfig):
     @property
     def second_models(self):
         optimizer = OWN if self.is_trained else None
-        return {TEACHER: SecondModel("distill.teacher", self.teacher, head=self.wanted, optimizer=optimizer, is_start=self.is_start)}
+        kind = {"head": self.wanted, "optimizer": optimizer, "is_start": self.is_start}
+        return {TEACHER: SecondModel("distill.teacher", self.teacher, **kind)}
 
 
 def make_config(place: Path | str, **fields) -> TwoModelConfig:
