@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -122,8 +122,9 @@ def value_text(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, Section):
-        return "{" + ", ".join(f"{name}: {value_text(item)}" for name, item in value) + "}"
+    if isinstance(value, Section | Mapping):
+        items = value.items() if isinstance(value, Mapping) else value
+        return "{" + ", ".join(f"{name}: {value_text(item)}" for name, item in items) + "}"
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(value_text(item) for item in value) + "]"
     return str(value)

@@ -34,6 +34,10 @@ class SecondModel:
     schedule: ScheduleConfig | None = None
     """Of its learning rate; None for the policy's."""
 
+    is_start: bool = False
+    """The place is where the policy starts from too, so that what the run's `model` section says of the use of these
+    weights, such as a stretched rotation, holds for both."""
+
     @property
     def is_trained(self) -> bool:
         """Whether the run changes its weights, which its checkpoints then hold."""

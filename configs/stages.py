@@ -326,7 +326,8 @@ class PpoConfig(GrpoConfig):
         if place is None:
             field = "checkpoint.init_from" if start.init_from is not None else "checkpoint.init_from_hf"
             place = start.init_from or start.init_from_hf or start.resume
-        own = SecondModel(field, place, head="scalar", optimizer=critic.optimizer)
+        is_start = critic.init_from is None
+        own = SecondModel(field, place, head="scalar", optimizer=critic.optimizer, is_start=is_start)
         return {CRITIC: own, **super().second_models}
 
 

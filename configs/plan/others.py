@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from configs.plan.derive import Layout
 from configs.plan.estimate import MemoryEstimate, count_parameters, estimate_memory, estimate_stages
 from configs.roles import HeadKind
-from configs.stages import Config
+from configs.stages import Config, RewardModelConfig
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,15 @@ class OtherModel:
     is_trained: bool
 
     def on_layout(self, config: Config) -> Config:
-        """Return its config with the layout and the batches of the run's."""
-        return self.config.model_copy(update={"parallel": config.parallel, "train": config.train})
+        """Return its config with the layout and the batches of the run's; with a scalar head, as of a reward model."""
+        own = self.config.model_copy(update={"parallel": config.parallel, "train": config.train})
+        if self.head == "vocabulary":
+            return own
+        return RewardModelConfig.model_construct(**{name: getattr(own, name) for name in Config.model_fields})
 
     def estimate(self, config: Config, layout: Layout) -> list[MemoryEstimate]:
         """Estimate the bytes of a rank of each pipeline stage; a frozen model has no gradients and keeps no layers."""
         stages = estimate_stages(self.on_layout(config), layout)
-        if self.head == "scalar":
-            stages = [replace(stage, logits=0) for stage in stages]
         if not self.is_trained:
             stages = [replace(stage, gradients=0, optimizer=0, activations=0) for stage in stages]
         return stages
@@ -36,7 +37,7 @@ class OtherModel:
         """Return its size and what becomes of it, in words."""
         kind = "trained" if self.is_trained else "frozen"
         head = ", a scalar head" if self.head == "scalar" else ""
-        return f"{count_parameters(self.config.model).total:,} parameters, {kind}{head}"
+        return f"{count_parameters(self.config.model, self.head).total:,} parameters, {kind}{head}"
 
 
 Others = Mapping[str, OtherModel]

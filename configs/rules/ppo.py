@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from configs.rules.model import check_unused
 from configs.rules.training import check_decay
+from configs.sections.ppo import LARGEST_ERROR
 from configs.stages import Config, GrpoConfig, PpoConfig, RftConfig
 
 
@@ -30,9 +31,22 @@ def check_ppo(config: Config) -> Iterator[str]:
             "ppo.adaptive_kl: there is no divergence in the rewards whose coefficient could adapt; a value that would "
             "work: null (or grpo.kl.place=reward with a grpo.kl.coefficient above 0)"
         )
+    yield from _check_horizon(config)
     if critic.warmup_steps and critic.warmup_steps >= config.train.num_steps:
         yield (
             f"ppo.critic.warmup_steps: the policy learns nothing in {critic.warmup_steps} of train.num_steps="
             f"{config.train.num_steps}; a value that would work: {config.train.num_steps // 10}"
         )
     yield from check_decay(config.schedule, critic.optimizer, "ppo.critic.optimizer")
+
+
+def _check_horizon(config: PpoConfig) -> Iterator[str]:
+    """Yield where one step could take the adapting coefficient to 0 or below, which rewards divergence."""
+    adaptive = config.ppo.adaptive_kl
+    answers = config.train.global_batch_size * config.grpo.num_minibatches
+    if adaptive is not None and LARGEST_ERROR * answers >= adaptive.horizon:
+        yield (
+            f"ppo.adaptive_kl.horizon: in {adaptive.horizon:g} answers an error of {LARGEST_ERROR:g}, the largest that "
+            f"counts, would take the coefficient below 0 with the {answers} answers of one step; a value that would "
+            f"work: {10 * answers}"
+        )

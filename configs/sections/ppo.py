@@ -30,6 +30,10 @@ class CriticSection(Section):
     arXiv:2503.01491, and VAPO, arXiv:2504.05118)."""
 
 
+LARGEST_ERROR = 0.2
+"""The share of its target that a divergence is off by, beyond which the coefficient adapts no faster."""
+
+
 class AdaptiveKlSection(Section):
     """A coefficient of the divergence that keeps it near a target (arXiv:1909.08593, section 2.2)."""
 

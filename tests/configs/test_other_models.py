@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from configs.plan.derive import derive_layout
-from configs.plan.estimate import estimate_stages
+from configs.plan.derive import derive_layout, padded_vocab_size
+from configs.plan.estimate import count_parameters, estimate_stages
 from configs.plan.others import OtherModel, estimate_together
 from tests.small_runs import small_config
 
@@ -31,16 +31,28 @@ def test_the_fullest_rank_is_the_sum_or_the_largest_turn(offload):
     reward = estimate_stages(others["reward"].on_layout(config), layout)
     totals = []
     for policy, value, score in zip(own, critic, reward, strict=True):
-        learnt = state(value) + value.activations  # a scalar head has no logits
+        learnt = state(value) + value.activations + value.logits  # of a scalar head the latter are its input
         if offload:
-            totals.append(max(policy.total, policy.weights + learnt, policy.weights + score.weights))
+            totals.append(max(policy.total, policy.weights + learnt, policy.weights + score.weights + score.logits))
         else:
-            working = max(policy.activations + policy.logits, value.activations)
+            working = max(policy.activations + policy.logits, value.activations + value.logits, score.logits)
             totals.append(state(policy) + state(value) + score.weights + working)
     found = estimate_together(config, layout, others)
     assert found.total == max(totals)
     assert dataclasses.replace(found, other_models=0) in own
     assert found.other_models > 0
+
+
+def test_a_scalar_head_has_no_output_matrix():
+    config, layout, _ = make()
+    model = config.model.model_copy(update={"tie_embeddings": False})
+    own = config.model_copy(update={"model": model})
+    scalar, plain = (OtherModel(own, head, False) for head in ("scalar", "vocabulary"))
+    (_, last), (_, whole) = scalar.estimate(config, layout), plain.estimate(config, layout)
+    padded, hidden = padded_vocab_size(model), model.hidden_size
+    assert whole.weights - last.weights == 2 * (padded // 2 * hidden - hidden)  # tp2, two bytes each
+    count = count_parameters(model).total - (model.vocab_size - 1) * hidden
+    assert scalar.describe() == f"{count:,} parameters, frozen, a scalar head"
 
 
 def test_by_turns_takes_less_and_alone_nothing_more():

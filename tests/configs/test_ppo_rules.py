@@ -26,13 +26,15 @@ def problems_of(stage: str, *words: str) -> list[str]:
         ("ppo.critic.warmup_steps=50", r"ppo\.critic\.warmup_steps: .* train\.num_steps=50; .* work: 5$"),
         ("ppo.critic.optimizer.lr=1e-6", r"ppo\.critic\.optimizer\.min_lr: 2e-05 exceeds ppo\.critic\.optimizer\.lr"),
         ("ppo.critic.optimizer.beta2=1", r"ppo\.critic\.optimizer\.beta2: 1\.0 never forgets .* work: 0\.95$"),
+        (
+            "ppo.adaptive_kl={horizon: 6}",
+            r"ppo\.adaptive_kl\.horizon: in 6 answers .* with the 256 answers of one step; .* work: 2560$",
+        ),
         ("grpo.rewards=[]", r"grpo\.rewards: answers need at least one"),
     ],
 )
 def test_what_cannot_be_is_refused(word, sentence):
-    (problem,) = problems_of(
-        "ppo", word, *(["grpo.kl.place=loss", "grpo.kl.estimator=k3"] if "adaptive" in word else [])
-    )
+    (problem,) = problems_of("ppo", word, *(["grpo.kl.place=loss", "grpo.kl.estimator=k3"] if "target" in word else []))
     assert re.match(sentence, problem), problem
 
 

@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2": (2, {"pp": 2}, {}),
     "pp2_vpp2": (2, {"pp": 2, "vpp": 2}, {}),
     "dp2": (2, {}, {}),
-    "cp2": (2, {"cp": 2}, {}),
+    "cp2_pp2": (4, {"cp": 2, "pp": 2}, {}),
     "tp2_sp_pp2": (4, {"tp": 2, "sp": True, "pp": 2}, {}),
     "ep2": (2, {"ep": 2}, MOE),
     "ep2_tp2_sp": (4, {"ep": 2, "tp": 2, "sp": True}, MOE),

@@ -199,7 +199,7 @@ class ShardedModel:
             forward_step,
             microbatches,
             self.modules,
-            seq_len=len(microbatches[0].ids),
+            seq_len=len(microbatches[0].ids) * self.mesh.cp_size,  # each cp rank has all tokens of rows of its own
             micro_batch_size=1,
             forward_only=True,
             collect_outputs=True,

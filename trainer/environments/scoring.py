@@ -16,6 +16,9 @@ from trainer.environments.dispatch import Workers
 from trainer.environments.rewards.reply import Reply
 from trainer.environments.worker import Order, Part
 
+REWARD_MODEL, ENVIRONMENT, TOTAL = "reward_model", "environment", "total"
+"""Names among the rewards and faults of an answer that are not functions: functions so named are numbered."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -106,7 +109,7 @@ class RewardPool:
         ]
         total = sum(weighted) if weighted and not faults else None
         if total is not None and not math.isfinite(total):
-            total, faults = None, {"total": "the weighted sum is not finite"}
+            total, faults = None, {TOTAL: "the weighted sum is not finite"}
         return Score(total, values, faults)
 
 
@@ -116,12 +119,13 @@ def _first_with(rows: Sequence[Mapping[str, Any]], column: str | None) -> int | 
 
 
 def part_names(rewards: Sequence[RewardConfig]) -> tuple[str, ...]:
-    """Return a name for each reward: that of its function, with _2, _3 behind those that stand there already."""
-    names: list[str] = []
+    """Return a name for each reward: that of its function, with _2, _3 behind those that are taken."""
+    names = [REWARD_MODEL, ENVIRONMENT, TOTAL]
+    num_taken = len(names)
     for config in rewards:
         base = config.function.rpartition(":")[2]
         number = 1
         while (name := base if number == 1 else f"{base}_{number}") in names:
             number += 1
         names.append(name)
-    return tuple(names)
+    return tuple(names[num_taken:])

@@ -18,13 +18,13 @@ from trainer.data.chat.prompts import Prompt
 from trainer.engine.sharded_model import ShardedModel
 from trainer.environments.answering import EnvironmentPool
 from trainer.environments.rewards.reply import Reply
-from trainer.environments.scoring import RewardPool, Score
+from trainer.environments.scoring import ENVIRONMENT, REWARD_MODEL, RewardPool, Score
 from trainer.generate.generator import EngineGenerator
 from trainer.generate.prompts import end_tokens
 from trainer.generate.report import GenerationReport
 from trainer.generate.rows import Completion
 from trainer.generate.sampling import Sampling
-from trainer.rl.reward_model import REWARD_MODEL, RewardModel
+from trainer.rl.reward_model import RewardModel
 from trainer.rl.rollout import Rollout
 from trainer.rl.talk import Talk, spoken
 
@@ -127,7 +127,7 @@ class Collector:
         with phase("reward"):
             scores = self._score(talks, sampling)
         seconds.reward += time.perf_counter() - started
-        return [_rollout(talk, score) for talk, score in zip(talks, scores, strict=True)]
+        return [as_rollout(talk, score) for talk, score in zip(talks, scores, strict=True)]
 
     def _reply(
         self,
@@ -216,15 +216,15 @@ def _with_value(score: Score, value: float | str, weight: float) -> Score:
     return Score(total, {**score.parts, REWARD_MODEL: value}, score.faults)
 
 
-def _rollout(talk: Talk, score: Score) -> Rollout:
-    """Return a conversation with its score: what its rewards and its environment gave together."""
+def as_rollout(talk: Talk, score: Score) -> Rollout:
+    """Return a conversation with its score: what those rewards that apply and its environment gave together."""
     parts, faults = dict(score.parts), dict(score.faults)
     total, given = score.total, sum(talk.rewards)
     if talk.rewards:
-        parts["environment"] = given
-        total = None if total is None else total + given
+        parts[ENVIRONMENT] = given
+        total = None if score.faults else (total or 0.0) + given
     if talk.fault is not None:
-        total, faults["environment"] = None, talk.fault
+        total, faults[ENVIRONMENT] = None, talk.fault
     return Rollout(
         source=talk.prompt.source,
         row=talk.prompt.row,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from configs.sections.ppo import AdaptiveKlSection
-
-_LARGEST_ERROR = 0.2
+from configs.sections.ppo import LARGEST_ERROR, AdaptiveKlSection
 
 
 class KlController:
@@ -27,7 +25,7 @@ class KlController:
         if self._adaptive is None or not num_answers:
             return
         error = divergence / self._adaptive.target - 1
-        error = min(max(error, -_LARGEST_ERROR), _LARGEST_ERROR)
+        error = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)
         self.coefficient *= 1 + error * num_answers / self._adaptive.horizon
 
     def state_dict(self) -> Mapping[str, Any]:

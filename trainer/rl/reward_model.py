@@ -16,8 +16,6 @@ from trainer.engine.sharded_model import ShardedModel
 from trainer.rl.placement import Placement
 from trainer.rl.update import score_placed
 
-REWARD_MODEL = "reward_model"
-"""Its name among the rewards of an answer."""
 _ROW_UNIT = 32  # tokens of a row for each tp and cp rank, of which every number format makes whole tiles
 
 
@@ -25,7 +23,7 @@ _ROW_UNIT = 32  # tokens of a row for each tp and cp rank, of which every number
 class _Text:
     """A conversation as it lies in a row, which takes all tokens but the last as inputs: so the last is there twice."""
 
-    token_ids: list[int]
+    token_ids: tuple[int, ...]
 
     def trained(self) -> NDArray[np.bool_]:
         """Return that nothing of it is trained."""
@@ -35,7 +33,7 @@ class _Text:
 def _up_to_end(sample: Sample) -> _Text:
     """Return a sample up to its last trained token, which ends the answer."""
     end = len(sample.loss_mask) - sample.loss_mask[::-1].index(1)
-    return _Text([*sample.input_ids[:end], sample.input_ids[end - 1]])
+    return _Text((*sample.input_ids[:end], sample.input_ids[end - 1]))
 
 
 class RewardModel:
@@ -45,11 +43,18 @@ class RewardModel:
         self._config, self._model = config, model
         self._encoder = ChatEncoder(encoder.template, encoder.tokenizer, "last", "grpo.template")
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float | str]:
-        """Return the value of each, or why there is none. Collective: all ranks of the world must call this."""
-        encoded = self._encoder.encode_batch(conversations)
-        values = iter(self._values([_up_to_end(one[-1]) for one in encoded if not isinstance(one, BadRow)]))
-        return [str(one) if isinstance(one, BadRow) else next(values) for one in encoded]
+    def score(self, conversations: Sequence[Conversation | BadRow]) -> list[float | str]:
+        """Return the value of each, or why there is none: what is no conversation has none.
+
+        Equal ones are read once and have one value, bit for bit.
+        Collective: all ranks of the world must call this.
+        """
+        encoded = iter(self._encoder.encode_batch([one for one in conversations if not isinstance(one, BadRow)]))
+        found = [one if isinstance(one, BadRow) else next(encoded) for one in conversations]
+        texts = [str(one) if isinstance(one, BadRow) else _up_to_end(one[-1]) for one in found]
+        different = list(dict.fromkeys(text for text in texts if isinstance(text, _Text)))
+        values = dict(zip(different, self._values(different), strict=True))
+        return [text if isinstance(text, str) else values[text] for text in texts]
 
     def _values(self, texts: Sequence[_Text]) -> list[float | str]:
         if not texts:

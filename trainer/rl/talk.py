@@ -67,11 +67,17 @@ class Talk:
             is_cut=self.finish == "length",
         )
 
-    def as_conversation(self) -> Conversation:
-        """Return what was said so far; what the policy said stays as it said it, whatever it may be."""
+    def as_conversation(self) -> Conversation | BadRow:
+        """Return what was said so far, or why it is no conversation, as what an environment says may be no turn.
+
+        What the policy said stays as it said it, whatever it may be.
+        """
         asked = self.prompt.conversation
         said = self.messages[len(asked.messages) :]
-        turns = [Message("assistant", one["content"]) if _is_text(one) else parse_turn(one, {}, {}) for one in said]
+        try:
+            turns = [Message("assistant", one["content"]) if _is_text(one) else parse_turn(one, {}, {}) for one in said]
+        except BadRow as error:
+            return error
         return replace(asked, messages=(*asked.messages, *turns))
 
     def end(self) -> None:

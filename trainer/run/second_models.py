@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,16 @@ from configs.stages import Config
 from parallel.platform import PlatformName, has_transformer_engine
 from trainer.checkpoint.base_weights import BaseWeights, identify_base
 from trainer.checkpoint.layout import resolve_checkpoint
-from trainer.checkpoint.manifest import MANIFEST, Manifest, another_run, check_head, read_manifest
-from trainer.data.tokenizer import load_tokenizer
+from trainer.checkpoint.manifest import (
+    FREE_WARM_START_FIELDS,
+    MANIFEST,
+    Manifest,
+    another_run,
+    check_head,
+    read_manifest,
+)
+from trainer.data.chat.template import load_template
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.hf.companions import carried_folder
 from trainer.hf.config_json import load_config_json, read_head, read_model
 from trainer.hf.directories import find_model_directory
@@ -34,6 +42,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What lies at a place."""
+
+    directory: Path
+    model: ModelConfig
+    tokenizer: Path | None
+    """Directory of the tokenizer it was trained with, where that is known."""
+    template: str | None = None
+    """The chat template that its run named; None for its tokenizer's own, or none."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +112,7 @@ def find_second_model(
 def look_at(second: SecondModel, config: Config) -> Config:
     """Return the run's config for the model at a place, on whatever layout. Raises BadInput where there is none."""
     try:
-        return _own_config(second, config, _look(second.place)[1])
+        return _own_config(second, config, _look_for(second, config).model)
     except BadInput as error:
         raise BadInput(f"{second.field}: {error}") from error
 
@@ -123,16 +143,14 @@ def _size(model: ModelConfig) -> tuple[int, int]:
 
 def _fresh(second: SecondModel, config: Config) -> FoundModel:
     """Return what lies at the place."""
-    place, model, tokenizer = _look(second.place)
+    found = _look_for(second, config)
+    place, model = found.directory, found.model
     is_ours = (place / MANIFEST).is_file()
     there = read_manifest(place).head if is_ours else read_head(load_config_json(place), place / "config.json")
     check_head(there, second.head, place, is_trained=second.is_trained)
-    if model.vocab_size != config.model.vocab_size:
-        raise BadInput(
-            f"{place} has a vocabulary of {model.vocab_size} and the policy one of {config.model.vocab_size} "
-            "(model.vocab_size); name a model of the same."
-        )
-    _check_tokenizer(place, tokenizer, config)
+    _check_vocabulary(second, found, config)
+    if not second.is_trained and second.head == "scalar":
+        _compare_templates(second, found, config)
     source = identify_base(place)
     record = {"named": second.place, **source.as_dict(), "model": model.model_dump(mode="json")}
     return FoundModel(second, _own_config(second, config, model), source.path, record)
@@ -146,7 +164,7 @@ def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> 
         return FoundModel(second, own, None, record)
     path = record["path"]
     if second.place != record["named"] or not Path(path).is_dir():
-        path = str(_look(second.place)[0])
+        path = str(_look(second.place).directory)
     source: BaseWeights = identify_base(Path(path))
     if source.fingerprint != record["fingerprint"]:
         raise BadInput(
@@ -169,15 +187,22 @@ def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Conf
     )
 
 
-def _look(text: str) -> tuple[Path, ModelConfig, Path | None]:
-    """Return the directory of a model, its architecture, and the directory of its tokenizer where that is known.
+def _look_for(second: SecondModel, config: Config) -> _Place:
+    """Return what lies at a place; one that begins as the policy does is used as the policy is. Raises BadInput."""
+    found = _look(second.place)
+    if not second.is_start:
+        return found
+    used = {name: getattr(config.model, name) for name in FREE_WARM_START_FIELDS}
+    return replace(found, model=found.model.model_copy(update=used))
 
-    Raises BadInput where there is none.
-    """
+
+def _look(text: str) -> _Place:
+    """Return what lies at a place. Raises BadInput where there is no model."""
     checkpoint = resolve_checkpoint(text)
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
-        return checkpoint, ModelConfig.model_validate(manifest.config["model"]), _saved_tokenizer(manifest, checkpoint)
+        model = ModelConfig.model_validate(manifest.config["model"])
+        return _Place(checkpoint, model, _saved_tokenizer(manifest, checkpoint), manifest.template)
     place = Path(text)
     directory = find_model_directory(place) if place.is_dir() else place
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
@@ -186,7 +211,7 @@ def _look(text: str) -> tuple[Path, ModelConfig, Path | None]:
             "runs/<name>/checkpoints/latest."
         )
     model = read_model(load_config_json(directory), directory / "config.json")
-    return directory, model, directory if _has_tokenizer(directory) else None
+    return _Place(directory, model, directory if _has_tokenizer(directory) else None)
 
 
 def _saved_tokenizer(manifest: Manifest, checkpoint: Path) -> Path | None:
@@ -202,18 +227,51 @@ def _has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def _check_tokenizer(place: Path, directory: Path | None, config: Config) -> None:
-    """Raise BadInput where the tokens of a model are not those that the run makes."""
-    if config.data.tokenizer is None or not Path(config.data.tokenizer).is_dir():
-        return
-    if directory is None:
+def _check_vocabulary(second: SecondModel, found: _Place, config: Config) -> None:
+    """Raise BadInput where the tokens of a model are not those that the run makes.
+
+    Where the tokenizers are known to be one, a model without logits may have other rows beyond its tokens: published
+    models of one family are padded to different sizes.
+    """
+    place, ours = found.directory, _run_tokenizer(config)
+    theirs = None if ours is None or found.tokenizer is None else load_tokenizer(found.tokenizer)
+    if theirs is None and ours is not None:
         log.info("%s: which tokenizer it was trained with is not known; it is taken to be data.tokenizer", place)
-        return
-    if load_tokenizer(directory).vocabulary_hash != load_tokenizer(config.data.tokenizer).vocabulary_hash:
+    size = found.model.vocab_size
+    is_padding = theirs is not None and second.head == "scalar" and size >= theirs.vocab_size
+    if size != config.model.vocab_size and not is_padding:
         raise BadInput(
-            f"{place} was trained with the tokenizer in {directory}, whose vocabulary is not that of data.tokenizer "
-            f"{config.data.tokenizer}; name a model of the same tokenizer."
+            f"{place} has a vocabulary of {size} and the policy one of {config.model.vocab_size} "
+            "(model.vocab_size); name a model of the same."
         )
+    if theirs is not None and ours is not None and theirs.vocabulary_hash != ours.vocabulary_hash:
+        raise BadInput(
+            f"{place} was trained with the tokenizer in {found.tokenizer}, whose vocabulary is not that of "
+            f"data.tokenizer {config.data.tokenizer}; name a model of the same tokenizer."
+        )
+
+
+def _run_tokenizer(config: Config) -> Tokenizer | None:
+    """Return the tokenizer of the run, where that is here."""
+    named = config.data.tokenizer
+    return None if named is None or not Path(named).is_dir() else load_tokenizer(named)
+
+
+def _compare_templates(second: SecondModel, found: _Place, config: Config) -> None:
+    """Warn where answers are rendered otherwise than those that a reward model learned to score."""
+    if config.chat_template is None or config.data.tokenizer is None or found.tokenizer is None:
+        return
+    field, ours = config.chat_template
+    try:
+        there, here = load_template(found.template, found.tokenizer), load_template(ours, config.data.tokenizer)
+    except BadInput:
+        return  # of ours it is said where it is needed; theirs is not known
+    if there.text != here.text:
+        log.warning(
+            "%s: %s learned to score answers in the chat template %s, and is shown them in %s (%s): what it says of "
+            "those may mean little",
+            second.field, found.directory, there.name, here.name, field,
+        )  # fmt: skip
 
 
 def _check_fits(found: FoundModel, world_size: int, platform: PlatformName) -> None:

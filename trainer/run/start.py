@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,15 +205,20 @@ def describe_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any], sections: Sequence[str] = _STEERING_SECTIONS
 ) -> list[str]:
     """Return each field of the config that steers training and differs from the saved one: what, from what, to what."""
-    changes = []
+    changes: list[str] = []
     for section in sections:
-        before, after = _flat(saved.get(section) or {}, section), _flat(present.get(section) or {}, section)
-        changes += [
-            f"{path} is {value_text(value)}, it was {value_text(before[path])}"
-            for path, value in after.items()
-            if path in before and before[path] != value and path not in _QUIET_FIELDS
-        ]
+        changes += _changed_fields(saved.get(section) or {}, present.get(section) or {}, section)
     return changes
+
+
+def _changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Yield the changed fields of a section; one within it that came or went is a change as a whole."""
+    for name, value in after.items():
+        was, field = before.get(name), f"{path}.{name}"
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            yield from _changed_fields(was, value, field)
+        elif name in before and was != value and field not in _QUIET_FIELDS:
+            yield f"{field} is {value_text(value)}, it was {value_text(was)}"
 
 
 def _all_changes(manifest: Manifest, config: Config) -> tuple[str, ...]:
@@ -233,14 +238,6 @@ def _all_changes(manifest: Manifest, config: Config) -> tuple[str, ...]:
     if before != after:
         changes.append(f"so the learning rate of step {step + 1} is {after:.3g}, it would have been {before:.3g}")
     return tuple(changes)
-
-
-def _flat(section: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return the fields of a section by dotted path."""
-    fields: dict[str, Any] = {}
-    for name, value in section.items():
-        fields |= _flat(value, f"{path}.{name}") if isinstance(value, dict) else {f"{path}.{name}": value}
-    return fields
 
 
 def _is_continuing(latest: Path, config: Config) -> bool:

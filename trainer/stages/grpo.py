@@ -26,7 +26,7 @@ from trainer.engine.sharded_state import RandomGenerators
 from trainer.engine.state import StepResult, TrainState
 from trainer.environments.answering import EnvironmentPool
 from trainer.environments.environment import Environment, load_environment
-from trainer.environments.scoring import RewardPool
+from trainer.environments.scoring import ENVIRONMENT, RewardPool
 from trainer.evaluate.answers import ScoredAnswer
 from trainer.evaluate.validation import VALIDATION_SCORE, Evaluation
 from trainer.optim.learning_rate import compute_learning_rate
@@ -276,7 +276,7 @@ def tell_failures(step: int, rollouts: Sequence[Rollout]) -> None:
     works = ""
     if len(failed) == len(rollouts):
         works = "; nothing can be learnt: grpo.rewards need function(reply) that returns a number within its time_limit"
-        if "environment" in failed[0].faults:
+        if ENVIRONMENT in failed[0].faults:
             works = "; nothing can be learnt: grpo.environment must return a Turn within grpo.environment_time_limit"
     log.warning("step %d: %d of %d answers have no score (%s)%s", step, len(failed), len(rollouts), why, works)
 

@@ -147,9 +147,9 @@ def test_all_wrong_functions_are_told_at_once(make_pool):
 
 
 def test_names_are_distinct():
-    functions = ("numeric", "mine:numeric", "other:numeric", "mine:numeric_2")
+    functions = ("numeric", "mine:numeric", "other:numeric", "mine:numeric_2", "mine:reward_model", "mine:environment")
     assert part_names([RewardConfig(function=one) for one in functions]) == (
-        "numeric", "numeric_2", "numeric_3", "numeric_2_2",
+        "numeric", "numeric_2", "numeric_3", "numeric_2_2", "reward_model_2", "environment_2",
     )  # fmt: skip
 
 

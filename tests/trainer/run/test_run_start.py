@@ -11,7 +11,7 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
-from configs.stages import SftConfig
+from configs.stages import GrpoConfig, SftConfig
 from tests.small_runs import DENSE_MODEL, small_config
 from trainer.checkpoint.manifest import Manifest
 from trainer.engine.state import TrainState
@@ -43,6 +43,19 @@ def test_what_steers_fine_tuning_is_told_and_where_it_is_cached_is_not():
     after = resolved(weighting="sample", template="qwen", train=[{"path": "b"}], cache="elsewhere", num_workers=3)
     changes = describe_changes(resolved(train=[{"path": "a"}]), after)
     assert [one.split(" is ")[0] for one in changes] == ["sft.template", "sft.train", "sft.weighting"]
+
+
+def test_a_section_that_comes_or_goes_is_told():
+    def resolved(**grpo) -> dict:
+        sections = {"model": dict(DENSE_MODEL), "train": {"num_steps": 1}, "grpo": grpo}
+        return resolved_dict(GrpoConfig.model_validate(sections))
+
+    without, within = resolved(), resolved(reward_model={"init_from": "runs/reward"})
+    told = "{init_from: runs/reward, weight: 1.0}"
+    assert describe_changes(within, without) == [f"grpo.reward_model is null, it was {told}"]
+    assert describe_changes(without, within) == [f"grpo.reward_model is {told}, it was null"]
+    other = resolved(reward_model={"init_from": "runs/reward", "weight": 2})
+    assert describe_changes(within, other) == ["grpo.reward_model.weight is 2.0, it was 1.0"]
 
 
 def test_what_changes_make_of_the_next_learning_rate_is_told(tmp_path):

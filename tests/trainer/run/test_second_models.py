@@ -15,7 +15,7 @@ from configs.errors import BadInput
 from configs.load import resolved_dict
 from configs.roles import TEACHER, HeadKind, SecondModel
 from configs.sections.optimizer import OptimizerConfig
-from configs.stages import Config
+from configs.stages import SftConfig
 from tests.small_runs import DENSE_MODEL, small_config
 from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.engine.state import TrainState
@@ -24,22 +24,24 @@ from trainer.run.second_models import find_second_models
 OWN = OptimizerConfig(lr=1e-5, clip_grad=0.2)
 
 
-class TwoModelConfig(Config):
+class TwoModelConfig(SftConfig):
     """A run with a model beside the policy."""
 
     teacher: str
     is_trained: bool = False
+    is_start: bool = False
     wanted: HeadKind = "vocabulary"
 
     @property
     def second_models(self):
         optimizer = OWN if self.is_trained else None
-        return {TEACHER: SecondModel("distill.teacher", self.teacher, head=self.wanted, optimizer=optimizer)}
+        kind = {"head": self.wanted, "optimizer": optimizer, "is_start": self.is_start}
+        return {TEACHER: SecondModel("distill.teacher", self.teacher, **kind)}
 
 
 def make_config(place: Path | str, **fields) -> TwoModelConfig:
     base = resolved_dict(small_config())
-    sections = {name: base[name] | value for name, value in fields.items() if isinstance(value, dict)}
+    sections = {name: base.get(name, {}) | value for name, value in fields.items() if isinstance(value, dict)}
     plain = {name: value for name, value in fields.items() if not isinstance(value, dict)}
     return TwoModelConfig.model_validate(base | {"teacher": str(place)} | sections | plain)
 
@@ -52,13 +54,17 @@ def make_tokenizer(folder: Path, words: str) -> Path:
     return folder
 
 
-def make_checkpoint(run: Path, *, head="vocabulary", tokenizer=None, models=None, digest="a", **model) -> Path:
+def make_checkpoint(
+    run: Path, *, head="vocabulary", tokenizer=None, models=None, digest="a", template=None, **model
+) -> Path:
     """Write what is read of a checkpoint without its weights: the manifest."""
     config = resolved_dict(small_config(model=model, data={"tokenizer": None if tokenizer is None else str(tokenizer)}))
+    if template is not None:
+        config["reward"] = {"template": template}
     folder = run / "checkpoints" / "step_00000005"
     folder.mkdir(parents=True)
     files = {"weights": {"bytes": 1, "sha256": digest}}
-    state, stage = TrainState(step=5).as_dict(), {"name": "pretrain", "state": {}}
+    state, stage = TrainState(step=5).as_dict(), {"name": "pretrain" if template is None else "reward", "state": {}}
     Manifest(5, state, stage, {}, config, {}, files, models=models, head=head).write(folder)
     return folder
 
@@ -126,6 +132,49 @@ def test_another_tokenizer_is_refused(tmp_path):
     find_second_models(make_config(tmp_path / "same", data=data), 1, "cpu")
     with pytest.raises(BadInput, match="^distill.teacher: .* was trained with the tokenizer in .*theirs"):
         find_second_models(make_config(tmp_path / "other", data=data), 1, "cpu")
+
+
+def test_without_logits_rows_beyond_the_tokens_are_free(tmp_path, caplog):
+    """Published models of one family are padded to different sizes; a teacher's logits must be as many."""
+    ours = make_tokenizer(tmp_path / "ours", "abc")
+    data = {"tokenizer": str(ours)}
+    for size in (3, 4, 320):
+        make_checkpoint(tmp_path / f"{size}", head="scalar", tokenizer=ours, vocab_size=size)
+    for size in (4, 320):
+        found = find_second_models(make_config(tmp_path / f"{size}", data=data, wanted="scalar"), 1, "cpu")
+        assert found[TEACHER].config.model.vocab_size == size
+    with pytest.raises(BadInput, match="a vocabulary of 3 and"):
+        find_second_models(make_config(tmp_path / "3", data=data, wanted="scalar"), 1, "cpu")
+    make_checkpoint(tmp_path / "unknown", head="scalar", vocab_size=320)
+    make_checkpoint(tmp_path / "teacher", tokenizer=ours, vocab_size=320)
+    for name, head in (("unknown", "scalar"), ("teacher", "vocabulary")):
+        with pytest.raises(BadInput, match="a vocabulary of 320 and"):
+            find_second_models(make_config(tmp_path / name, data=data, wanted=head), 1, "cpu")
+
+
+def test_a_reward_model_of_another_template_is_told(tmp_path, caplog):
+    ours = make_tokenizer(tmp_path / "ours", "abc")
+    make_checkpoint(tmp_path / "reward", head="scalar", tokenizer=ours, template="chatml")
+    fields = {"data": {"tokenizer": str(ours)}, "wanted": "scalar"}
+    for template, told in (("chatml", False), ("llama3", True)):
+        caplog.clear()
+        config = make_config(tmp_path / "reward", **fields, sft={"template": template})
+        find_second_models(config, 1, "cpu")
+        assert ("in the chat template chatml, and is shown them in llama3 (sft.template)" in caplog.text) == told
+
+
+def test_a_critic_that_begins_as_the_policy_is_used_as_the_policy(tmp_path):
+    """Its rotation, stretched by the run, among it; once saved, what was saved is what counts."""
+    make_checkpoint(tmp_path / "run")
+    model = {"rope": {"base": 5e5}, "max_position_embeddings": 4096, "hidden_dropout": 0.3}
+    for is_start in (False, True):
+        fields = {"model": resolved_dict(small_config())["model"] | model, "is_trained": True}
+        config = make_config(tmp_path / "run", **fields, is_start=is_start)
+        found = find_second_models(config, 1, "cpu")[TEACHER]
+        assert (found.config.model == config.model) == is_start
+        resumed = make_checkpoint(tmp_path / f"resumed{is_start}", models={TEACHER: dict(found.record)})
+        again = find_second_models(make_config("gone", **fields, is_start=True), 1, "cpu", resumed)[TEACHER]
+        assert again.config.model == found.config.model
 
 
 def test_a_frozen_model_must_be_the_same_when_a_run_goes_on(tmp_path):
