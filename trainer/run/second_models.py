@@ -157,11 +157,16 @@ def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> 
 
 
 def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Config:
-    """Return the run's config for another model; the padding of its vocabulary is layout, and so the run's."""
+    """Return the run's config for another model; the padding of its vocabulary is layout, and so the run's.
+
+    Where it has no experts, ranks that the run's experts are spread over are data-parallel ones to it.
+    """
     model = model.model_copy(update={"vocab_pad_multiple": config.model.vocab_pad_multiple})
+    experts = {"ep": 1, "etp": None} if model.moe is None else {}
     return config.model_copy(
         update={
             "model": model,
+            "parallel": config.parallel.model_copy(update=experts),
             "lora": None,
             "optimizer": second.optimizer or config.optimizer,
             "schedule": second.schedule or config.schedule,
