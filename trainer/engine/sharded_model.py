@@ -199,7 +199,7 @@ class ShardedModel:
             forward_step,
             microbatches,
             self.modules,
-            seq_len=len(microbatches[0].ids),
+            seq_len=len(microbatches[0].ids) * self.mesh.cp_size,  # the schedule divides; each cp rank has its own
             micro_batch_size=1,
             forward_only=True,
             collect_outputs=True,
