@@ -26,7 +26,6 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.hf.companions import carried_folder
 from trainer.hf.config_json import load_config_json, read_head, read_model
 from trainer.hf.directories import find_model_directory
-from trainer.run.weights import load_weights
 
 if TYPE_CHECKING:
     from trainer.engine.build import ModelPlan
@@ -110,6 +109,8 @@ def plan_models(config: Config, found: Mapping[str, FoundModel]) -> dict[str, Mo
 
 def load_second_models(models: Mapping[str, ShardedModel], plans: Mapping[str, ModelPlan]) -> None:
     """Load the models that have a place to start from. Collective: all ranks of the world must call this."""
+    from trainer.run.weights import load_weights
+
     for role, plan in plans.items():
         if plan.start is not None:
             load_weights(models[role], plan.start)
