@@ -19,6 +19,8 @@ class SchemaField:
 
     path: str
     info: FieldInfo
+    given: Any = None
+    """The default where the section around it has other values than its class; else None."""
 
     @property
     def section(self) -> type[Section] | None:
@@ -41,7 +43,11 @@ class SchemaField:
     def default_text(self) -> str:
         if self.required:
             return "required"
-        return value_text(self.info.get_default(call_default_factory=True))
+        return (
+            value_text(self.given)
+            if self.given is not None
+            else value_text(self.info.get_default(call_default_factory=True))
+        )
 
     @property
     def example(self) -> str:
@@ -69,13 +75,17 @@ class SchemaField:
         return _example(self.info.annotation, self.info.metadata).removeprefix("[").removesuffix("]")
 
 
-def schema_fields(section: type[Section], prefix: str = "") -> Iterator[SchemaField]:
-    """Yield every section and field of a schema, depth first, in the order they are written."""
+def schema_fields(section: type[Section], prefix: str = "", given: Any = None) -> Iterator[SchemaField]:
+    """Yield every section and field of a schema, depth first, in the order they are written.
+
+    `given` is the section's own default, whose values are then those of its fields.
+    """
     for name, info in section.model_fields.items():
-        field = SchemaField(prefix + name, info)
+        field = SchemaField(prefix + name, info, getattr(given, name, None))
         yield field
         if field.section is not None:
-            yield from schema_fields(field.section, field.path + ".")
+            own = field.given if field.given is not None else info.get_default(call_default_factory=True)
+            yield from schema_fields(field.section, field.path + ".", own if isinstance(own, Section) else None)
 
 
 def path_values(section: Section, prefix: str = "") -> Iterator[tuple[str, str, PathKind]]:

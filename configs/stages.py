@@ -38,6 +38,8 @@ Split = Literal["train", "validation"]
 class Config(Section):
     """What every stage of training has: a YAML file with a `base:` chain, and dotted overrides on the command line."""
 
+    is_training: ClassVar[bool] = True
+    """Whether the run changes its model's weights."""
     run: RunConfig = RunConfig()
     model: ModelConfig
     lora: LoraConfig | None = None
@@ -184,6 +186,8 @@ class DistillConfig(SftConfig):
 
 class TeacherCacheConfig(DistillConfig):
     """What a model says of conversations, for others to learn from: the run's model is the teacher, none is trained."""
+
+    is_training: ClassVar[bool] = False
 
     @property
     def second_models(self) -> Mapping[str, SecondModel]:
@@ -334,6 +338,7 @@ class PpoConfig(GrpoConfig):
 class RftConfig(GrpoConfig):
     """Rejection sampling: prompts, rewards and rollouts as in reinforcement learning, whose answers become data."""
 
+    is_training: ClassVar[bool] = False
     rft: RftSection = RftSection()
 
     @model_validator(mode="before")

@@ -114,7 +114,7 @@ def _check_continued(config: Config, stage_name: str) -> None:
 def _check_weights(config: Config, _stage_name: str) -> None:
     from configs.load import resolved_dict
     from trainer.checkpoint.layout import existing_checkpoint
-    from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, read_manifest
+    from trainer.checkpoint.manifest import FREE_WARM_START_FIELDS, check_architecture, check_head, read_manifest
     from trainer.hf.config_json import check_same_architecture
 
     hf, checkpoint = config.checkpoint.init_from_hf, config.checkpoint.init_from
@@ -122,7 +122,9 @@ def _check_weights(config: Config, _stage_name: str) -> None:
         check_same_architecture(config.model, Path(hf), FREE_WARM_START_FIELDS)
     if checkpoint is not None and os.path.exists(checkpoint):
         found = existing_checkpoint(checkpoint, "checkpoint.init_from")
-        check_architecture(read_manifest(found), resolved_dict(config)["model"], found, is_warm_start=True)
+        manifest = read_manifest(found)
+        check_architecture(manifest, resolved_dict(config)["model"], found, is_warm_start=True)
+        check_head(manifest.head, config.head, found, is_trained=True)
 
 
 def find_others(config: Config, world_size: int, platform_name: PlatformName) -> tuple[Others, list[str]]:

@@ -81,8 +81,7 @@ def plan_jobs(request: Request, command: str) -> tuple[list[Job], list[Config]]:
     jobs: list[Job] = []
     configs: list[Config] = []
     for stage in request.stages:
-        before = configs[-1] if configs else None
-        config, found = _plan_stage(stage, cluster, before)
+        config, found = _plan_stage(stage, cluster, configs)
         prefix = f"{stage.stage}: " if len(request.stages) > 1 else ""
         problems += [f"{prefix}{problem}" for problem in found]
         if config is None:
@@ -96,9 +95,15 @@ def plan_jobs(request: Request, command: str) -> tuple[list[Job], list[Config]]:
     return jobs, configs
 
 
-def _plan_stage(stage: StageRequest, cluster: ClusterConfig, before: Config | None) -> tuple[Config | None, list[str]]:
-    """Return a stage's config and what is wrong with it; it starts from what the stage before will have written."""
-    overrides = list(stage.overrides)
+def _plan_stage(
+    stage: StageRequest, cluster: ClusterConfig, earlier: Sequence[Config]
+) -> tuple[Config | None, list[str]]:
+    """Return a stage's config and what is wrong with it; it starts from what an earlier stage will have written.
+
+    That is the one before, or before a reward model, whose scalar head only another reward model can begin with.
+    """
+    overrides, is_reward = list(stage.overrides), stage.stage == "reward"
+    before = next((one for one in reversed(earlier) if is_reward or one.head == "vocabulary"), None)
     if before is not None:
         overrides += ["checkpoint.init_from_hf=null", f"checkpoint.init_from={_absolute(before)}"]
     config, problems = read_config(stage.recipe, overrides, stage.stage)

@@ -28,6 +28,7 @@ usage: slurm.py RECIPE [key=value ...] --cluster FILE --nodes N [options]
     + """; default: the
                      one that the recipe's folder or file is named after
   --stages A,B,...   stages of the recipes; each starts from the weights of the one before, once that has ended well
+                     (after a reward model, which is to be named where it scores, from those of the one before it)
   --chain K          K jobs one after the other instead of one that goes back into the queue at its time limit
   --time LIMIT       wall time of each job, such as 4:00:00, in place of the cluster file's
   --format NAME      sbatch (default); torchrun: plain commands for N hosts; pytorchjob: YAML for Kubernetes

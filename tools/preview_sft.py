@@ -1,6 +1,6 @@
 """Show what a recipe makes of its conversations, or of its preferences: which tokens are trained, what is left out.
 
-Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference|reward] [--split validation] [--html F] ...
+Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference|...] [--split validation] [--html F] ...
 Trained tokens are green, or between [[ and ]] where there are no colours; special tokens are bold. `--json` has an
 object a sample, before packing: source, row (from 0), input_ids, loss_mask, dropped, and of an answer its side.
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 STYLES = {"trained": "green", "context": "default", "special": "bold yellow", "trained special": "bold green"}
 COLOURS = {"trained": "#1a7f37", "context": "#57606a", "special": "#9a6700", "trained special": "#116329"}
+_STAGES = ("sft", "distill", "teacher_cache", "preference", "reward")
 Piece = tuple[str, str]
 """What a token spells, and its kind."""
 
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="preview_sft.py", description="What a recipe makes of its conversations.")
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--stage", choices=("sft", "preference", "reward"), default="sft", help="the recipe's (sft)")
+    parser.add_argument("--stage", choices=_STAGES, default="sft", help="the recipe's (sft)")
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
     parser.add_argument("--html", type=path_argument, metavar="FILE", help="write a page with 100 samples")
@@ -209,11 +210,16 @@ def preview(arguments: argparse.Namespace) -> None:
     """Print and write what was asked for. Raises BadInput."""
     from configs.load import load_config
     from configs.rules.data import check_data
-    from configs.stages import ComparisonsConfig, SftConfig
+    from configs.stages import ComparisonsConfig, DistillConfig, SftConfig
     from trainer.data.tokenizer import load_tokenizer
 
     config = load_config(arguments.recipe, arguments.overrides, arguments.stage)
     assert isinstance(config, SftConfig | ComparisonsConfig)
+    if isinstance(config, DistillConfig) and config.is_of_text:
+        raise BadInput(
+            "sft.train: names no conversations, and text of data.train has nothing to show; a value that would work: "
+            "[{path: chats.jsonl}]"
+        )
     problems = list(check_data(config))
     if problems:
         raise BadInput("\n".join(problems))
@@ -225,7 +231,7 @@ def preview(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(str(config.data.tokenizer))
     rows = list(encode_rows(config, arguments.split))
     table = summarise(config, rows)
-    has_sides = arguments.stage != "sft"
+    has_sides = isinstance(config, ComparisonsConfig)
     samples = [pair for row in rows for pair in zip(headings(row, has_sides), row.samples, strict=True)]
     pieces = [(title, list(spell(tokenizer, one.input_ids, one.loss_mask))) for title, one in samples[:100]]
     _print(table, pieces[: arguments.show])

@@ -24,7 +24,7 @@ from configs.plan.flops import active_part
 from configs.plan.tensors import Linear, layer_linears
 from configs.roles import HeadKind
 from configs.sections.model import ModelConfig
-from configs.stages import Config, RftConfig
+from configs.stages import Config
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def estimate_stages(
     `configs.plan.activations`; logits are those of the last stage. Where nothing is trained there are weights alone.
     `parameters` are those of `parameters_of_stages`, if they are known.
     """
-    is_trained = not isinstance(config, RftConfig)
+    is_trained = config.is_training
     weight_bytes = 4 if config.precision.compute == "fp32" else 2
     state_bytes = 8 if config.precision.compute == "fp32" else 12
     microbatches = num_microbatches(config, layout, config.train.global_batch_size)

@@ -25,7 +25,17 @@ from configs.plan.estimate import count_parameters, parameters_per_rank
 from configs.plan.flops import flops_per_step
 from configs.plan.kv_cache import plan_cache
 from configs.plan.others import Others, estimate_together
-from configs.stages import STAGE_CONFIGS, Config, GrpoConfig, OnlineDpoConfig, PpoConfig, RftConfig, Split
+from configs.stages import (
+    STAGE_CONFIGS,
+    Config,
+    DistillConfig,
+    GrpoConfig,
+    OnlineDpoConfig,
+    PpoConfig,
+    RftConfig,
+    Split,
+    TeacherCacheConfig,
+)
 
 _MIB, _GIB = 2**20, 2**30
 _DEVICE_GB = (24, 40, 48, 80, 141, 180)
@@ -40,7 +50,9 @@ def field_help(stage: str) -> str:
             summary = field.doc or " ".join((field.section.__doc__ or "").split())
             lines += ["", f"{field.path}:{default} {summary}"]
             continue
-        lines.append(f"  {field.path} = {field.default_text}   <{field.type_text}>")
+        has_no_steps = field.path == "train.num_steps" and not STAGE_CONFIGS[stage].is_training
+        default = "0" if has_no_steps else field.default_text
+        lines.append(f"  {field.path} = {default}   <{field.type_text}>")
         lines.append(f"      {field.doc}")
     return "\n".join(lines).strip() + "\n"
 
@@ -81,6 +93,9 @@ def _layout_rows(config: Config, layout: Layout, is_fewest: bool) -> Iterable[tu
 
 def _batch_rows(config: Config, layout: Layout) -> Iterable[tuple[str, str]]:
     train = config.train
+    if isinstance(config, TeacherCacheConfig):
+        yield "a pass", f"over all data, {config.distill.top_k} ids of each trained token written down"
+        return
     if isinstance(config, RftConfig):
         answers = f"{config.prompts_per_step} prompts x {config.grpo.group_size} answers"
         yield "a round", f"{answers}, which are then written down"
@@ -161,7 +176,7 @@ def _size_rows(config: Config, layout: Layout, others: Others) -> Iterable[tuple
         num_rows, cache = plan_cache(config)
         answers = f"{num_rows} of up to {config.train.seq_len + 1:,} tokens at once on each of {layout.dp * layout.cp}"
         yield "cache of answers", f"{_size_text(cache)} while answers are drawn: {answers} replicas of the model"
-        if config.keeps_reference and not isinstance(config, RftConfig):
+        if config.keeps_reference and config.is_training:
             yield "reference", f"{_size_text(memory.weights)} of the host's memory for each rank"
         needed += max(0, cache - memory.activations - memory.logits)  # which are not there at the same time
     yield "fits in", _fitting_device(needed)
@@ -169,7 +184,7 @@ def _size_rows(config: Config, layout: Layout, others: Others) -> Iterable[tuple
     if model.window_size is not None:
         windowed = sum(window is not None for window in layer_windows(model))
         yield "sliding window", f"{model.window_size:,} keys in {windowed} of {model.num_layers} layers"
-    if not isinstance(config, RftConfig):
+    if config.is_training:
         yield (
             f"model TFLOPs per {'update' if isinstance(config, GrpoConfig) else 'step'}",
             f"{flops_per_step(config, batch) / 1e12:,.3f} over all ranks at a batch of {batch}",
@@ -222,6 +237,8 @@ def data_rows(config: Config) -> Iterable[tuple[str, str]]:
         places.append(("lora.init_from", path, os.path.join(path, "adapter_config.json")))
     if config.checkpoint.resume not in ("auto", "never"):
         places.append(("checkpoint.resume", config.checkpoint.resume, config.checkpoint.resume))
+    if isinstance(config, DistillConfig) and config.is_training and config.distill.cache is not None:
+        places.append(("distill.cache", config.distill.cache, os.path.join(config.distill.cache, "cache.json")))
     for name, path, file in places:
         found = "found" if os.path.exists(file) else "not on this machine"
         is_data = name.endswith((".train", ".prompts", ".validation")) and os.path.isfile(file)

@@ -33,10 +33,3 @@ def check_online_dpo(config: Config) -> Iterator[str]:
             f"rollout.max_new_tokens: two answers of {config.rollout.max_new_tokens} leave no room for their prompt in "
             f"train.seq_len={seq_len}, which holds both; a value that would work: {max(seq_len // 4, 1)}"
         )
-    lora = config.lora
-    if lora is not None and lora.init_from is not None and section.method.has_reference:
-        if section.reference == "start":
-            yield (
-                "online_dpo.reference: start would be the model without the adapter of lora.init_from, and not the "
-                "policy that the run starts from; a value that would work: round"
-            )

@@ -27,7 +27,7 @@ RECIPE = str(Path(__file__).parents[2] / "configs" / "demo" / "online_dpo.yaml")
         (["online_dpo.loss=simpo", "online_dpo.reference=round"], ["online_dpo.reference"]),
         (["online_dpo.loss=orpo", "online_dpo.reference=start"], ["online_dpo.sft_weight"]),
         (["lora={rank: 8, init_from: adapter}"], []),
-        (["lora={rank: 8, init_from: adapter}", "online_dpo.reference=start"], ["online_dpo.reference"]),
+        (["lora={rank: 8, init_from: adapter}", "online_dpo.reference=start"], []),
         (["grpo.rewards=[]"], ["grpo.rewards"]),
         (["train.num_epochs=1"], ["train.num_epochs"]),
     ],

@@ -11,7 +11,7 @@ import pytest
 from configs.fields import schema_fields
 from configs.load import load_config
 from configs.plan.derive import derive_layout
-from configs.plan.show import describe, field_help
+from configs.plan.show import data_rows, describe, field_help
 from configs.stages import STAGE_CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,8 @@ def test_help_names_every_field_with_a_default_and_a_doc(stage: str) -> None:
     assert len(fields) > 100
     for field in fields:
         position = next(number for number, line in enumerate(lines) if line.startswith(f"  {field.path} = "))
-        assert field.default_text in lines[position]
+        has_steps = field.path != "train.num_steps" or STAGE_CONFIGS[stage].is_training
+        assert (field.default_text if has_steps else " = 0 ") in lines[position]
         assert lines[position + 1].strip() == field.doc != ""
 
 
@@ -126,3 +127,20 @@ def test_a_plan_of_ppo_says_what_its_critic_is() -> None:
     assert rows["method"].startswith(
         "advantages of a critic, gamma 1, lambda 1 - 1 / (0.05 tokens); clip of token ratios"
     )
+
+
+def test_help_has_the_defaults_of_the_stage_and_not_of_a_section_alone() -> None:
+    assert "  grpo.algorithm = ppo " in field_help("ppo") and "  grpo.algorithm = grpo " in field_help("grpo")
+    for stage in ("rft", "teacher_cache"):
+        assert "  train.num_steps = 0 " in field_help(stage)
+
+
+def test_a_plan_of_a_teachers_cache_counts_its_weights_alone_and_a_student_of_one_names_it() -> None:
+    config = load_config(str(ROOT / "configs" / "demo" / "teacher_cache.yaml"), [], "teacher_cache")
+    _, _, derived = describe(config, derive_layout(config, 2)).partition("# What follows from it")
+    rows = {line[:28].strip(): line[28:].strip() for line in derived.strip().splitlines()}
+    assert rows["a pass"] == "over all data, 16 ids of each trained token written down"
+    assert "weights" in rows and not rows.keys() & {"gradients", "optimizer", "total tokens", "model TFLOPs per step"}
+    words = ["distill.teacher=null", "distill.cache=nowhere"]
+    config = load_config(str(ROOT / "configs" / "demo" / "distill.yaml"), words, "distill")
+    assert dict(data_rows(config))["distill.cache"] == "nowhere: not on this machine"

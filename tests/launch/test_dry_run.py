@@ -87,6 +87,13 @@ def test_the_checkpoint_that_would_be_continued_is_compared(refused, folder):
     assert sentence.startswith("checkpoint.init_from: empty holds no complete checkpoint")
 
 
+def test_a_reward_model_is_no_start_of_a_language_model(refused, folder):
+    (manifest,) = folder.rglob("checkpoint.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"head": "scalar"}))
+    (sentence,) = refused(f"checkpoint.init_from={manifest.parent}", "run.dir=other")
+    assert "holds a model with a scalar head" in sentence and sentence.endswith("such as the one that it began with.")
+
+
 def test_a_job_queued_again_looks_at_its_checkpoint_under_the_lock_alone(folder, monkeypatch):
     """What it was before may still be finishing one."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -142,6 +142,15 @@ def test_stages_and_chains_wait_for_each_other_and_begin_where_the_one_before_en
     assert "#SBATCH --nodes=1\n" in two.read_text() and "AT_LIMIT=end\n" in two.read_text()
 
 
+def test_what_follows_a_reward_model_begins_with_the_language_model_before_it(site):
+    recipes = [str(ROOT / f"configs/demo/{name}.yaml") for name in ("sft", "reward", "ppo")]
+    words = [word for recipe in recipes for word in (recipe, f"run.name={Path(recipe).stem}")]
+    assert slurm.main(["train.global_batch_size=16", *words, "--nodes", "1", "--cluster", "cluster.yaml"]) == 0
+    for stage in ("reward", "ppo"):
+        written = load_config(str(site / "runs" / stage / "recipe.yaml"), (), stage)
+        assert written.checkpoint.init_from == str(site / "runs" / "sft")
+
+
 def test_a_directory_with_a_live_owner_is_left_alone(site, capsys):
     run_dir = site / "runs" / "demo"
     (site / "queue").write_text(

@@ -275,10 +275,11 @@ def open_with_reference(engine: Any, config: Config) -> tuple[Any, Any, Any]:
 
     from trainer.engine.build import POLICY
     from trainer.rl.objective import PolicyObjective
-    from trainer.rl.reference import ReferenceWeights
+    from trainer.rl.reference import ReferenceWeights, open_reference
     from trainer.rl.update import PolicyUpdates
 
-    reference = ReferenceWeights(engine)
+    reference = open_reference(engine, "grpo.kl.coefficient", "0")
+    assert isinstance(reference, ReferenceWeights)
     stage: Any = SimpleNamespace(
         name="grpo", parts={POLICY: engine, "reference": reference}, state_dict=dict, load_state_dict=lambda state: None
     )
@@ -300,6 +301,15 @@ def open_with_reference(engine: Any, config: Config) -> tuple[Any, Any, Any]:
     return stage, reference, SimpleNamespace(score=score, update=update)
 
 
+def begin_adapter(engine: Any) -> None:
+    """Put weights that change what the model says into an adapter, where there is one, as `lora.init_from` does."""
+    if engine.adapter is not None:
+        for index in range(len(engine.chunks)):
+            for module, matrix in engine.adapter.matrices(index).values():
+                getattr(module, matrix).data.add_(0.05)
+        engine.optimizer.reload_model_params()
+
+
 def save_with_reference(place: Place, config: Config, run_dir: str, folder: str) -> tuple[Any, Any]:
     """Save a policy after an update with the reference it began from; return what both say."""
     from pathlib import Path
@@ -311,20 +321,24 @@ def save_with_reference(place: Place, config: Config, run_dir: str, folder: str)
 
     with open_engine(place, grpo_config(config, {})) as engine:
         warm_start(engine, resolve_checkpoint(run_dir))
+        begin_adapter(engine)
         stage, reference, policy = open_with_reference(engine, config)
         reference.remember()
+        begun = policy.score()
         policy.update()
         scores = policy.score(), policy.score(reference)
+        assert all(np.array_equal(own, scores[1][key]) for key, own in begun.items()), "not what the run starts from"
         save_checkpoint(engine, TrainState(step=1), stage, Path(folder))
         return scores
 
 
-def load_with_reference(place: Place, config: Config, folder: str) -> tuple[Any, Any]:
+def load_with_reference(place: Place, config: Config, run_dir: str, folder: str) -> tuple[Any, Any]:
     """Load policy and reference; return what both say, the policy also after another update."""
     from trainer.checkpoint.layout import resolve_checkpoint
-    from trainer.checkpoint.load import resume
+    from trainer.checkpoint.load import resume, warm_start
 
     with open_engine(place, grpo_config(config, {})) as engine:
+        warm_start(engine, resolve_checkpoint(run_dir))  # what is under an adapter
         stage, reference, policy = open_with_reference(engine, config)
         assert not reference.is_known
         resume(engine.config, engine.mesh, stage, resolve_checkpoint(folder))
@@ -335,15 +349,20 @@ def load_with_reference(place: Place, config: Config, folder: str) -> tuple[Any,
         return scores
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2"])
-def test_a_reference_goes_through_a_checkpoint_to_another_layout(ranks, judge, tmp_path, layout):
+@pytest.mark.parametrize(
+    ("layout", "lora"), [("tp2", None), ("dp2", None), ("tp2", {"rank": 4, "init_from": "its own"})]
+)
+def test_a_reference_goes_through_a_checkpoint_to_another_layout(ranks, judge, tmp_path, layout, lora):
     from tests.small_runs import small_config
 
-    sections: Any = {"train": {"seq_len": 40, "micro_batch_size": 2}}
+    sections: Any = {
+        "train": {"seq_len": 40, "micro_batch_size": 2},
+        **({} if lora is None else {"lora": lora, "checkpoint": {"init_from": "seed"}}),
+    }
     seed, config = judge.seed({}), small_config(2, parallel={}, **sections)
     saved = ranks.run(save_with_reference, config, str(seed), str(tmp_path), world=2)[0]
     moved = small_config(2, parallel=LAYOUTS[layout][1], **sections)
-    loaded = ranks.run(load_with_reference, moved, str(tmp_path), world=2)[0]
+    loaded = ranks.run(load_with_reference, moved, str(seed), str(tmp_path), world=2)[0]
     largest = 0.0
     for before, after in zip(saved, loaded, strict=True):
         for key, own in before.items():

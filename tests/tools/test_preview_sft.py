@@ -78,6 +78,19 @@ def test_answers_of_preferences_are_shown_with_their_sides(recipe, tmp_path, cap
 
 
 @pytest.mark.parametrize(
+    ("stage", "field"), [("distill", "distill: {teacher: runs/t}"), ("teacher_cache", "distill: {cache: c, top_k: 4}")]
+)
+def test_conversations_of_distillation_are_shown_as_those_of_fine_tuning(recipe, tmp_path, capsys, stage, field):
+    other = tmp_path / "recipe.yaml"
+    other.write_text(recipe.read_text() + field + "\n")
+    assert preview_sft.main([str(other), "--stage", stage]) == ExitCode.DONE
+    assert "<|im_start|>assistant\n[[zwei é<|im_end|>]]" in capsys.readouterr().out
+    text = ["sft.train=[]", "data.train=[{path: text}]"]
+    assert preview_sft.main([str(other), *text, "--stage", stage]) == ExitCode.BAD_INPUT
+    assert "sft.train: names no conversations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
         (["--split", "validation"], "sft.validation: the recipe names no source"),

@@ -39,15 +39,15 @@ def build_model_state(chunks: list[Any], mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def copy_model_state(chunks: list[Any], mesh: Mesh, prefix: str) -> dict[str, Any]:
-    """Return copies of the weights of `build_model_state`, under keys and names that begin with `prefix`."""
+def copy_state(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return copies of the weights of a state by chunk, under keys and names that begin with `prefix`."""
     return {
         prefix + chunk: {
             name: replace(shard, key=prefix + shard.key, data=shard.data.detach().clone())
             for name, shard in shards.items()
             if isinstance(shard, ShardedTensor | ShardedTensorFactory)
         }
-        for chunk, shards in build_model_state(chunks, mesh).items()
+        for chunk, shards in state.items()
     }
 
 

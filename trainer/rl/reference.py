@@ -12,7 +12,7 @@ import torch
 from configs.errors import BadInput
 from trainer.engine.engine import Engine
 from trainer.engine.parts import SavedState
-from trainer.engine.sharded_state import copy_model_state, load_model_state
+from trainer.engine.sharded_state import build_adapter_state, build_model_state, copy_state, load_model_state
 
 _PREFIX = "reference."
 
@@ -20,6 +20,7 @@ _PREFIX = "reference."
 class ReferenceWeights:
     """A copy of a policy's weights in the memory of the host, which takes their place for a forward pass.
 
+    Of a policy that is trained by LoRA it is the adapter's matrices alone: what is under them never changes.
     As a part of checkpoints it makes a run whole by itself: where the policy once started from need not be there.
     """
 
@@ -65,15 +66,21 @@ class ReferenceWeights:
                 f"a value that would work: {self._works} (or begin under another run.name from its weights with "
                 "checkpoint.init_from)"
             )
+        engine = self._engine
         with self.in_place():
-            return copy_model_state(self._engine.chunks, self._engine.mesh, _PREFIX)
+            if engine.adapter is not None:
+                return copy_state(build_adapter_state(engine.adapter, engine.mesh), _PREFIX)
+            return copy_state(build_model_state(engine.chunks, engine.mesh), _PREFIX)
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Make what was saved the reference. Collective: all ranks of the world must call this."""
         engine = self._engine
         policy = {tensor: tensor.clone() for tensor in self._tensors()}
         weights = {name.removeprefix(_PREFIX): shards for name, shards in loaded.items()}
-        load_model_state(engine.chunks, weights)
+        if engine.adapter is not None:
+            engine.adapter.load([weights[f"model{index}"] for index in range(len(engine.chunks))])
+        else:
+            load_model_state(engine.chunks, weights)
         self.remember()
         self._put(policy)
 
@@ -84,14 +91,20 @@ class ReferenceWeights:
             self._engine.fp8.weights_changed()
 
     def _tensors(self) -> list[torch.Tensor]:
-        """Return everything of the model that a forward pass without gradients reads: weights and buffers."""
-        chunks = self._engine.chunks
+        """Return everything of the model that a forward pass without gradients reads and training changes.
+
+        That is weights and buffers, or an adapter's matrices.
+        """
+        chunks, adapter = self._engine.chunks, self._engine.adapter
+        if adapter is not None:
+            found = [adapter.matrices(index).values() for index in range(len(chunks))]
+            return [getattr(module, matrix).data for chunk in found for module, matrix in chunk]
         weights = [parameter.data for chunk in chunks for parameter in chunk.parameters()]
         return weights + [buffer for chunk in chunks for buffer in chunk.buffers() if buffer.is_floating_point()]
 
 
 class AdapterlessReference:
-    """The frozen model under an adapter: what it computes with the adapter switched off."""
+    """The frozen model under an adapter that began as nothing: what it computes with the adapter switched off."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -100,6 +113,17 @@ class AdapterlessReference:
         """Compute without the adapter within the context."""
         assert self._engine.adapter is not None
         return self._engine.adapter.disabled()
+
+
+def open_reference(engine: Engine, field: str, works: str) -> ReferenceWeights | AdapterlessReference:
+    """Return what the policy is held to that the run starts from; `field` and `works` as of `ReferenceWeights`.
+
+    An adapter that begins with another's weights (`lora.init_from`) is a part of it, as in TRL.
+    """
+    lora = engine.config.lora
+    if engine.adapter is not None and (lora is None or lora.init_from is None):
+        return AdapterlessReference(engine)
+    return ReferenceWeights(engine, field, works)
 
 
 def _copy(tensor: torch.Tensor, is_pinned: bool) -> torch.Tensor:

@@ -34,7 +34,6 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.hf.companions import carried_folder
 from trainer.hf.config_json import load_config_json, read_head, read_model
 from trainer.hf.directories import find_model_directory
-from trainer.run.weights import load_weights
 
 if TYPE_CHECKING:
     from trainer.engine.build import ModelPlan
@@ -130,6 +129,8 @@ def plan_models(config: Config, found: Mapping[str, FoundModel]) -> dict[str, Mo
 
 def load_second_models(models: Mapping[str, ShardedModel], plans: Mapping[str, ModelPlan]) -> None:
     """Load the models that have a place to start from. Collective: all ranks of the world must call this."""
+    from trainer.run.weights import load_weights
+
     for role, plan in plans.items():
         if plan.start is not None:
             load_weights(models[role], plan.start)
@@ -175,11 +176,16 @@ def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> 
 
 
 def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Config:
-    """Return the run's config for another model; the padding of its vocabulary is layout, and so the run's."""
+    """Return the run's config for another model; the padding of its vocabulary is layout, and so the run's.
+
+    Where it has no experts, ranks that the run's experts are spread over are data-parallel ones to it.
+    """
     model = model.model_copy(update={"vocab_pad_multiple": config.model.vocab_pad_multiple})
+    experts = {"ep": 1, "etp": None} if model.moe is None else {}
     return config.model_copy(
         update={
             "model": model,
+            "parallel": config.parallel.model_copy(update=experts),
             "lora": None,
             "optimizer": second.optimizer or config.optimizer,
             "schedule": second.schedule or config.schedule,

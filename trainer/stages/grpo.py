@@ -34,7 +34,7 @@ from trainer.rl.collect import Collector, Seconds, count_cores, scores_here
 from trainer.rl.gate import check_agreement, default_tolerance
 from trainer.rl.metrics import combine, describe_rewards, describe_rollouts, describe_work, find_useful_groups
 from trainer.rl.objective import ADVANTAGES, OLD, REFERENCE, PolicyObjective
-from trainer.rl.reference import AdapterlessReference, ReferenceWeights
+from trainer.rl.reference import AdapterlessReference, ReferenceWeights, open_reference
 from trainer.rl.reward_model import RewardModel
 from trainer.rl.rollout import Rollout, Values
 from trainer.rl.talk import begin_conversation
@@ -91,7 +91,7 @@ class GrpoStage:
         parts: dict[str, Checkpointed] = {POLICY: engine, "rng": RandomGenerators(mesh)}
         self._reference: ReferenceWeights | AdapterlessReference | None = None
         if method.kl_coefficient:
-            self._reference = AdapterlessReference(engine) if engine.adapter is not None else ReferenceWeights(engine)
+            self._reference = open_reference(engine, "grpo.kl.coefficient", "0")
             if isinstance(self._reference, ReferenceWeights):
                 parts["reference"] = self._reference
         self.parts: Mapping[str, Checkpointed] = parts

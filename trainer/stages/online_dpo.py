@@ -27,7 +27,7 @@ from trainer.optim.learning_rate import compute_learning_rate
 from trainer.rl.collect import Collector, Seconds
 from trainer.rl.metrics import describe_rewards, describe_rollouts, describe_work
 from trainer.rl.pairs import Paired, RoundPairs, pair_best_and_worst
-from trainer.rl.reference import AdapterlessReference, ReferenceWeights
+from trainer.rl.reference import AdapterlessReference, ReferenceWeights, open_reference
 from trainer.rl.reference_scores import ReferenceScores
 from trainer.rl.rollout import Rollout
 from trainer.stages.base import StageContext
@@ -72,10 +72,8 @@ class OnlineDpoStage:
         parts: dict[str, Checkpointed] = {POLICY: engine, "rng": RandomGenerators(mesh), "round": self._round}
         self._reference: ReferenceWeights | AdapterlessReference | None = None
         if section.method.has_reference and section.reference == "start":
-            if engine.adapter is not None:
-                self._reference = AdapterlessReference(engine)
-            else:
-                self._reference = ReferenceWeights(engine, "online_dpo.reference", "round")
+            self._reference = open_reference(engine, "online_dpo.reference", "round")
+            if isinstance(self._reference, ReferenceWeights):
                 parts["reference"] = self._reference
         self.parts: Mapping[str, Checkpointed] = parts
 

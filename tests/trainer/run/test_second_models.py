@@ -79,6 +79,15 @@ def test_a_run_directory_gives_architecture_and_place_and_the_run_the_rest(tmp_p
     assert found.record["path"] == str(checkpoint) and found.record["model"]["num_layers"] == 6
 
 
+def test_a_dense_model_stands_beside_a_mixture_whose_experts_are_spread(tmp_path):
+    make_checkpoint(tmp_path / "run")
+    model = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}}
+    config = make_config(tmp_path / "run", model=model, parallel={"tp": 2, "sp": True, "ep": 2, "etp": 1})
+    found = find_second_models(config, 2, "cpu")[TEACHER]
+    assert found.config.model.moe is None
+    assert (found.config.parallel.ep, found.config.parallel.etp, found.config.parallel.tp) == (1, None, 2)
+
+
 def test_a_hugging_face_model_gives_its_architecture(tmp_path):
     make_hf_model(tmp_path / "hf")
     found = find_second_models(make_config(tmp_path / "hf"), 1, "cpu")[TEACHER]
