@@ -33,7 +33,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dp2": (2, {}, {}),
     "cp2_pp2": (4, {"cp": 2, "pp": 2}, {}),
     "tp2_sp_pp2": (4, {"tp": 2, "sp": True, "pp": 2}, {}),
-    "pp2_cp2": (4, {"pp": 2, "cp": 2}, {}),
     "ep2": (2, {"ep": 2}, MOE),
     "ep2_tp2_sp": (4, {"ep": 2, "tp": 2, "sp": True}, MOE),
     "latent_tp2": (2, {"tp": 2}, LATENT),
