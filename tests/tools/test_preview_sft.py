@@ -64,10 +64,10 @@ def test_answers_of_preferences_are_shown_with_their_sides(recipe, tmp_path, cap
     pairs, out = tmp_path / "pairs.jsonl", tmp_path / "samples.json"
     rows = [{"prompt": "1 + 1?", "chosen": "zwei", "rejected": "drei"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other = tmp_path / "recipe.yaml"
+    other = tmp_path / "preference.yaml"
     text = recipe.read_text().replace("sft:", "preference:")
     other.write_text(text.replace(str(recipe.parent / "chats.jsonl"), str(pairs)))
-    assert preview_sft.main([str(other), "--stage", "preference", "--json", str(out)]) == ExitCode.DONE
+    assert preview_sft.main([str(other), "--json", str(out)]) == ExitCode.DONE
     said = capsys.readouterr().out
     assert re.search(r"row 0, rejected\n.*\n.*\n<\|im_start\|>assistant\n\[\[drei<\|im_end\|>\]\]", said)
     assert "1 chosen, 1 rejected" in said and "chosen and rejected are equal" in said
@@ -75,6 +75,17 @@ def test_answers_of_preferences_are_shown_with_their_sides(recipe, tmp_path, cap
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert [entry.get("side") for entry in entries] == ["chosen", "rejected", None]
     assert all(set(entry["loss_mask"]) == {0, 1} for entry in entries[:2])
+
+
+def test_conversations_of_distillation_are_shown_and_text_is_refused(recipe, tmp_path, capsys):
+    other = tmp_path / "distill.yaml"
+    other.write_text(recipe.read_text() + "distill: {teacher: runs/none}\n")
+    assert preview_sft.main([str(other)]) == ExitCode.DONE
+    shown = capsys.readouterr().out
+    assert preview_sft.main([str(recipe), "--stage", "sft"]) == ExitCode.DONE
+    assert shown == capsys.readouterr().out
+    assert preview_sft.main([str(other), "sft.train=[]", "data.train=[{path: text}]"]) == ExitCode.BAD_INPUT
+    assert "reads text in data.train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
