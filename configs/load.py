@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -60,6 +61,12 @@ class _TextLoader(yaml.SafeLoader):
             return _join_halves(value) if isinstance(value, str) else value
         except UnicodeDecodeError:
             raise _HalfCharacter(problem=_HALF_CHARACTER, problem_mark=node.start_mark) from None
+
+
+def stage_of_recipe(path: str) -> str | None:
+    """Return the stage that a recipe's folder or file is named after; None where there is none."""
+    names = (Path(path).parent.name, Path(path).stem)
+    return next((name for name in names if name in STAGE_CONFIGS), None)
 
 
 def load_config(path: str, overrides: Sequence[str] = (), stage: str = "pretrain") -> Config:

@@ -21,14 +21,44 @@ _BOUNDS = {
 _NOT_A_SECTION = ("model_type", "model_attributes_type", "dict_type")
 
 _NAMES_IN_OTHERS = {
-    "num_generations": "grpo.group_size", "n": "grpo.group_size", "reward_funcs": "grpo.rewards",
-    "custom_reward_function": "grpo.rewards", "max_completion_length": "rollout.max_new_tokens",
-    "max_response_length": "rollout.max_new_tokens", "num_iterations": "grpo.num_epochs",
-    "ppo_epochs": "grpo.num_epochs", "beta": "grpo.kl.coefficient", "kl_loss_coef": "grpo.kl.coefficient",
-    "epsilon": "grpo.clip_low", "epsilon_high": "grpo.clip_high", "loss_type": "grpo.algorithm",
-    "adv_estimator": "grpo.algorithm", "loss_agg_mode": "grpo.normalisation",
+    "learning_rate": ("optimizer.lr",), "max_grad_norm": ("optimizer.clip_grad",),
+    "adam_beta1": ("optimizer.beta1",), "adam_beta2": ("optimizer.beta2",), "adam_epsilon": ("optimizer.eps",),
+    "lr_scheduler_type": ("schedule.kind",), "warmup_ratio": ("schedule.warmup_fraction",),
+    "max_steps": ("train.num_steps",), "num_train_epochs": ("train.num_epochs",),
+    "per_device_train_batch_size": ("train.micro_batch_size",),
+    "gradient_accumulation_steps": ("train.global_batch_size",), "train_batch_size": ("train.global_batch_size",),
+    "ppo_mini_batch_size": ("train.global_batch_size",), "num_mini_batches": ("grpo.num_minibatches",),
+    "max_length": ("train.seq_len",), "max_seq_length": ("train.seq_len",), "cutoff_len": ("train.seq_len",),
+    "eval_steps": ("train.eval_every",), "logging_steps": ("train.log_every",),
+    "save_steps": ("checkpoint.save_every",), "save_total_limit": ("checkpoint.keep_last",), "output_dir": ("run.dir",),
+    "gradient_checkpointing": ("train.recompute.granularity",), "bf16": ("precision.compute",),
+    "fp16": ("precision.compute",), "model_name_or_path": ("checkpoint.init_from_hf",),
+    "use_peft": ("lora",), "lora_r": ("lora.rank",), "lora_rank": ("lora.rank",), "lora_alpha": ("lora.alpha",),
+    "dataset_name": ("sft.train", "preference.train", "reward.train", "grpo.prompts", "data.train"),
+    "dataset": ("sft.train", "preference.train", "reward.train", "grpo.prompts", "data.train"),
+    "chat_template_path": ("sft.template", "preference.template", "reward.template", "grpo.template"),
+    "assistant_only_loss": ("sft.train_on",), "train_on_prompt": ("sft.train_on",), "mask_history": ("sft.train_on",),
+    "neftune_noise_alpha": ("sft.neftune_alpha",), "label_smoothing_factor": ("sft.label_smoothing",),
+    "beta": ("preference.beta", "online_dpo.beta", "distill.beta", "grpo.kl.coefficient"),
+    "temperature": ("distill.temperature", "rollout.temperature"), "top_k": ("rollout.top_k",),
+    "pref_beta": ("preference.beta",), "pref_loss": ("preference.loss",),
+    "loss_type": ("preference.loss", "online_dpo.loss", "grpo.algorithm"),
+    "rpo_alpha": ("preference.sft_weight", "online_dpo.sft_weight"), "cpo_alpha": ("preference.sft_weight",),
+    "pref_ftx": ("preference.sft_weight",), "simpo_gamma": ("preference.target_margin", "online_dpo.target_margin"),
+    "teacher_model_name_or_path": ("distill.teacher",), "reward_model_path": ("grpo.reward_model.init_from",),
+    "num_generations": ("grpo.group_size",), "n": ("grpo.group_size",), "reward_funcs": ("grpo.rewards",),
+    "custom_reward_function": ("grpo.rewards",), "max_completion_length": ("rollout.max_new_tokens",),
+    "max_response_length": ("rollout.max_new_tokens",), "response_length": ("rollout.max_new_tokens",),
+    "num_iterations": ("grpo.num_epochs",), "ppo_epochs": ("grpo.num_epochs",), "num_ppo_epochs": ("grpo.num_epochs",),
+    "kl_loss_coef": ("grpo.kl.coefficient",), "kl_coef": ("grpo.kl.coefficient",),
+    "init_kl_coef": ("grpo.kl.coefficient",), "target_kl": ("ppo.adaptive_kl.target",),
+    "cliprange": ("grpo.clip_low",), "epsilon": ("grpo.clip_low",), "epsilon_high": ("grpo.clip_high",),
+    "cliprange_value": ("ppo.critic.value_clip",), "lam": ("ppo.gae_lambda",),
+    "critic_warmup": ("ppo.critic.warmup_steps",), "value_model_path": ("ppo.critic.init_from",),
+    "adv_estimator": ("grpo.algorithm",), "loss_agg_mode": ("grpo.normalisation",),
 }  # fmt: skip
-"""What TRL's and verl's trainers call fields that are here under another name (configs/README.md)."""
+"""What TRL, LLaMA-Factory and verl call fields that are here under another name: the first that a stage has is meant
+(configs/README.md)."""
 
 
 def validation_sentences(error: ValidationError, schema: type[Section]) -> list[str]:
@@ -40,7 +70,7 @@ def _sentence(kind: str, location: tuple[str | int, ...], detail: Mapping[str, A
     """Turn one pydantic error into a sentence that names the field and a value that would work."""
     path = location_text(location)
     if kind == "extra_forbidden":
-        return f"{path}: {_why_unknown(location, schema)}"
+        return f"{path}: {_why_unknown(location, detail['input'], schema)}"
     field = field_at(location, schema)
     example = field.example if field else _example_around(location, schema)
     if isinstance(location[-1], int) and field is not None:
@@ -96,17 +126,24 @@ def _choices(field: SchemaField) -> list[str]:
     return field.type_text.removeprefix("list of ").split(" | ")
 
 
-def _why_unknown(location: tuple[str | int, ...], schema: type[Section]) -> str:
+def _why_unknown(location: tuple[str | int, ...], given: object, schema: type[Section]) -> str:
     """Say whose field it is where another stage has it; else what is nearest to it."""
     stages = {config: stage for stage, config in STAGE_CONFIGS.items()}
     for other, stage in stages.items():
         if schema in stages and other is not schema and field_at(location, other) is not None:
             this = stages[schema]
             return f"belongs to the stage {stage} (launch/{stage}.py), this is {this}; remove it, or start that one"
-    return f"unknown field; {_suggestion(location, schema)}"
+    return f"unknown field; {_suggestion(location, given, schema)}"
 
 
-def _suggestion(location: tuple[str | int, ...], schema: type[Section]) -> str:
+def _innermost_name(name: str, given: object) -> str:
+    """Return the last part of a dotted name, such as verl's actor_rollout_ref.rollout.n, of which `name` is known."""
+    while isinstance(given, Mapping) and len(given) == 1:
+        name, given = next(iter(given.items()))
+    return str(name)
+
+
+def _suggestion(location: tuple[str | int, ...], given: object, schema: type[Section]) -> str:
     """Name the nearest valid field: a sibling spelt alike, the same name elsewhere, or the nearest dotted path."""
     if any(isinstance(part, int) for part in location):
         parent = field_at(location[:-1], schema)
@@ -115,11 +152,14 @@ def _suggestion(location: tuple[str | int, ...], schema: type[Section]) -> str:
     parent_path, _, name = path.rpartition(".")
     known = [field.path for field in schema_fields(schema)]
     siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent_path}
+    theirs = _innermost_name(name, given)
+    ours = next((field for field in _NAMES_IN_OTHERS.get(theirs, ()) if field in known), None)
+    if ours is not None:
+        is_alike = ours.rpartition(".")[2] == theirs
+        return f"did you mean {ours}?" if is_alike else f"what other trainers call {theirs} is {ours} here"
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return f"did you mean {siblings[close[0]]}?"
-    if _NAMES_IN_OTHERS.get(name) in known:
-        return f"what it is in TRL or verl is {_NAMES_IN_OTHERS[name]} here"
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
     if elsewhere:
         return f"did you mean {difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0)[0]}?"

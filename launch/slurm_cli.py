@@ -6,11 +6,11 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import BadInput
+from configs.load import stage_of_recipe
 from configs.sections.cluster import TimeLimit
 from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS
 
@@ -157,10 +157,9 @@ def _stages(options: dict[str, str], recipes: Sequence[str]) -> list[str]:
 
 
 def _stage_of(recipe: str) -> str:
-    path = Path(recipe)
-    for name in (path.parent.name, path.stem):
-        if name in STAGE_CONFIGS:
-            return name
+    stage = stage_of_recipe(recipe)
+    if stage is not None:
+        return stage
     raise BadInput(f"--stage: missing, and {recipe} is not named after one; a value that would work: pretrain")
 
 

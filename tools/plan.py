@@ -17,7 +17,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import BadInput
-from configs.load import load_config
+from configs.load import load_config, stage_of_recipe
 from configs.plan.devices import DEVICES, find_device
 from configs.plan.others import OtherModel, Others
 from configs.search.search import RESERVE, Found, Machine, Plan, search
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument("--device", required=True, help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that share links (default 8)")
-    parser.add_argument("--stage", choices=_STAGES, default="pretrain", help="the recipe's (pretrain)")
+    parser.add_argument("--stage", choices=_STAGES, help="default: that of the recipe's folder or file, else pretrain")
     parser.add_argument("--top", type=int, default=20, help="layouts to show (default 20)")
     parser.add_argument("--why", metavar="tp=8,pp=4", help="what became of the layouts with these sizes")
     parser.add_argument("--without-te", action="store_true", help="plan without Transformer Engine")
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="take a step of some ranks of the recipe's own layout: ends (default), corners, or such as 0,8",
     )
     arguments = parser.parse_intermixed_args(argv)
+    named = stage_of_recipe(str(arguments.recipe))
+    arguments.stage = arguments.stage or (named if named in _STAGES else "pretrain")
     if "=" in (arguments.rehearse or ""):  # the word behind it is an override
         arguments.overrides.insert(0, arguments.rehearse)
         arguments.rehearse = ENDS

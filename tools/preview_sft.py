@@ -1,6 +1,6 @@
 """Show what a recipe makes of its conversations, or of its preferences: which tokens are trained, what is left out.
 
-Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage preference|...] [--split validation] [--html F] ...
+Run: python tools/preview_sft.py RECIPE [key=value ...] [--stage reward] [--split validation] [--html F] ...
 Trained tokens are green, or between [[ and ]] where there are no colours; special tokens are bold. `--json` has an
 object a sample, before packing: source, row (from 0), input_ids, loss_mask, dropped, and of an answer its side.
 """
@@ -21,6 +21,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import BadInput
+from configs.load import load_config, stage_of_recipe
 from tools.console import Progress, end_process, run_command
 from tools.html_page import draw_table, write_page
 from tools.outputs import check_file
@@ -184,12 +185,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="preview_sft.py", description="What a recipe makes of its conversations.")
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--stage", choices=_STAGES, default="sft", help="the recipe's (sft)")
+    parser.add_argument("--stage", choices=_STAGES, help="default: that of the recipe's folder or file, else sft")
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to print (default: 3)")
     parser.add_argument("--html", type=path_argument, metavar="FILE", help="write a page with 100 samples")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write an object a sample")
     arguments = parser.parse_intermixed_args(argv)
+    named = stage_of_recipe(arguments.recipe)
+    arguments.stage = arguments.stage or (named if named in _STAGES else "sft")
     if arguments.show < 0:
         parser.error(f"--show: {arguments.show} is less than 0; a value that would work: 3")
 
@@ -208,7 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def preview(arguments: argparse.Namespace) -> None:
     """Print and write what was asked for. Raises BadInput."""
-    from configs.load import load_config
     from configs.rules.data import check_data
     from configs.stages import ComparisonsConfig, DistillConfig, SftConfig
     from trainer.data.tokenizer import load_tokenizer

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from configs import sentences
 from configs.errors import BadInput
+from configs.fields import schema_fields
 from configs.load import load_config, read_config, resolved_dict
 from configs.plan.show import field_help
 from configs.sections.base import Section
@@ -108,11 +110,43 @@ def test_overrides_set_lists_maps_and_whole_sections(tiny: str) -> None:
     ],
 )
 def test_names_of_other_trainers_of_policies_lead_to_ours(override: str, field: str, tiny: str) -> None:
-    with pytest.raises(BadInput, match=f"unknown field; what it is in TRL or verl is {field} here$"):
+    name = override.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(BadInput, match=f"unknown field; what other trainers call {name} is {field} here$"):
         load_config(tiny, [override], "grpo")
     with pytest.raises(BadInput, match="unknown field|belongs to the stage") as refusal:
         load_config(tiny, [override])
-    assert "TRL" not in str(refusal.value), "pretraining has no such field"
+    assert "other trainers" not in str(refusal.value), "pretraining has no such field"
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "sentence"),
+    [
+        ("ppo", "learning_rate=1e-5", "what other trainers call learning_rate is optimizer.lr here"),
+        ("ppo", "lam=0.9", "what other trainers call lam is ppo.gae_lambda here"),
+        ("ppo", "beta=0.1", "what other trainers call beta is grpo.kl.coefficient here"),
+        ("online_dpo", "beta=0.1", "did you mean online_dpo.beta?"),
+        ("online_dpo", "loss_type=ipo", "what other trainers call loss_type is online_dpo.loss here"),
+        ("preference", "loss_type=ipo", "what other trainers call loss_type is preference.loss here"),
+        ("ppo", "temperature=0.7", "did you mean rollout.temperature?"),
+        ("ppo", "lora_r=8", "what other trainers call lora_r is lora.rank here"),
+        ("ppo", "critic.cliprange_value=0.5", "what other trainers call cliprange_value is ppo.critic.value_clip here"),
+        ("ppo", "algorithm.kl_ctrl.kl_coef=0.1", "what other trainers call kl_coef is grpo.kl.coefficient here"),
+        ("reward", "dataset_name=x", "what other trainers call dataset_name is reward.train here"),
+        ("distill", "lmbda=0.5", "did you mean distill.lmbda?"),
+        ("distill", "teacher_model_name_or_path=x", "what other trainers call teacher_model_name_or_path is dis"),
+    ],
+)
+def test_names_of_other_trainers_lead_to_the_field_of_the_stage(
+    stage: str, override: str, sentence: str, tiny: str
+) -> None:
+    with pytest.raises(BadInput) as refusal:
+        load_config(tiny, [override], stage)
+    assert f"{override.partition('=')[0].partition('.')[0]}: unknown field; {sentence}" in str(refusal.value)
+
+
+def test_every_name_of_another_trainer_leads_to_a_field_that_some_stage_has() -> None:
+    fields = {field.path for schema in STAGE_CONFIGS.values() for field in schema_fields(schema)}
+    assert {ours for several in sentences._NAMES_IN_OTHERS.values() for ours in several} <= fields
 
 
 @pytest.mark.parametrize(
@@ -121,9 +155,8 @@ def test_names_of_other_trainers_of_policies_lead_to_ours(override: str, field: 
         ("train.num_stepss=5", "train.num_stepss: unknown field; did you mean train.num_steps?"),
         ("train.lr=1", "train.lr: unknown field; did you mean optimizer.lr?"),
         (
-            "optimizer.learning_rate=1",
-            "optimizer.learning_rate: unknown field; "
-            "optimizer has lr, min_lr, weight_decay, beta1, beta2, eps, clip_grad",
+            "optimizer.momentum=1",
+            "optimizer.momentum: unknown field; optimizer has lr, min_lr, weight_decay, beta1, beta2, eps, clip_grad",
         ),
         ("tp=2", "tp: unknown field; did you mean parallel.tp?"),
         ("parralel.tp=2", "parralel: unknown field; did you mean parallel?"),

@@ -94,7 +94,7 @@ def test_why_tells_what_became_of_a_layout(recipe, capsys):
 
 
 def test_what_a_step_of_grpo_takes_besides_is_said_to_be_left_out(recipe, capsys):
-    arguments = [str(RECIPES / "grpo" / "qwen3_8b_dapo.yaml"), "--stage", "grpo", "--gpus", "8", "--device", "h100"]
+    arguments = [str(RECIPES / "grpo" / "qwen3_8b_dapo.yaml"), "--gpus", "8", "--device", "h100"]
     assert plan.main(arguments) == 0
     assert "left out     answers, rewards and scores of a step, and the memory" in capsys.readouterr().out
 

@@ -64,10 +64,10 @@ def test_answers_of_preferences_are_shown_with_their_sides(recipe, tmp_path, cap
     pairs, out = tmp_path / "pairs.jsonl", tmp_path / "samples.json"
     rows = [{"prompt": "1 + 1?", "chosen": "zwei", "rejected": "drei"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other = tmp_path / "recipe.yaml"
+    other = tmp_path / "preference.yaml"
     text = recipe.read_text().replace("sft:", "preference:")
     other.write_text(text.replace(str(recipe.parent / "chats.jsonl"), str(pairs)))
-    assert preview_sft.main([str(other), "--stage", "preference", "--json", str(out)]) == ExitCode.DONE
+    assert preview_sft.main([str(other), "--json", str(out)]) == ExitCode.DONE
     said = capsys.readouterr().out
     assert re.search(r"row 0, rejected\n.*\n.*\n<\|im_start\|>assistant\n\[\[drei<\|im_end\|>\]\]", said)
     assert "1 chosen, 1 rejected" in said and "chosen and rejected are equal" in said

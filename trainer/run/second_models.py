@@ -214,7 +214,7 @@ def _look(text: str) -> _Place:
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
         raise BadInput(
             f"{text} holds no complete checkpoint and no Hugging Face model; name one like "
-            "runs/<name>/checkpoints/latest."
+            "runs/<name>/checkpoints/latest, or the directory of a Hugging Face model (hf download ID --local-dir DIR)."
         )
     model = read_model(load_config_json(directory), directory / "config.json")
     return _Place(directory, model, directory if _has_tokenizer(directory) else None)

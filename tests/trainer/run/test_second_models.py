@@ -129,7 +129,9 @@ def test_what_does_not_fit_is_refused_with_the_field(tmp_path, model, fields, to
 
 def test_a_place_without_a_model_is_refused(tmp_path):
     for place in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(BadInput, match="^distill.teacher: .* holds no complete checkpoint and no Hugging"):
+        with pytest.raises(
+            BadInput, match="^distill.teacher: .* holds no complete checkpoint and no Hugging.*hf download"
+        ):
             find_second_models(make_config(place), 1, "cpu")
 
 

@@ -80,7 +80,10 @@ def parse_judged(row: Mapping[str, Any], source: ConversationSource, path: str, 
         prompt, (chosen, rejected) = _parse_both(row, source, path, number)
         return [Judged(prompt, chosen, True), Judged(prompt, rejected, False)]
     if label not in row:
-        raise BadRow(f"no label in its columns {', '.join(row) or 'none'}; give {label}, true or false")
+        raise BadRow(
+            f"no label in its columns {', '.join(row) or 'none'}; give {label}, true or false, or name yours in "
+            "columns, such as columns: {label: kto_tag}"
+        )
     if not isinstance(row[label], bool):
         raise BadRow(
             f"{label} is {row[label]!r}, neither true nor false; write true where the answer is good, or false"

@@ -126,5 +126,5 @@ def test_a_bad_pair_is_refused_in_a_sentence(name):
 def test_a_label_that_is_neither_true_nor_false_is_refused(label):
     with pytest.raises(BadRow, match="neither true nor false"):
         parse_judged({"messages": [USER, YES], "label": label}, SOURCE, "", 0)
-    with pytest.raises(BadRow, match="no label in its columns"):
+    with pytest.raises(BadRow, match="no label in its columns messages; .* or name yours in columns"):
         parse_judged({"messages": [USER, YES]}, SOURCE, "", 0)
