@@ -159,7 +159,7 @@ WHOLE = (
     "lora_experts", "lora_latent_tp2_sp", "fp8_tensorwise", "fp8_rowwise_tp2_sp", "fp8_delayed_experts",
 )  # fmt: skip
 REWARDED = ("bf16", "fp16", "experts", "tp2_sp", "pp2_first", "pp2_vpp2_last", "cp2_ring_documents", "fp8_tensorwise")
-"""Of these: a step of a reward model too."""
+"""Of these: steps of distillation, of a reward model and of a critic too."""
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +205,8 @@ def test_a_step_on_a_fake_gpu(outcomes, name):
 def test_the_host_reads_after_the_backward_pass_alone(outcomes, name):
     """So that it stays ahead of the GPU: nothing within the forward and backward passes waits."""
     reads = outcomes[name]["reads"]
-    stages = ("policy", "sft", "preference", "distill") if name in WHOLE else ()
-    for stage in (*stages, "reward", "critic") if name in REWARDED else stages:
+    stages = ("policy", "sft", "preference") if name in WHOLE else ()
+    for stage in (*stages, "distill", "reward", "critic") if name in REWARDED else stages:
         assert outcomes[name][f"reads_of_{stage}"].keys() == reads.keys(), stage
     is_waiting = reads.pop(DISPATCHER, 0) > 0
     assert is_waiting == ("experts" in name or name == "ep2")

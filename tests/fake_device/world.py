@@ -158,21 +158,17 @@ def run_the_rest(engine: Any, batches: list[Any], objective: Any) -> dict[str, A
     READS.clear()
     prefer(engine, batches)
     found["reads_of_preference"] = dict(READS)
-    distil(engine, batches)
-    found["reads_of_distill"] = dict(READS)
     engine.sum_losses(batches, objective)
     engine.score(batches, forward_language_model)
     engine.score(batches, functools.partial(score_language_model, entropy=True, is_greedy=True))
     engine.compute_logits(batches[0].tokens)
-    if engine.mesh.tp_size > 1:  # once is enough, and with FP8 and adapters
-        take_turns(engine, batches, objective)
     return found | {"reads_of_generation": generate(engine)}
 
 
 def run_case(config: Config, world: int, rank: int, *, is_whole: bool, has_reward: bool) -> dict[str, Any]:
     """Build the engine of one rank and take steps, with `is_whole` all else too; return what the last steps showed.
 
-    With `has_reward` a reward model takes steps beside it.
+    With `has_reward` it learns from a teacher, and a reward model and a critic take steps beside it.
     """
     from parallel.replaced_names import resolve
     from tools.device_checks.engine import made_up_batches
@@ -197,6 +193,10 @@ def run_case(config: Config, world: int, rank: int, *, is_whole: bool, has_rewar
         if is_whole:
             found |= run_the_rest(engine, batches, objective)
         if has_reward:
+            distil(engine, batches)
+            found["reads_of_distill"] = dict(READS)
+            if mesh.tp_size > 1:  # once is enough
+                take_turns(engine, batches, objective)
             found |= learn_values(config, mesh, batches)
         assert all(resolve(one.target)[2] is one.replacement for one in kernels.replace_kernels(mesh.platform))
         engine.close()

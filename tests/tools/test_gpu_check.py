@@ -216,10 +216,10 @@ def see_all_keys(tokens, window, dtype):
 
 def test_what_a_model_must_do_on_any_device_is_seen(ranks):
     sound, broken = ranks.run(run_model_checks)[0]
-    assert [one.status for one in sound] == ["passed"] * 10, sound
+    assert [one.status for one in sound] == ["passed"] * len(sound), sound
     assert "gloo beside gloo" in sound[0].detail and "Adam and gradient norm torch's" in sound[1].detail
     assert "128 of 256 tokens count" in sound[3].detail
-    assert [one.status for one in broken] == ["failed"] * 10, broken
+    assert [one.status for one in broken] == ["failed"] * len(sound), broken
     for outcome, words in zip(
         broken,
         (
