@@ -1,6 +1,6 @@
 """Train the demo's student three ways with several seeds: by its teacher, by labels alone, by another row's teacher.
 
-Run: python tools/bench/distill_curves.py [--steps 150] [--out FOLDER]   (the teacher is what `make demo-sft` leaves)
+Run: python tools/bench/distill_curves.py [--steps 150] [--out FOLDER]   (of what `make demo-distill` makes and needs)
 Every run has two ranks, one run at a time, minutes each. Writes distill_curves.json.
 """
 
