@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.sections.optimizer import OptimizerConfig, ScheduleConfig
+from configs.sections.optimizer import OptimizerConfig
 
 POLICY = "policy"
 """Role of the model that the run is about: it starts from `checkpoint.init_from`, is saved, exported and sampled."""
@@ -31,9 +31,6 @@ class SecondModel:
     head: HeadKind = "vocabulary"
     optimizer: OptimizerConfig | None = None
     """Of a model that is trained, from which it is seen that it is; None for a frozen one."""
-    schedule: ScheduleConfig | None = None
-    """Of its learning rate; None for the policy's."""
-
     is_start: bool = False
     """The place is where the policy starts from too, so that what the run's `model` section says of the use of these
     weights, such as a stretched rotation, holds for both."""

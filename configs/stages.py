@@ -391,5 +391,5 @@ STAGE_CONFIGS: Mapping[str, type[Config]] = {
 }
 """The config class of each stage by its name, which its entry point in `launch/` and its recipes' folder have too."""
 
-WITHOUT_STEPS = ("rft", "teacher_cache")
+WITHOUT_STEPS = tuple(stage for stage, config in STAGE_CONFIGS.items() if not config.is_training)
 """Stages that train nothing: what they leave is data."""

@@ -98,15 +98,12 @@ def open_model(
     try:
         mesh = build_mesh(platform, device, config)
         # These import Megatron-Core, which must happen after the platform is active.
-        from trainer.engine.build import POLICY, ModelPlan, build_models
+        from trainer.engine.build import POLICY, ModelPlan, open_models
         from trainer.run.weights import load_weights
 
-        model = build_models({POLICY: ModelPlan(config, is_trained=False, head=head)}, mesh)[POLICY]
-        try:
-            load_weights(model, str(place))
-            yield model
-        finally:
-            model.close()
+        with open_models({POLICY: ModelPlan(config, is_trained=False, head=head)}, mesh) as models:
+            load_weights(models[POLICY], str(place))
+            yield models[POLICY]
     finally:
         destroy_mesh()
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ from configs.plan.devices import DEVICES, find_device
 from configs.plan.others import OtherModel, Others
 from configs.search.search import RESERVE, Found, Machine, Plan, search
 from configs.sections.parallel import ParallelConfig
-from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS, Config
+from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS, Config, GrpoConfig
 from parallel.platform import CLUSTER_PLATFORM
 from tools.console import end_process, run_command
 from tools.outputs import check_file
@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace, differing: list[str]) -> None:
     print("\n".join(describe_refused(found)))
     print("\nthe first:")
     print("\n".join(describe_plan(shown[0], machine)))
-    if arguments.stage in ("grpo", "ppo", "online_dpo"):
+    if isinstance(config, GrpoConfig):
         print("left out     answers, rewards and scores of a step, and the memory of their keys and values")
     print("overrides    " + " ".join(overrides_of(shown[0])))
     if arguments.json is not None:

@@ -42,7 +42,7 @@ def _check_offload(config: Config) -> Iterator[str]:
     """Yield why models cannot rest on the host, or need not."""
     if not config.parallel.offload_models:
         return
-    draws_answers = isinstance(config, GrpoConfig) and not isinstance(config, RftConfig)
+    draws_answers = isinstance(config, GrpoConfig) and config.is_training
     if not draws_answers and not config.second_models:
         yield (
             "parallel.offload_models: this run has one model, which computes all the time, and nothing to do by turns; "

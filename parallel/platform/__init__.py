@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Literal
 
 from configs.errors import BadInput
-from parallel.platform.base import Platform
+from parallel.platform.base import Platform, PlatformName
 
-PlatformName = Literal["cpu", "cuda"]
+__all__ = ["Platform", "PlatformName"]
 PLATFORM_VARIABLE = "SHARDWRIGHT_PLATFORM"
 CLUSTER_PLATFORM: PlatformName = "cuda"
 """What a plan is made for, on whatever machine it is made."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
+PlatformName = Literal["cpu", "cuda"]
 AttentionKernels = Literal["cpu", "efficient", "flash"]
 """What torch has for attention: for CPUs, for GPUs in any format, for newer ones in formats of 16 bits."""
 
@@ -32,7 +33,7 @@ class DeviceFacts:
 class Platform(Protocol):
     """A kind of device with its collective backend; one instance a process."""
 
-    name: str
+    name: PlatformName
     """Name in configs, reports and `environment.json`."""
     backend: str
     """`torch.distributed` backend of the collectives."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from parallel.platform.base import AttentionKernels, DeviceFacts
+from parallel.platform.base import AttentionKernels, DeviceFacts, PlatformName
 from parallel.platform.host_memory import host_memory_bytes
 from parallel.platform.processor import highest_clock_mhz, processor_name
 
@@ -25,7 +25,7 @@ PEER_FAILURE_WORDS = ("Connection closed by peer", "Connection reset by peer", "
 class CpuPlatform:
     """Runs every rank as a CPU process; one instance a process."""
 
-    name = "cpu"
+    name: PlatformName = "cpu"
     backend = "gloo"
     control_backend = "gloo"
     lone_backend = "lone"

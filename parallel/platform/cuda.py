@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from configs.errors import BadInput
-from parallel.platform.base import AttentionKernels, DeviceFacts
+from parallel.platform.base import AttentionKernels, DeviceFacts, PlatformName
 from parallel.platform.gpu_peaks import find_peaks
 
 FP8_CAPABILITIES = {"blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -22,7 +22,7 @@ FP8_CAPABILITIES = {"blockwise": (9, 0), "mxfp8": (10, 0)}
 class CudaPlatform:
     """Runs every rank on one GPU; one instance a process."""
 
-    name = "cuda"
+    name: PlatformName = "cuda"
     backend = "nccl"
     control_backend = "gloo"
     lone_backend = "nccl"

@@ -316,12 +316,12 @@ def other_torch(rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_disk_on_a_host(rank: int) -> Iterator[None]:
-    """Let the disk be full where rank 1 is."""
+def full_disk_on_a_host(rank: int, full: int = 1) -> Iterator[None]:
+    """Let the disk be full where rank `full` is."""
     write = Path.write_bytes
 
     def write_on_full_disk(path, data):
-        if rank == 1 and path.name.startswith(".preflight"):
+        if rank == full and path.name.startswith(".preflight"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, data)
 
@@ -354,6 +354,7 @@ FAULTS = {
     "wrong_sums": wrong_sums,
     "other_torch": other_torch,
     "full_disk_on_a_host": full_disk_on_a_host,
+    "full_disk_where_rank_0_is": functools.partial(full_disk_on_a_host, full=0),
     "moved_directory": moved_directory,
     "moved_while_saving": moved_while_saving,
     "directory_taken_over": lambda rank: moved_directory(rank, is_taken_over=True),

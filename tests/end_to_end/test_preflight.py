@@ -22,6 +22,12 @@ def test_what_must_not_be_is_named_by_rank_and_host_and_nothing_is_written(train
     assert not (tmp_path / "run").exists()
 
 
+def test_where_rank_0_cannot_write_nobody_looks_for_its_file(train):
+    code, sentence = train(2, "parallel.tp=2", "parallel.preflight=true", fault="full_disk_where_rank_0_is")
+    assert code == ExitCode.BAD_INPUT
+    assert "rank 0 (" in sentence and " cannot write to " in sentence and "does not see" not in sentence
+
+
 def test_a_run_with_preflight_has_the_losses_of_one_without(train, tmp_path):
     for name, wanted in (("with", "true"), ("without", "false")):
         options = ("parallel.tp=2", "train.num_steps=2", f"run.dir={tmp_path}/{name}", f"parallel.preflight={wanted}")

@@ -50,7 +50,8 @@ def make_configs(
 def open_models(place: Place, config: Config, critic: Config | None, teacher: Config | None = None) -> Any:
     """Yield the models by role."""
     from configs.roles import CRITIC, POLICY, TEACHER
-    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine import build
+    from trainer.engine.build import ModelPlan
 
     with open_mesh(place, config) as mesh:
         plans = {POLICY: ModelPlan(config, is_trained=True)}
@@ -58,12 +59,8 @@ def open_models(place: Place, config: Config, critic: Config | None, teacher: Co
             plans[TEACHER] = ModelPlan(teacher, is_trained=False)
         if critic is not None:
             plans[CRITIC] = ModelPlan(critic, is_trained=True)
-        models = build_models(plans, mesh)
-        try:
+        with build.open_models(plans, mesh) as models:
             yield models
-        finally:
-            for model in models.values():
-                model.close()
 
 
 class TwoStages:

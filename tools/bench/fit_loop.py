@@ -23,14 +23,14 @@ def run_fit(
     Collective: all ranks of the world must call this.
     """
     from trainer.run.run import run
-    from trainer.stages.base import Stage, StageContext, StageKind
+    from trainer.stages.base import Stage, StageContext
     from trainer.stages.build import STAGES
 
-    kind = STAGES[stage_name]
+    build_stage = STAGES[stage_name]
 
     def build(context: StageContext) -> Stage:
         """Build the stage so that it ticks at the start of each step, which is the first thing the loop calls."""
-        stage = kind.build(context)
+        stage = build_stage(context)
         step = stage.step
 
         def clocked_step(state: TrainState) -> StepResult:
@@ -45,7 +45,7 @@ def run_fit(
             _count_tokens(stage, clock)
         return stage
 
-    STAGES["clocked"] = StageKind(build)
+    STAGES["clocked"] = build
     run(config, "clocked", environment, platform)
     if environment.rank != 0:
         return None

@@ -8,8 +8,6 @@ before the first step; tokens are those of both answers with their prompts, and 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,12 +21,10 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 
 from tools.bench.chats import write_chats, write_pairs, write_tokenizer
 from tools.bench.compare import compare
-from tools.bench.launching import run_bench
+from tools.bench.launching import run_comparison
 from tools.bench.report import PACKAGES, describe_machine, print_report
-from tools.bench.throughput import NUM_WARMUP, ROOT, Case, measure_case
+from tools.bench.throughput import NUM_WARMUP, Case, measure_case
 from tools.console import Progress, end_process
-from tools.outputs import check_file
-from tools.paths import path_argument
 
 _VOCABULARY = 4096
 _NUM_PAIRS = 800
@@ -61,21 +57,7 @@ def measure_all(num_steps: int, num_pairs: int = _NUM_PAIRS) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="preference.py", description="Our DPO against TRL's.")
-    parser.add_argument("--steps", type=int, default=40, metavar="N", help="measured steps of each loop (default 40)")
-    default_out = ROOT / "tools" / "bench" / "results" / "preference_cpu.json"
-    parser.add_argument("--out", type=path_argument, default=default_out, metavar="FILE", help="result file")
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 2:
-        parser.error("--steps must be at least 2, for example --steps 40")
-
-    def command() -> None:
-        check_file(arguments.out)
-        figures = measure_all(arguments.steps)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-    return run_bench(command)
+    return run_comparison(argv, "preference", "Our DPO against TRL's.", 40, measure_all)
 
 
 if __name__ == "__main__":

@@ -60,17 +60,13 @@ def _train_and_score(mesh: Mesh, compute: str, *, is_by_turns: bool) -> dict[str
 def _open(mesh: Mesh, compute: str, *, is_by_turns: bool) -> Iterator[dict[str, ShardedModel]]:
     """Yield a policy, a larger critic and a frozen teacher."""
     from configs.roles import CRITIC, POLICY, TEACHER
-    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.build import ModelPlan, open_models
 
     parallel = {"offload_models": is_by_turns}
     small = build_config(compute, parallel=parallel)
     large = build_config(compute, CRITIC_MODEL, parallel=parallel, optimizer={"lr": 1e-3, "min_lr": 1e-3})
     plans = {POLICY: ModelPlan(small, True), CRITIC: ModelPlan(large, True), TEACHER: ModelPlan(large, False)}
-    models = build_models(plans, mesh)
-    try:
+    with open_models(plans, mesh) as models:
         yield models
-    finally:
-        for model in models.values():
-            model.close()
-        del models, model
-        gc.collect()
+    models.clear()
+    gc.collect()

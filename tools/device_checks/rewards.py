@@ -22,16 +22,16 @@ def check_rewards(mesh: Mesh, compute: str) -> Outcome:
     import torch
 
     from trainer.data.sequences import sum_by_sequence
-    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.build import ModelPlan, open_models
     from trainer.engine.forward import forward_values
     from trainer.evaluate.rewards import score_rows
     from trainer.stages.reward import RewardObjective
 
     config = build_config(compute, data={"document_mask": True})
     plan = ModelPlan(config, is_trained=True, head="scalar")
-    model: Any = build_models({"reward": plan}, mesh)["reward"]
     problems: list[str] = []
-    try:
+    with open_models({"reward": plan}, mesh) as models:
+        model: Any = models["reward"]
         batch, answers = _make_batch(config.model.vocab_size, config.train.seq_len)
         [values] = model.score([batch], forward_values)
         counted = torch.where(batch.loss_mask > 0, values.cpu(), 0.0)
@@ -40,8 +40,6 @@ def check_rewards(mesh: Mesh, compute: str) -> Outcome:
         worst = float((packed - alone).abs().max())
         objective = RewardObjective(0.01, mesh.cp_group)
         results = [model.train_step([batch], objective, RATE) for _ in range(NUM_STEPS)]
-    finally:
-        model.close()
     first, last, accuracy = results[0].loss, results[-1].loss, results[-1].metrics["accuracy"]
     if not worst <= TOLERANCES[compute]:
         problems.append(f"rewards in packed rows differ by {worst:.1e} (limit {TOLERANCES[compute]:g})")

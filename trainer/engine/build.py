@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,17 @@ def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, Sharde
     assert after_first is not None  # there is a policy
     set_rng_state(mesh.platform, after_first)
     return models
+
+
+@contextmanager
+def open_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> Iterator[dict[str, ShardedModel]]:
+    """Yield the models by role within the context, and let go of them. Collective: all ranks of the world."""
+    models = build_models(plans, mesh)
+    try:
+        yield models
+    finally:
+        for model in models.values():
+            model.close()
 
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:

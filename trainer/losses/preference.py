@@ -42,7 +42,7 @@ def ipo(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens
 def slic(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """Return max(0, 1 - beta d) with d the difference of log-ratios.
 
-    The hinge of SLiC-HF (arXiv:2305.10425, eq. 1, whose margin is 1 / beta) on likelihoods that a reference normalises,
+    The hinge of SLiC-HF (arXiv:2305.10425, whose margin is 1 / beta) on likelihoods that a reference normalises,
     as in RSO (arXiv:2309.06657).
     """
     return relu(1 - beta * (chosen - rejected))
@@ -76,7 +76,7 @@ def orpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float) -> Tensor:
 def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
     """Return -log s(beta (log p_w - log p_l) - gamma) of mean log-probabilities a token.
 
-    SimPO (arXiv:2405.14734, eq. 6); without a reference.
+    SimPO (arXiv:2405.14734); without a reference.
     """
     return -logsigmoid(beta * (chosen_mean - rejected_mean) - gamma)
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from configs.sections.rollout import RolloutSection
 from configs.stages import GrpoConfig
 from parallel.collectives import gather_objects, on_all_ranks
 from parallel.watch.phases import phase
@@ -24,6 +25,7 @@ from trainer.generate.prompts import end_tokens
 from trainer.generate.report import GenerationReport
 from trainer.generate.rows import Completion
 from trainer.generate.sampling import Sampling
+from trainer.generate.stops import Decode
 from trainer.rl.reward_model import RewardModel
 from trainer.rl.rollout import Rollout
 from trainer.rl.talk import Talk, spoken
@@ -57,42 +59,23 @@ class Collector:
         """`pool` and `environment` work on the ranks of which `scores_here` is true; the others have none."""
         self._config, self._model, self._encoder = config, model, encoder
         self._pool, self._environment, self._reward_model = pool, environment, reward_model
-        cache = config.rollout.cache_gib
-        self._generator = EngineGenerator(
-            model,
-            self.spell,
-            max_rows=config.rollout.max_rows,
-            cache_bytes=None if cache is None else int(cache * 2**30),
-        )
+        self._generator = open_generator(config.rollout, model, self.spell)
+        self._sampling = choose_sampling(config.rollout, encoder, config.run.seed)
         tokenizer, behaviour = encoder.tokenizer, encoder.behaviour
         end_id = tokenizer.backend.token_to_id(behaviour.end_token or behaviour.eos_token)
         self._end_id = tokenizer.eod_id if end_id is None else end_id
-        self._stop_tokens = end_tokens(encoder)
 
     def collect(self, prompts: Sequence[Prompt], step: int, first_group: int, seconds: Seconds) -> list[Rollout]:
         """Return the group of each prompt, `grpo.group_size` rollouts each, numbered from `first_group` on.
 
         Collective: all ranks of the world must call this.
         """
-        rollout, config = self._config.rollout, self._config
-        sampling = Sampling(
-            rollout.max_new_tokens,
-            rollout.temperature,
-            rollout.top_k,
-            rollout.top_p,
-            stop_tokens=self._stop_tokens,
-            stop_strings=rollout.stop_strings,
-            num_samples=config.grpo.group_size,
-            seed=config.run.seed,
-        )
+        sampling = replace(self._sampling, num_samples=self._config.grpo.group_size)
         return self._collect(prompts, sampling, step, first_group, seconds)
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Return the likeliest answer to each prompt. Collective: all ranks of the world must call this."""
-        rollout = self._config.rollout
-        sampling = Sampling(
-            rollout.max_new_tokens, 0.0, stop_tokens=self._stop_tokens, stop_strings=rollout.stop_strings
-        )
+        sampling = replace(self._sampling, temperature=0.0, top_k=None, top_p=1.0)
         return self._collect(prompts, sampling, 0, 0, Seconds())
 
     def close(self) -> None:
@@ -193,6 +176,25 @@ class Collector:
 
         found = dict(pair for part in gather_objects(on_all_ranks(share)) for pair in part)
         return [found[number] for number in range(len(talks))]
+
+
+def open_generator(rollout: RolloutSection, model: ShardedModel, spell: Decode) -> EngineGenerator:
+    """Return what draws answers, within the bounds that the config sets."""
+    cache = None if rollout.cache_gib is None else int(rollout.cache_gib * 2**30)
+    return EngineGenerator(model, spell, max_rows=rollout.max_rows, cache_bytes=cache)
+
+
+def choose_sampling(rollout: RolloutSection, encoder: ChatEncoder, seed: int) -> Sampling:
+    """Return how one answer to a prompt is drawn: as the config says, up to a token that ends the turn."""
+    return Sampling(
+        rollout.max_new_tokens,
+        rollout.temperature,
+        rollout.top_k,
+        rollout.top_p,
+        stop_tokens=end_tokens(encoder),
+        stop_strings=rollout.stop_strings,
+        seed=seed,
+    )
 
 
 def scores_here(model: ShardedModel) -> bool:

@@ -47,7 +47,7 @@ def compute_gae(rewards: Floats, values: Floats, lengths: Ints, gamma: float, la
 def fit_lambda(lengths: Ints, alpha: float) -> Floats:
     """Return the lambda of each answer, 1 - 1 / (alpha length), at least 0, so that long answers bootstrap less.
 
-    Length-adaptive GAE (VAPO, arXiv:2504.05118, section 4.2, eq. 9).
+    Length-adaptive GAE (VAPO, arXiv:2504.05118), whose alpha is 0.05.
     """
     return np.maximum(1 - 1 / (alpha * lengths), 0.0)
 

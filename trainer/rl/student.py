@@ -14,13 +14,12 @@ from trainer.data.chat.prompts import Prompt, PromptFile, PromptReader
 from trainer.data.chat.template import load_template
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.engine import Engine
-from trainer.generate.generator import EngineGenerator
-from trainer.generate.prompts import end_tokens
+from trainer.environments.scoring import Score
 from trainer.generate.rows import Completion
-from trainer.generate.sampling import Sampling
+from trainer.rl.collect import as_rollout, choose_sampling, open_generator
 from trainer.rl.placement import Placement
 from trainer.rl.rollout import Rollout
-from trainer.rl.talk import spoken
+from trainer.rl.talk import Talk, spoken
 
 
 class StudentAnswers:
@@ -28,18 +27,8 @@ class StudentAnswers:
 
     def __init__(self, config: DistillConfig, engine: Engine, encoder: ChatEncoder, reader: PromptReader) -> None:
         self._config, self._engine, self._encoder, self.reader = config, engine, encoder, reader
-        rollout = config.rollout
-        cache = None if rollout.cache_gib is None else int(rollout.cache_gib * 2**30)
-        self._generator = EngineGenerator(engine, self.spell, max_rows=rollout.max_rows, cache_bytes=cache)
-        self._sampling = Sampling(
-            rollout.max_new_tokens,
-            rollout.temperature,
-            rollout.top_k,
-            rollout.top_p,
-            stop_tokens=end_tokens(encoder),
-            stop_strings=rollout.stop_strings,
-            seed=config.run.seed,
-        )
+        self._generator = open_generator(config.rollout, engine, self.spell)
+        self._sampling = choose_sampling(config.rollout, encoder, config.run.seed)
 
     def is_due(self, step: int) -> bool:
         """Return whether a step, counted from 1, learns from the student's answers: `distill.lmbda` of all do."""
@@ -73,21 +62,9 @@ class StudentAnswers:
         return [one.record(step, self.spell, None) for one in rollouts]
 
     def _rollout(self, number: int, prompt: Prompt, completion: Completion) -> Rollout:
-        drawn = completion.token_ids
-        return Rollout(
-            source=prompt.source,
-            row=prompt.row,
-            group=number,
-            sample=0,
-            token_ids=[*prompt.token_ids, *drawn],
-            is_sampled=[False] * len(prompt.token_ids) + [True] * len(drawn),
-            log_probs=list(completion.full_logprobs),
-            finish=completion.finish,
-            texts=(spoken(completion, self.spell, self._config.rollout.stop_strings),),
-            score=None,
-            rewards={},
-            faults={},
-        )
+        talk = Talk.begin(prompt, number, 0)
+        talk.add_reply(completion, spoken(completion, self.spell, self._config.rollout.stop_strings))
+        return as_rollout(talk, Score(None, {}))
 
 
 def open_student(config: DistillConfig, engine: Engine, tokenizer: Tokenizer) -> StudentAnswers:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from configs.errors import BadInput
 from configs.plan.adapters import count_adapter_parameters
 from configs.plan.estimate import count_parameters
-from configs.stages import Config, RftConfig
+from configs.stages import Config
 from parallel.collectives import barrier, broadcast_object, gather_objects
 from parallel.environment import Environment
 from parallel.mesh import Mesh
@@ -167,8 +167,8 @@ def _sees(path: Path) -> bool:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Return what a checkpoint takes at least; rejection sampling writes none."""
-    if isinstance(config, RftConfig):
+    """Return what a checkpoint takes at least; a run that trains nothing writes none."""
+    if not config.is_training:
         return 0
     if config.lora is not None:
         return _BYTES_PER_PARAMETER * count_adapter_parameters(config.model, config.lora)

@@ -23,7 +23,7 @@ from configs.stages import RftConfig
 from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh
-from parallel.platform import detect_platform_name, has_transformer_engine
+from parallel.platform import has_transformer_engine
 from parallel.watch.reports import WATCH
 from parallel.watch.watch import Watch
 from trainer.checkpoint.base_weights import identify_base
@@ -67,7 +67,7 @@ def sample_answers(corpus: Corpus, environment: Environment, mesh: Mesh, lock: R
 
     encoder = on_all_ranks(lambda: open_encoder(config, corpus))
     files = on_all_ranks(lambda: open_prompts(config, "train", encoder, None))
-    found = on_rank_zero(lambda: find_second_models(config, mesh.world_size, detect_platform_name()))
+    found = on_rank_zero(lambda: find_second_models(config, mesh.world_size, mesh.platform.name))
     sampling = on_rank_zero(lambda: _describe_sampling(config, start, files, found))
     last = on_rank_zero(lambda: _find_last(run_dir, sampling))
     rounds = _Rounds(config, files, last, run_dir, lock)
@@ -92,13 +92,12 @@ def _sample(
     watch: Watch,
 ) -> bool:
     """Load the models and answer all prompts that are left; return False where a signal came before the last."""
-    from trainer.engine.build import POLICY, ModelPlan, build_models
+    from trainer.engine.build import POLICY, ModelPlan, open_models
     from trainer.stages.grpo import open_collector
 
     run_dir = Path(str(config.run.dir))
     plans = {**plan_models(config, found), POLICY: ModelPlan(config, is_trained=False)}
-    models = build_models(plans, mesh)
-    try:
+    with open_models(plans, mesh) as models:
         collector = on_all_ranks(lambda: open_collector(config, models, encoder, rounds.files))
         try:
             load_weights(models[POLICY], sampling["weights"]["path"])
@@ -114,9 +113,6 @@ def _sample(
             return True
         finally:
             collector.close()
-    finally:
-        for model in models.values():
-            model.close()
 
 
 class _Rounds:

@@ -21,7 +21,7 @@ from parallel.collectives import any_rank, on_all_ranks, on_rank_zero
 from parallel.environment import Environment
 from parallel.failures import describe_peer_loss, is_peer_loss
 from parallel.mesh import Mesh, build_mesh, destroy_mesh, init_world
-from parallel.platform import PlatformName, detect_platform_name, load_platform
+from parallel.platform import PlatformName, load_platform
 from parallel.watch.phases import phase
 from parallel.watch.watch import Watch
 from trainer.data.corpus import Corpus, open_corpus
@@ -115,15 +115,14 @@ def _run_locked(
     # From here on a signal saves and ends the run; before, there is nothing to save and it just ends.
     signals = StopSignals()
     # These import Megatron-Core, which must happen after the platform is active.
-    from trainer.engine.build import build_models
+    from trainer.engine.build import open_models
     from trainer.stages.base import StageContext
     from trainer.stages.build import STAGES
 
-    found = on_rank_zero(lambda: find_second_models(config, mesh.world_size, detect_platform_name(), start.resume_from))
+    found = on_rank_zero(lambda: find_second_models(config, mesh.world_size, mesh.platform.name, start.resume_from))
     plans = plan_models(config, found)
-    models = build_models(plans, mesh)
-    try:
-        stage = on_all_ranks(lambda: STAGES[stage_name].build(StageContext(config, mesh, models, corpus)))
+    with open_models(plans, mesh) as models:
+        stage = on_all_ranks(lambda: STAGES[stage_name](StageContext(config, mesh, models, corpus)))
         try:
             state = _load(config, mesh, start, stage, models[POLICY])
             load_second_models(models, plans)
@@ -139,9 +138,6 @@ def _run_locked(
             return ExitCode.STOPPED_AFTER_SAVING
         _show_samples(config, models[POLICY], corpus, signals)
         return ExitCode.DONE
-    finally:
-        for model in models.values():
-            model.close()
 
 
 def _load(config: Config, mesh: Mesh, start: Start, stage: Stage, policy: ShardedModel) -> TrainState:

@@ -188,7 +188,6 @@ def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Conf
             "parallel": config.parallel.model_copy(update=experts),
             "lora": None,
             "optimizer": second.optimizer or config.optimizer,
-            "schedule": second.schedule or config.schedule,
         }
     )
 

@@ -57,18 +57,16 @@ def write_teacher_cache(corpus: Corpus, environment: Environment, mesh: Mesh, lo
     on_rank_zero(lambda: _check_room(config, target, datasets))
     base = on_rank_zero(lambda: identify_base(_place(start)))
     # These import Megatron-Core, which must happen after the platform is active.
-    from trainer.engine.build import ModelPlan, build_models
+    from trainer.engine.build import ModelPlan, open_models
 
-    model = build_models({POLICY: ModelPlan(config, is_trained=False)}, mesh)[POLICY]
-    try:
+    with open_models({POLICY: ModelPlan(config, is_trained=False)}, mesh) as models:
+        model = models[POLICY]
         load_weights(model, base.path)
         details = describe_environment(config, mesh, has_te=has_transformer_engine())
         watch.start(start_rank_log(run_dir, mesh).parent / WATCH)
         on_rank_zero(lambda: write_run_files(config, details, run_dir, launcher=environment.launcher))
         with growing_directory(target, rank=mesh.rank) as directory:
             _write(config, model, datasets, directory, _describe(config, corpus, base, datasets, mesh), lock)
-    finally:
-        model.close()
     return ExitCode.DONE
 
 

@@ -64,8 +64,5 @@ class StageContext:
     corpus: Corpus
 
 
-@dataclass(frozen=True)
-class StageKind:
-    """How a stage comes into being."""
-
-    build: Callable[[StageContext], Stage]
+BuildStage = Callable[[StageContext], Stage]
+"""How a stage comes into being. Raises BadInput for what cannot be."""

@@ -48,7 +48,7 @@ _HUGE = 1e6
 
 
 @dataclass(frozen=True)
-class Lesson:
+class UpdatePlan:
     """What the updates of a step are made of."""
 
     minibatches: Sequence[Minibatch]
@@ -60,8 +60,6 @@ class Lesson:
     """Of these, where they are a part of the reward."""
     kl_coefficient: float = 0.0
     """What they are multiplied by there."""
-    critic_columns: Mapping[str, Values] = field(default_factory=dict)
-    """Of a critic's batches."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -113,11 +111,11 @@ class GrpoStage:
         tell_failures(step, everything)
         scoring = time.perf_counter()
         with phase("score"):
-            lesson = self._prepare(rollouts)
+            plan = self._prepare(rollouts)
         seconds_score = time.perf_counter() - scoring
-        advantages, divergences = lesson.advantages, lesson.divergences
+        advantages, divergences = plan.advantages, plan.divergences
         self._largest_advantage = max((float(abs(one).max()) for one in advantages.values()), default=0.0)
-        result = self._update(lesson, state)
+        result = self._update(plan, state)
         phases = {
             "generate": seconds.generate, "reward": seconds.reward, "score": seconds_score, **result.phase_seconds,
         }  # fmt: skip
@@ -127,9 +125,9 @@ class GrpoStage:
             num_samples=len(everything),
             metrics={
                 **result.metrics,
-                **lesson.metrics,
+                **plan.metrics,
                 **describe_rollouts(everything, advantages),
-                **describe_rewards(everything if divergences is None else rollouts, divergences, lesson.kl_coefficient),
+                **describe_rewards(everything if divergences is None else rollouts, divergences, plan.kl_coefficient),
                 **describe_work(result.num_tokens, phases, seconds.reports),
                 "rollout/num_prompts_too_long": float(self._reader.num_too_long),
             },
@@ -196,7 +194,7 @@ class GrpoStage:
         scored = [rollout for rollout in rollouts if rollout.score is not None]
         return scored, [one for one in scored if self._config.grpo.cut_answers == "train" or one.finish != "length"]
 
-    def _prepare(self, rollouts: Sequence[Rollout]) -> Lesson:
+    def _prepare(self, rollouts: Sequence[Rollout]) -> UpdatePlan:
         """Return what the updates of a step are made of."""
         updates = self._updates
         scored, trained = self._choose(rollouts)
@@ -212,7 +210,7 @@ class GrpoStage:
             minibatches = updates.cut(trained)
             old, reference = self._score(minibatches)
         columns, coefficient = self._columns(laid, old, reference), self._config.grpo.method.kl_coefficient
-        return Lesson(minibatches, columns, advantages, divergences, coefficient)
+        return UpdatePlan(minibatches, columns, advantages, divergences, coefficient)
 
     def _columns(self, advantages: Values, old: Values | None, reference: Values | None) -> Mapping[str, Values]:
         """Return the columns of the policy's batches."""
@@ -241,11 +239,11 @@ class GrpoStage:
         reference = self._updates.score(minibatches, self._reference) if self._reference is not None else None
         return old if needs_old else None, reference
 
-    def _update(self, lesson: Lesson, state: TrainState) -> StepResult:
+    def _update(self, plan: UpdatePlan, state: TrainState) -> StepResult:
         """Make the updates of a step; a number that is not finite ends them."""
         config = self._config
         rate = compute_learning_rate(state.step, config.train.num_steps, config.optimizer, config.schedule)
-        laid = [self._updates.with_columns(minibatch, lesson.columns) for minibatch in lesson.minibatches]
+        laid = [self._updates.with_columns(minibatch, plan.columns) for minibatch in plan.minibatches]
         return train_on(self._engine, laid * config.grpo.num_epochs, self._objective, rate)
 
     def _record(self, step: int, rollout: Rollout, advantages: Values) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,18 @@ from trainer.engine.state import StepResult, TrainState
 from trainer.optim.learning_rate import compute_learning_rate
 from trainer.rl.critic import RETURNS, VALUES, ValueObjective, judge
 from trainer.rl.kl_controller import KlController
-from trainer.rl.rollout import Rollout
+from trainer.rl.rollout import Rollout, Values
 from trainer.rl.update import score_rollouts
 from trainer.stages.base import StageContext
-from trainer.stages.grpo import GrpoStage, Lesson, open_policy_answers, train_on
+from trainer.stages.grpo import GrpoStage, UpdatePlan, open_policy_answers, train_on
+
+
+@dataclass(frozen=True)
+class CriticPlan(UpdatePlan):
+    """What the updates of both models are made of."""
+
+    critic_columns: Mapping[str, Values] = field(default_factory=dict)
+    """Of the critic's batches."""
 
 
 class PpoStage(GrpoStage):
@@ -54,7 +62,7 @@ class PpoStage(GrpoStage):
         super().load_state_dict(state)
         self._controller.load_state_dict(state["kl_controller"])
 
-    def _prepare(self, rollouts: Sequence[Rollout]) -> Lesson:
+    def _prepare(self, rollouts: Sequence[Rollout]) -> CriticPlan:
         """Return what the updates of both models are made of."""
         updates, coefficient = self._updates, self._controller.coefficient
         _, trained = self._choose(rollouts)
@@ -68,14 +76,15 @@ class PpoStage(GrpoStage):
         judged = judge(trained, values, divergences, coefficient, self._ppo)
         columns = self._columns(judged.advantages, old, reference)
         learnt = {VALUES: values, RETURNS: judged.returns}
-        return Lesson(minibatches, columns, judged.advantages, divergences, coefficient, learnt, judged.metrics)
+        return CriticPlan(minibatches, columns, judged.advantages, divergences, coefficient, judged.metrics, learnt)
 
-    def _update(self, lesson: Lesson, state: TrainState) -> StepResult:
+    def _update(self, plan: UpdatePlan, state: TrainState) -> StepResult:
         """Update the critic, and then, but in the first steps that are its alone, the policy."""
         config, critic = self._config, self._ppo.critic
+        assert isinstance(plan, CriticPlan)
         started = time.perf_counter()
         rate = compute_learning_rate(state.step, config.train.num_steps, critic.optimizer, config.schedule)
-        laid = [minibatch.with_columns(lesson.critic_columns) for minibatch in lesson.minibatches]
+        laid = [minibatch.with_columns(plan.critic_columns) for minibatch in plan.minibatches]
         learnt = train_on(self._critic, laid * config.grpo.num_epochs, self._value_objective, rate)
         seconds = time.perf_counter() - started
         self._is_critics_fault = learnt.is_fault
@@ -88,8 +97,8 @@ class PpoStage(GrpoStage):
         if learnt.is_fault or state.step < critic.warmup_steps:
             nothing = dict.fromkeys(("forward_backward", "optimizer"), 0.0)
             return replace(learnt, metrics=figures, phase_seconds={**nothing, "critic": seconds})
-        result = super()._update(lesson, state)
-        figures |= self._adapt(lesson)
+        result = super()._update(plan, state)
+        figures |= self._adapt(plan)
         return replace(
             result,
             is_applied=result.is_applied and (learnt.is_applied or learnt.is_empty),
@@ -98,14 +107,14 @@ class PpoStage(GrpoStage):
             phase_seconds={**result.phase_seconds, "critic": seconds},
         )
 
-    def _adapt(self, lesson: Lesson) -> dict[str, float]:
+    def _adapt(self, plan: UpdatePlan) -> dict[str, float]:
         """Move the coefficient of a divergence in the rewards, and return what it was and how far answers diverged."""
-        if lesson.divergences is None:
+        if plan.divergences is None:
             return {}
-        apart = [float(own.sum()) for own in lesson.divergences.values()]
+        apart = [float(own.sum()) for own in plan.divergences.values()]
         mean = float(np.mean(apart)) if apart else 0.0
         self._controller.update(mean, len(apart))
-        return {"objective/kl": mean, "actor/reward_kl_penalty_coeff": lesson.kl_coefficient}
+        return {"objective/kl": mean, "actor/reward_kl_penalty_coeff": plan.kl_coefficient}
 
 
 def build_ppo_stage(context: StageContext) -> PpoStage:
