@@ -19,8 +19,9 @@ class CriticSection(Section):
     """The model that says what a token is worth, with a scalar head in place of the output layer."""
 
     init_from: PathText | None = None
-    """Where its weights come from: a reward model with its head, or a language model, whose head is drawn anew; a
-    checkpoint, a run directory or a Hugging Face model. Null for the model that the policy starts from."""
+    """Where its weights come from: the critic of a run of PPO or a reward model, with their heads, or a language model,
+    whose head is drawn anew; a checkpoint, a run directory or a Hugging Face model. Null for the place that the policy
+    starts from."""
     optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
     """Its own optimizer."""
     value_clip: PositiveFloat | None = 0.2

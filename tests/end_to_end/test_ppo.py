@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from configs.errors import ExitCode
 from tests.end_to_end.test_grpo import NO_DATA, rollouts_of, without_times
@@ -86,6 +89,37 @@ def test_a_killed_run_goes_on_to_the_same_curve_on_another_layout(ppo, tmp_path)
     for step, rollouts in whole.items():
         kept = rollouts_of(tmp_path / "killed")[step]
         assert [one["answers"] for one in kept] == [one["answers"] for one in rollouts]
+
+
+def read_critic(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the critic in a run's last checkpoint, as torch reads it."""
+    reader = dcp.FileSystemReader(run_dir / "checkpoints" / "latest")
+    entries = reader.read_metadata().state_dict_metadata.items()
+    state = {
+        key: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries
+        if key.startswith("critic.") and "optimizer" not in key and isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def test_a_second_run_goes_on_with_the_critic_of_the_first(ppo, tmp_path):
+    """Named or not, on another layout, and not with the policy's weights, which it began with."""
+    ppo(2, "first", "parallel.tp=2", "train.num_steps=2")
+    trained = read_critic(tmp_path / "first")
+    assert "critic.output_layer.weight" in trained and len(trained) > 4
+    for name, word in (
+        ("named", f"ppo.critic.init_from={tmp_path / 'first'}"),
+        ("unnamed", "ppo.critic.warmup_steps=0"),
+    ):
+        start = f"checkpoint.init_from={tmp_path / 'first'}"
+        ppo(1, name, start, word, "train.num_steps=2", "ppo.critic.optimizer.lr=1e-12", "ppo.critic.optimizer.min_lr=0")
+        again = read_critic(tmp_path / name)
+        assert again.keys() == trained.keys()
+        for key, tensor in trained.items():
+            torch.testing.assert_close(again[key], tensor, rtol=0, atol=1e-9)
+    assert "trained from the critic in" in (tmp_path / "named" / "logs" / "attempt_1" / "rank_0.log").read_text()
 
 
 def test_a_critic_that_is_not_finite_is_named(ppo):

@@ -1,4 +1,4 @@
-"""Train the demo's student three ways with several seeds: by its teacher, by labels alone, by another row's teacher.
+"""Train the demo's student with several seeds: by its teacher, on its own answers too, by labels, by another row's.
 
 Run: python tools/bench/distill_curves.py [--steps 150] [--out FOLDER]   (of what `make demo-distill` makes and needs)
 Every run has two ranks, one run at a time, minutes each. Writes distill_curves.json.
@@ -22,12 +22,13 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
 from tools.bench.launching import launch_stage, run_bench
 from tools.bench.report import describe_machine
 from tools.console import Progress, end_process
+from tools.outputs import check_file
 from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo"
 SEEDS = (1, 2, 3)
-ARMS = ("teacher", "labels", "shuffled")
+ARMS = ("teacher", "on_policy", "labels", "shuffled")
 _FIGURES = {"kl": "validation_kl/held_out", "exact": "validation_exact_answers/held_out"}
 
 
@@ -57,6 +58,7 @@ def train(arm: str, seed: int, num_steps: int, run_dir: Path, shuffled: Path, te
     ]  # fmt: skip
     own = {
         "teacher": [],
+        "on_policy": ["distill.lmbda=0.25"],
         "labels": ["distill.label_weight=1.0"],
         "shuffled": ["distill.teacher=null", f"distill.cache={shuffled}"],
     }[arm]
@@ -90,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.steps < 20:
         parser.error("--steps must be at least 20, for example --steps 150")
 
+    result = arguments.out / "distill_curves.json"
+
     def command() -> None:
+        check_file(result)
         load_before, runs = os.getloadavg()[0], []
         names = [(arm, seed) for arm in ARMS for seed in SEEDS]
         with tempfile.TemporaryDirectory(prefix="distill-") as scratch, Progress("students", len(names)) as progress:
@@ -105,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress.show(number, describe(runs[-1]))
         arguments.out.mkdir(parents=True, exist_ok=True)
         content = {"machine": describe_machine("CPU, 2 ranks", load_before), "steps": arguments.steps, "runs": runs}
-        (arguments.out / "distill_curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        result.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print("\n".join(describe(run) for run in runs))
 
     return run_bench(command)

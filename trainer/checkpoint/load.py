@@ -14,6 +14,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from configs.load import resolved_dict
+from configs.roles import CRITIC
 from configs.sections.lora import LoraConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
@@ -23,7 +24,7 @@ from trainer.checkpoint.stored import open_manifest, open_stored
 from trainer.engine.engine import Engine
 from trainer.engine.parts import Checkpointed, SavedState
 from trainer.engine.sharded_model import ShardedModel
-from trainer.engine.sharded_state import build_adapter_state, build_model_state, keep_head
+from trainer.engine.sharded_state import build_adapter_state, build_model_state, keep_head, key_prefix, with_key_prefix
 from trainer.engine.state import TrainState
 from trainer.model.lora.attach import build_adapter
 from trainer.stages.base import Stage
@@ -74,12 +75,17 @@ def _validated(config: Config) -> list[dict[str, Any]]:
     return [source.model_dump(exclude={"weight"}) for source in config.sources("validation")]
 
 
-def warm_start(model: ShardedModel, checkpoint: Path) -> None:
+def warm_start(model: ShardedModel, checkpoint: Path, *, is_of_critic: bool = False) -> None:
     """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does.
 
     Of a language model's a model with a scalar head takes all but the output layer; its head stays as it was drawn.
+    With `is_of_critic` they are those of the checkpoint's critic.
     """
     manifest = open_manifest(checkpoint)
+    if is_of_critic:
+        critic = manifest.of_critic()
+        assert critic is not None
+        manifest = critic
     check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
     check_head(manifest.head, model.head, checkpoint, is_trained=model.is_trained)
     stored = open_stored(checkpoint, manifest, model.mesh)
@@ -91,6 +97,8 @@ def warm_start(model: ShardedModel, checkpoint: Path) -> None:
         }
     if model.head != manifest.head:
         keep_head(state)
+    if is_of_critic:
+        state = with_key_prefix(state, key_prefix(CRITIC))
     model.load_weights(stored.load(state))
     model.weights_loaded()
 

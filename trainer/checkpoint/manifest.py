@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
-from configs.roles import HeadKind
+from configs.roles import CRITIC, HeadKind
 from configs.stages import Config
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.checkpoint.migrate import refuse_unknown, rename_fields, resolve_saved
@@ -62,6 +62,13 @@ class Manifest:
         conversations."""
         sections = (self.config.get(name) or {} for name in ("sft", "preference", "reward", "grpo"))
         return next((section["template"] for section in sections if section.get("template") is not None), None)
+
+    def of_critic(self) -> Manifest | None:
+        """Return what the manifest would be if the critic were the run's own model; None where there is no critic."""
+        critic = (self.models or {}).get(CRITIC)
+        if critic is None:
+            return None
+        return replace(self, config={**self.config, "model": critic["model"]}, base=None, head="scalar")
 
     def write(self, directory: Path) -> None:
         """Write `checkpoint.json` into `directory` and force it to disk."""

@@ -17,6 +17,7 @@ from parallel.seeding import get_rng_state, seed_everything, set_rng_state
 from trainer.engine.engine import Engine
 from trainer.engine.kernels import replace_kernels
 from trainer.engine.sharded_model import ShardedModel
+from trainer.engine.sharded_state import key_prefix
 from trainer.model.build import build_model_chunks
 from trainer.model.fp8.attach import Fp8State, attach_fp8
 from trainer.model.lora.attach import attach_lora
@@ -36,6 +37,8 @@ class ModelPlan:
     start: str | None = None
     """Where the weights come from: a checkpoint, or a Hugging Face model. The policy's start is the run's own
     (`checkpoint`)."""
+    is_start_critic: bool = False
+    """Whether it is the critic of that checkpoint that is meant, not the run's own model."""
 
 
 def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, ShardedModel]:
@@ -48,7 +51,7 @@ def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, Sharde
     after_first = None
     for role, plan in plans.items():
         seed_everything(plan.config.run.seed, mesh.pp_rank, mesh.ep_size)
-        models[role] = _build(plan, mesh, key_prefix="" if role == POLICY else f"{role}.")
+        models[role] = _build(plan, mesh, role)
         if plan.config.parallel.offload_models:
             models[role].rest_on_host(with_weights=role != POLICY)
         after_first = after_first or get_rng_state(mesh.platform)
@@ -75,7 +78,7 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     return engine
 
 
-def _build(plan: ModelPlan, mesh: Mesh, *, key_prefix: str) -> ShardedModel:
+def _build(plan: ModelPlan, mesh: Mesh, role: str) -> ShardedModel:
     config, head = plan.config, plan.head
     use_te = uses_te_layers(config, has_te=has_transformer_engine())
     chunks: list[Any] = build_model_chunks(config, mesh, use_te=use_te, head=head)
@@ -89,7 +92,7 @@ def _build(plan: ModelPlan, mesh: Mesh, *, key_prefix: str) -> ShardedModel:
         adapter = attach_lora(chunks, config.lora, config.model, mesh, config.run.seed)
     replicas = replicate(chunks, config, is_overlapping=mesh.platform.overlaps_communication)
     optimizer = build_optimizer(config, replicas, mesh.platform)
-    return Engine(config, mesh, replicas, optimizer, fp8, adapter, head, key_prefix)
+    return Engine(config, mesh, replicas, optimizer, fp8, adapter, head, key_prefix(role))
 
 
 def _attach_fp8(config: Config, mesh: Mesh, chunks: list[Any]) -> Fp8State | None:

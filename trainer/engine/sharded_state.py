@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
+from configs.roles import POLICY
 from parallel.mesh import Mesh
 from parallel.seeding import get_rng_state, set_rng_state
 from trainer.engine.parts import SavedState
@@ -57,6 +58,11 @@ def copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
         if isinstance(shard, ShardedTensor | ShardedTensorFactory):
             shard.data = shard.data.detach().to("cpu", copy=True)
     return state
+
+
+def key_prefix(role: str) -> str:
+    """Return what the keys of a model's state begin with in checkpoints, where several models are trained."""
+    return "" if role == POLICY else f"{role}."
 
 
 def with_key_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:

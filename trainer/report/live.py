@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 _SCORE = "critic/score/mean"
 """What reinforcement learning is watched by; its loss says little."""
+_UPDATES = {"critic": "timing_s/update_critic", "actor": "timing_s/update_actor"}
 
 
 class LiveLine:
@@ -47,7 +48,8 @@ class LiveLine:
         shown = [f"score {row[_SCORE]:.3f}"] if _SCORE in row else []
         has_room = self._is_wide or not console.is_terminal
         if has_room or not shown:
-            shown.append(f"loss {row['loss']:.4f}")
+            is_critics = _UPDATES["critic"] in row and _UPDATES["actor"] not in row  # steps in which it learns alone
+            shown.append(f"{'critic loss' if is_critics else 'loss'} {row['loss']:.4f}")
         if has_room:
             shown += [f"grad norm {row['grad_norm']:.3f}", f"lr {row['lr']:.2e}"]
         text = "  ".join([*shown, f"{self._tokens_per_second:,.0f} tokens/s", f"{left} left"])

@@ -20,7 +20,7 @@ from configs.errors import BadInput
 from configs.plan.adapters import count_adapter_parameters
 from configs.plan.estimate import count_parameters
 from configs.stages import Config
-from parallel.collectives import barrier, broadcast_object, gather_objects
+from parallel.collectives import barrier, broadcast_object, gather_objects, on_rank_zero
 from parallel.environment import Environment
 from parallel.mesh import Mesh
 from trainer.disk.space import free_bytes
@@ -35,6 +35,7 @@ from trainer.run.preflight_rules import (
     judge_disks,
     judge_sums,
 )
+from trainer.run.second_models import look_at
 
 log = logging.getLogger(__name__)
 _NUM_ELEMENTS = 2**21  # 8 MiB in fp32
@@ -62,7 +63,7 @@ def check_hosts(config: Config, mesh: Mesh, local_rank: int) -> None:
     sums = [one for row in gather_objects(_sum_over_axes(mesh, who)) for one in row]
     _settle(judge_sums(sums))
     disks = [one for one in gather_objects(_try_disk(run_dir, mesh, who, is_tried=local_rank == 0)) if one is not None]
-    needed = _checkpoint_bytes(config)
+    needed = on_rank_zero(lambda: _checkpoint_bytes(config))
     _settle(judge_disks(disks, str(run_dir), needed))
     barrier()
     clocks = gather_objects((who, time.time()))
@@ -170,9 +171,13 @@ def _checkpoint_bytes(config: Config) -> int:
     """Return what a checkpoint takes at least; a run that trains nothing writes none."""
     if not config.is_training:
         return 0
-    if config.lora is not None:
-        return _BYTES_PER_PARAMETER * count_adapter_parameters(config.model, config.lora)
-    return _BYTES_PER_PARAMETER * count_parameters(config.model, config.head).total
+    own = None if config.lora is None else count_adapter_parameters(config.model, config.lora)
+    counts = [count_parameters(config.model, config.head).total if own is None else own]
+    for second in config.second_models.values():
+        if second.is_trained:
+            with suppress(BadInput):  # of what is not there it is said where it is opened; a resumed run needs it not
+                counts.append(count_parameters(look_at(second, config).model, second.head).total)
+    return _BYTES_PER_PARAMETER * sum(counts)
 
 
 def _summarise(

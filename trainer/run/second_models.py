@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import BadInput
 from configs.fp8 import uses_te_layers
-from configs.roles import POLICY, SecondModel
+from configs.roles import POLICY, HeadKind, SecondModel
 from configs.rules.fp8 import check_fp8
 from configs.rules.layout import check_layout
 from configs.sections.model import ModelConfig
@@ -23,7 +23,6 @@ from trainer.checkpoint.base_weights import BaseWeights, identify_base
 from trainer.checkpoint.layout import resolve_checkpoint
 from trainer.checkpoint.manifest import (
     FREE_WARM_START_FIELDS,
-    MANIFEST,
     Manifest,
     another_run,
     check_head,
@@ -53,6 +52,9 @@ class _Place:
     """Directory of the tokenizer it was trained with, where that is known."""
     template: str | None = None
     """The chat template that its run named; None for its tokenizer's own, or none."""
+    head: HeadKind = "vocabulary"
+    is_critic: bool = False
+    """Whether it is the critic of a checkpoint of PPO, not the policy."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class FoundModel:
     """The checkpoint or the Hugging Face model to load; None where the checkpoint that is resumed holds it."""
     record: Mapping[str, Any]
     """What checkpoints keep of it: the place by name and as found, its fingerprint, the architecture."""
+    is_start_critic: bool = False
+    """Whether it starts from the critic of that checkpoint."""
 
 
 def find_second_models(
@@ -123,7 +127,7 @@ def plan_models(config: Config, found: Mapping[str, FoundModel]) -> dict[str, Mo
     plans = {POLICY: ModelPlan(config, is_trained=True, head=config.head)}
     for role, one in found.items():
         second = one.second
-        plans[role] = ModelPlan(one.config, is_trained=second.is_trained, head=second.head, start=one.start)
+        plans[role] = ModelPlan(one.config, second.is_trained, second.head, one.start, one.is_start_critic)
     return plans
 
 
@@ -133,8 +137,9 @@ def load_second_models(models: Mapping[str, ShardedModel], plans: Mapping[str, M
 
     for role, plan in plans.items():
         if plan.start is not None:
-            load_weights(models[role], plan.start)
+            load_weights(models[role], plan.start, is_of_critic=plan.is_start_critic)
             kind = "trained from" if plan.is_trained else "frozen, of"
+            kind += " the critic in" if plan.is_start_critic else ""
             log.info("%s: %d layers of width %d, %s %s", role, *_size(plan.config.model), kind, plan.start)
 
 
@@ -146,15 +151,13 @@ def _fresh(second: SecondModel, config: Config) -> FoundModel:
     """Return what lies at the place."""
     found = _look_for(second, config)
     place, model = found.directory, found.model
-    is_ours = (place / MANIFEST).is_file()
-    there = read_manifest(place).head if is_ours else read_head(load_config_json(place), place / "config.json")
-    check_head(there, second.head, place, is_trained=second.is_trained)
+    check_head(found.head, second.head, place, is_trained=second.is_trained)
     _check_vocabulary(second, found, config)
     if not second.is_trained and second.head == "scalar":
         _compare_templates(second, found, config)
     source = identify_base(place)
     record = {"named": second.place, **source.as_dict(), "model": model.model_dump(mode="json")}
-    return FoundModel(second, _own_config(second, config, model), source.path, record)
+    return FoundModel(second, _own_config(second, config, model), source.path, record, found.is_critic)
 
 
 def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> FoundModel:
@@ -165,7 +168,7 @@ def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> 
         return FoundModel(second, own, None, record)
     path = record["path"]
     if second.place != record["named"] or not Path(path).is_dir():
-        path = str(_look(second.place).directory)
+        path = str(_look(second).directory)
     source: BaseWeights = identify_base(Path(path))
     if source.fingerprint != record["fingerprint"]:
         raise BadInput(
@@ -194,20 +197,23 @@ def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Conf
 
 def _look_for(second: SecondModel, config: Config) -> _Place:
     """Return what lies at a place; one that begins as the policy does is used as the policy is. Raises BadInput."""
-    found = _look(second.place)
+    found = _look(second)
     if not second.is_start:
         return found
     used = {name: getattr(config.model, name) for name in FREE_WARM_START_FIELDS}
     return replace(found, model=found.model.model_copy(update=used))
 
 
-def _look(text: str) -> _Place:
-    """Return what lies at a place. Raises BadInput where there is no model."""
+def _look(second: SecondModel) -> _Place:
+    """Return what lies at a place, of a run of PPO for a critic its critic. Raises BadInput where there is no model."""
+    text = second.place
     checkpoint = resolve_checkpoint(text)
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
-        model = ModelConfig.model_validate(manifest.config["model"])
-        return _Place(checkpoint, model, _saved_tokenizer(manifest, checkpoint), manifest.template)
+        critic = manifest.of_critic() if second.is_trained else None
+        chosen, tokenizer = critic or manifest, _saved_tokenizer(manifest, checkpoint)
+        model = ModelConfig.model_validate(chosen.config["model"])
+        return _Place(checkpoint, model, tokenizer, manifest.template, chosen.head, critic is not None)
     place = Path(text)
     directory = find_model_directory(place) if place.is_dir() else place
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
@@ -215,8 +221,9 @@ def _look(text: str) -> _Place:
             f"{text} holds no complete checkpoint and no Hugging Face model; name one like "
             "runs/<name>/checkpoints/latest, or the directory of a Hugging Face model (hf download ID --local-dir DIR)."
         )
-    model = read_model(load_config_json(directory), directory / "config.json")
-    return _Place(directory, model, directory if _has_tokenizer(directory) else None)
+    content, path = load_config_json(directory), directory / "config.json"
+    tokenizer = directory if _has_tokenizer(directory) else None
+    return _Place(directory, read_model(content, path), tokenizer, head=read_head(content, path))
 
 
 def _saved_tokenizer(manifest: Manifest, checkpoint: Path) -> Path | None:

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from trainer.engine.sharded_model import ShardedModel
 
 
-def load_weights(model: ShardedModel, place: str) -> None:
+def load_weights(model: ShardedModel, place: str, *, is_of_critic: bool = False) -> None:
     """Put in place the weights of a checkpoint, a run directory or a Hugging Face model.
 
-    Of a checkpoint of adapters these are its base's, with the adapters merged into them. A model's own adapters stay as
-    they are. Raises BadInput for what holds no weights, is damaged or is another architecture. Collective: all ranks of
-    the world.
+    Of a checkpoint of adapters these are its base's, with the adapters merged into them; `is_of_critic` takes those of
+    the critic of a checkpoint of PPO. A model's own adapters stay as they are. Raises BadInput for what holds no
+    weights, is damaged or is another architecture. Collective: all ranks of the world.
     """
     with model.on_device():
-        _load_weights(model, place)
+        _load_weights(model, place, is_of_critic=is_of_critic)
 
 
-def _load_weights(model: ShardedModel, place: str) -> None:
+def _load_weights(model: ShardedModel, place: str, *, is_of_critic: bool = False) -> None:
     from trainer.checkpoint.base_weights import recorded_base
     from trainer.checkpoint.layout import existing_checkpoint, resolve_checkpoint
     from trainer.checkpoint.load import merge_adapter, warm_start
@@ -35,6 +35,9 @@ def _load_weights(model: ShardedModel, place: str) -> None:
         load_hf_weights(model, on_all_ranks(partial(HfModel, place, model.config.model)))
         return
     checkpoint = on_rank_zero(partial(existing_checkpoint, place, "weights"))
+    if is_of_critic:
+        warm_start(model, checkpoint, is_of_critic=True)
+        return
     base = on_rank_zero(lambda: recorded_base(read_manifest(checkpoint).base, checkpoint))
     if base is None:
         warm_start(model, checkpoint)

@@ -1,7 +1,8 @@
-"""Reinforce the demo's chat model with several seeds, on another layout and for a reward that is noise.
+"""Reinforce the demo's chat model with several seeds, for other rewards and for one that is noise: GRPO, or PPO.
 
-Run: python tools/bench/grpo_curves.py [--steps 200] [--out FOLDER]   (begins at what `make demo-sft` leaves)
-Every run has two ranks, one run at a time, minutes each. Writes grpo_curves.json and grpo_curves.svg.
+Run: python tools/bench/policy_curves.py [--stage ppo] [--steps N] [--out FOLDER]   (begins at `runs/demo_sft`)
+GRPO runs on tp2 too; PPO learns from a reward model too, and from one whose labels were shuffled. Every run has two
+ranks, one run at a time, minutes each. Writes grpo_curves.json and .svg, or ppo_curves.json and .svg.
 """
 
 from __future__ import annotations
@@ -20,35 +21,54 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.bench.launching import launch_stage, run_bench
+from tools.bench.preference_curves import write_pairs
 from tools.bench.report import describe_machine
 from tools.console import Progress, end_process
+from tools.outputs import check_file
 from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "demo" / "grpo.yaml"
+CONFIGS = ROOT / "configs" / "demo"
 _NOISE = "[{function: small_tasks, weight: 0}, {function: tools.bench.noise_reward:toss_coin}]"
-RUNS: Mapping[str, Sequence[str]] = {
-    "dp2, seed 1": ("run.seed=1",),
-    "dp2, seed 2": ("run.seed=2",),
-    "dp2, seed 3": ("run.seed=3",),
-    "tp2, seed 1": ("run.seed=1", "parallel.tp=2"),
-    "dp2, noise for a reward": ("run.seed=1", f"grpo.rewards={_NOISE}"),
+_SEEDS: Mapping[str, Sequence[str]] = {f"dp2, seed {seed}": (f"run.seed={seed}",) for seed in (1, 2, 3)}
+_OF_NOISE = {"dp2, noise for a reward": ("run.seed=1", f"grpo.rewards={_NOISE}")}
+RUNS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "grpo": {**_SEEDS, "tp2, seed 1": ("run.seed=1", "parallel.tp=2"), **_OF_NOISE},
+    "ppo": {**_SEEDS, **_OF_NOISE},
 }
+REWARD_MODELS = {"told": "dp2, a reward model", "shuffled": "dp2, one of shuffled labels"}
+"""Runs of PPO by the pairs that their reward model has learned from."""
+NUM_STEPS = {"grpo": 200, "ppo": 50}
 _DRAWN, _HELD_OUT = "reward/small_tasks/mean", "validation_small_tasks/held_out"
 _SPAN = 10  # steps that a share of drawn answers is the mean of
 
 
-def train(name: str, num_steps: int, run_dir: Path) -> dict[str, Any]:
+def make_reward_models(folder: Path) -> dict[str, Sequence[str]]:
+    """Train the demo's reward model on its pairs, and on shuffled ones; return the runs of PPO that learn from them."""
+    pairs = folder / "pairs"
+    runs: dict[str, Sequence[str]] = {}
+    write_pairs(pairs)
+    for kind, name in REWARD_MODELS.items():
+        model, train = folder / f"reward_{kind}", pairs / kind / "train.jsonl"
+        held_out = pairs / "told" / "held_out.jsonl"
+        words = [f"reward.train=[{{path: {train}}}]", f"reward.validation=[{{path: {held_out}}}]", f"run.dir={model}"]
+        launch_stage(name, "reward", 2, str(CONFIGS / "reward.yaml"), *words, f"reward.cache={pairs / 'cache'}")
+        scored = f"grpo.reward_model={{init_from: {model}}}"
+        runs[name] = ("run.seed=1", "grpo.rewards=[{function: small_tasks, weight: 0}]", scored)
+    return runs
+
+
+def train(stage: str, name: str, words: Sequence[str], num_steps: int, run_dir: Path) -> dict[str, Any]:
     """Train once and return the shares of right answers, drawn in each step and likeliest to held-out questions.
 
     Raises RunFailed.
     """
     overrides = [
-        *RUNS[name], f"run.dir={run_dir}", f"train.num_steps={num_steps}", f"train.eval_every={max(1, num_steps // 8)}",
+        *words, f"run.dir={run_dir}", f"train.num_steps={num_steps}", f"train.eval_every={max(1, num_steps // 8)}",
         "checkpoint.save_every=null",
     ]  # fmt: skip
     started = time.perf_counter()
-    launch_stage(name, "grpo", 2, str(CONFIG), *overrides)
+    launch_stage(name, stage, 2, str(CONFIGS / f"{stage}.yaml"), *overrides)
     seconds = time.perf_counter() - started
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     drawn = [row[_DRAWN] for row in rows if _DRAWN in row]
@@ -63,7 +83,7 @@ def describe(run: Mapping[str, Any]) -> str:
     drawn, held_out = run["drawn"], list(run["held_out"].values())
     first, last = (sum(part) / len(part) for part in (drawn[:_SPAN], drawn[-_SPAN:]))
     return (
-        f"{run['name']:<25} drawn {first:.3f} -> {last:.3f}, held out {held_out[0]:.3f} -> {held_out[-1]:.3f}, "
+        f"{run['name']:<27} drawn {first:.3f} -> {last:.3f}, held out {held_out[0]:.3f} -> {held_out[-1]:.3f}, "
         f"{run['seconds'] / 60:.1f} minutes"
     )
 
@@ -73,7 +93,7 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "grpo_curves"  # the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same figures give the same file
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, sharey=True, figsize=(9, 3.6))
@@ -92,24 +112,30 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="grpo_curves.py", description="Curves of the demo of GRPO.")
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps of each run (default 200)")
+    parser = argparse.ArgumentParser(prog="policy_curves.py", description="Curves of the demo of GRPO, or of PPO.")
+    parser.add_argument("--stage", choices=RUNS, default="grpo", help="what learns (default grpo)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default 200, of PPO 50)")
     default_out = ROOT / "tools" / "bench" / "results"
     parser.add_argument("--out", type=path_argument, default=default_out, metavar="FOLDER", help="for the results")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 6:
-        parser.error("--steps must be at least 6, for example --steps 200")
+    stage, num_steps = arguments.stage, arguments.steps or NUM_STEPS[arguments.stage]
+    if num_steps < 6:
+        parser.error("--steps must be at least 6, for example --steps 50")
+    result, picture = (arguments.out / f"{stage}_curves.{kind}" for kind in ("json", "svg"))
 
     def command() -> None:
+        check_file(result)
         load_before, runs = os.getloadavg()[0], []
-        with tempfile.TemporaryDirectory(prefix="grpo-") as scratch, Progress("GRPO curves", len(RUNS)) as progress:
-            for number, name in enumerate(RUNS, 1):
-                runs.append(train(name, arguments.steps, Path(scratch) / str(number)))
+        num_runs = len(RUNS[stage]) + (len(REWARD_MODELS) if stage == "ppo" else 0)
+        with tempfile.TemporaryDirectory(prefix=f"{stage}-") as scratch, Progress("curves", num_runs) as progress:
+            cases = {**RUNS[stage], **(make_reward_models(Path(scratch)) if stage == "ppo" else {})}
+            for number, (name, words) in enumerate(cases.items(), 1):
+                runs.append(train(stage, name, words, num_steps, Path(scratch) / str(number)))
                 progress.show(number, describe(runs[-1]))
         arguments.out.mkdir(parents=True, exist_ok=True)
         content = {"machine": describe_machine("CPU, 2 ranks", load_before), "runs": runs}
-        (arguments.out / "grpo_curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draw(runs, arguments.out / "grpo_curves.svg")
+        result.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draw(runs, picture)
         print("\n".join(describe(run) for run in runs))
 
     return run_bench(command)
