@@ -11,8 +11,9 @@ class DistillSection(Section):
     """Learning from the distributions of another model."""
 
     teacher: PathText | None = Field(default=None, examples=["runs/demo_sft"])
-    """The model to learn from, of any size and of the same vocabulary and tokenizer: a checkpoint, a run directory or a
-    Hugging Face model's. It is held frozen on the run's ranks; null with distill.cache."""
+    """The model to learn from, of any size and of the same tokenizer: a checkpoint, a run directory or a Hugging Face
+    model's. Ids that one of the two models lacks are not compared. It is held frozen on the run's ranks; null with
+    distill.cache."""
     cache: PathText | None = None
     """Directory of what a teacher says of the conversations, its likeliest ids of every trained token: written by
     launch/teacher_cache.py, and read in place of a teacher; null for none."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.roles import SecondModel
 from configs.sections.distill import DistillSection
 from configs.stages import Config
 from tests.parity.conftest import TOLERANCE, assert_equal_runs
@@ -43,16 +44,22 @@ def config_of(method: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def open_both(place: Place, config: Config, run_dir: str, teacher_dir: str) -> Iterator[tuple[Any, Any]]:
-    """Yield the engine and the teacher with the weights of their seeds."""
+def open_both(
+    place: Place, config: Config, run_dir: str, teacher_dir: str, *, is_whole: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the engine and the teacher with the weights of their seeds, `is_whole` with all ids of another's number."""
     from configs.sections.model import ModelConfig
     from trainer.checkpoint.layout import resolve_checkpoint
     from trainer.checkpoint.load import warm_start
     from trainer.checkpoint.manifest import read_manifest
     from trainer.engine.build import ModelPlan, build_models
+    from trainer.run.second_models import look_at
 
     checkpoint = resolve_checkpoint(teacher_dir)
     model = ModelConfig.model_validate(read_manifest(checkpoint).config["model"])
+    if not is_whole and model.vocab_size != config.model.vocab_size:
+        second = SecondModel("distill.teacher", teacher_dir)
+        model = look_at(second, config).model
     with open_engine(place, config) as engine:
         plan = ModelPlan(config.model_copy(update={"model": model}), is_trained=False)
         teacher = build_models({"teacher": plan}, engine.mesh)["teacher"]
@@ -62,12 +69,12 @@ def open_both(place: Place, config: Config, run_dir: str, teacher_dir: str) -> I
 
 
 class WrittenOut:
-    """GKD's equations with the whole of both distributions, in float64."""
+    """GKD's equations with the whole of both distributions over the ids that both have, in float64."""
 
     mean_names = ("divergence",)
 
-    def __init__(self, section: DistillSection) -> None:
-        self._section = section
+    def __init__(self, section: DistillSection, num_ids: int) -> None:
+        self._section, self._num_ids = section, num_ids
 
     def forward(self, model: Any, batch: Any) -> Any:
         """Return the student's logits."""
@@ -84,8 +91,9 @@ class WrittenOut:
         from trainer.losses.loss import Loss, Mean
 
         section = self._section
-        logits, taught = output[..., :VOCAB_SIZE].double(), batch.columns["logits"].double()
-        q, p = ((one / section.temperature).softmax(-1) for one in (logits, taught))
+        logits, taught = output.double(), batch.columns["logits"].double()  # of ids that are none the smallest number
+        both = (one[..., : self._num_ids] / section.temperature for one in (logits, taught))
+        q, p = (one.softmax(-1) for one in both)
         if section.top_k is not None:
             order = p.argsort(-1, descending=True)
             p, q = (one.gather(-1, order) for one in (p, q))
@@ -106,11 +114,12 @@ class WrittenOut:
 
 def update_alone(place: Place, config: Config, run_dir: str, teacher_dir: str) -> PreferenceRecord:
     """Update by the written-out divergences on samples one by one."""
-    with open_both(place, config, run_dir, teacher_dir) as (engine, teacher):
+    with open_both(place, config, run_dir, teacher_dir, is_whole=True) as (engine, teacher):
+        num_ids = min(config.model.vocab_size, teacher.config.model.vocab_size)
         batches = [
             replace(batch, columns={"logits": teacher.compute_logits(batch.tokens)}) for batch in read_alone("token")
         ]
-        objectives = [WrittenOut(config_of(method).distill) for method in METHODS]
+        objectives = [WrittenOut(config_of(method).distill, num_ids) for method in METHODS]
         return make_record(engine, [engine.train_step(batches, one, RATE) for one in objectives])
 
 
@@ -126,10 +135,10 @@ def update_in_rows(place: Place, config: Config, run_dir: str, teacher_dir: str)
         source: Any = SOURCES["best_fit"](RandomChats(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
         size = config.train.global_batch_size
         assert source.num_samples == size
-        mesh, results = engine.mesh, []
+        mesh, num_ids, results = engine.mesh, model.config.model.vocab_size, []
         for method in METHODS:
             section = config_of(method).distill
-            teacher = LiveTeacher(model, section.temperature, section.top_k)
+            teacher = LiveTeacher(model, section.temperature, section.top_k, num_ids)
             reader = BatchReader(
                 Blend([source], [1.0]),
                 micro_batch_size=config.train.micro_batch_size,
@@ -152,7 +161,20 @@ def test_updates_in_packed_rows_equal_samples_alone(judge, layout):
     sections: dict[str, Any] = {"model": model}
     alone = judge.run(1, {}, teacher, case=update_alone, **sections)
     rows = judge.run(world, parallel, teacher, case=update_in_rows, **sections, data=PACKED)
+    _assert_equal(rows, alone)
+
+
+def _assert_equal(rows: Any, alone: Any) -> None:
     assert_equal_runs(rows, alone)
     assert np.ptp(alone.losses) > 0.01
     for found, expected in zip(rows.metrics, alone.metrics, strict=True):
         assert found["divergence"] == pytest.approx(expected["divergence"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("ids_more", "parallel"), [({}, {"tp": 2}), ({"vocab_size": 450}, {"tp": 2, "pp": 2})])
+def test_a_teacher_of_more_or_fewer_ids_is_compared_over_those_of_both(judge, ids_more, parallel):
+    """As with published models of one family, whose vocabularies are padded to different sizes."""
+    teacher = str(judge.seed(TEACHER | ({} if ids_more else {"vocab_size": 450})))
+    alone = judge.run(1, {}, teacher, case=update_alone, model=ids_more)
+    world = parallel["tp"] * parallel.get("pp", 1)
+    _assert_equal(judge.run(world, parallel, teacher, case=update_in_rows, model=ids_more, data=PACKED), alone)

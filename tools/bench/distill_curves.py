@@ -58,7 +58,7 @@ def train(arm: str, seed: int, num_steps: int, run_dir: Path, shuffled: Path, te
     ]  # fmt: skip
     own = {
         "teacher": [],
-        "on_policy": ["distill.lmbda=0.25"],
+        "on_policy": ["distill.lmbda=0.25", "rollout.max_new_tokens=48"],
         "labels": ["distill.label_weight=1.0"],
         "shuffled": ["distill.teacher=null", f"distill.cache={shuffled}"],
     }[arm]

@@ -18,7 +18,7 @@ from configs.roles import CRITIC
 from configs.sections.lora import LoraConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
-from trainer.checkpoint.manifest import IMPORT_STAGE, check_architecture, check_continues, check_head
+from trainer.checkpoint.manifest import IMPORT_STAGE, Manifest, check_architecture, check_continues, check_head
 from trainer.checkpoint.parts import collect, hand_out
 from trainer.checkpoint.stored import open_manifest, open_stored
 from trainer.engine.engine import Engine
@@ -86,7 +86,7 @@ def warm_start(model: ShardedModel, checkpoint: Path, *, is_of_critic: bool = Fa
         critic = manifest.of_critic()
         assert critic is not None
         manifest = critic
-    check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
+    check_architecture(manifest, _wanted(model, manifest), checkpoint, is_warm_start=True)
     check_head(manifest.head, model.head, checkpoint, is_trained=model.is_trained)
     stored = open_stored(checkpoint, manifest, model.mesh)
     state = build_model_state(model.chunks, model.mesh)
@@ -103,13 +103,22 @@ def warm_start(model: ShardedModel, checkpoint: Path, *, is_of_critic: bool = Fa
     model.weights_loaded()
 
 
+def _wanted(model: ShardedModel, manifest: Manifest) -> dict[str, Any]:
+    """Return the architecture that weights are loaded for; a frozen model may be given the first of their ids alone."""
+    wanted: dict[str, Any] = resolved_dict(model.config)["model"]
+    num_stored = manifest.config["model"]["vocab_size"]
+    if not model.is_trained and num_stored > wanted["vocab_size"]:
+        wanted["vocab_size"] = num_stored
+    return wanted
+
+
 def merge_adapter(model: ShardedModel, checkpoint: Path) -> None:
     """Add the adapters of a checkpoint to the weights that they belong to, which the model holds, for good.
 
     Raises BadInput as `resume` does.
     """
     manifest = open_manifest(checkpoint)
-    check_architecture(manifest, resolved_dict(model.config)["model"], checkpoint, is_warm_start=True)
+    check_architecture(manifest, _wanted(model, manifest), checkpoint, is_warm_start=True)
     stored = open_stored(checkpoint, manifest, model.mesh)
     lora = LoraConfig.model_validate(manifest.config["lora"])
     adapter = build_adapter(model.chunks, lora, model.config.model, model.mesh, seed=0)

@@ -63,7 +63,7 @@ class Same:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """A vocabulary matrix whose rows are padded with zeros to `num_rows`."""
+    """A vocabulary matrix whose rows are padded with zeros to `num_rows`, or cut to as many."""
 
     num_real: int
     num_rows: int

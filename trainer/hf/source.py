@@ -28,7 +28,8 @@ class HfModel:
     def __init__(self, directory: str | Path, model: ModelConfig | None = None) -> None:
         """Open and check; `model` gives what `config.json` does not say (padding of the vocabulary).
 
-        Raises BadInput for anything that is missing, disagrees, or cannot be expressed.
+        It may know fewer ids: those beyond are not read. Raises BadInput for anything that is missing, disagrees, or
+        cannot be expressed.
         """
         self.directory = find_model_directory(Path(directory))
         config = load_config_json(self.directory)
@@ -44,9 +45,9 @@ class HfModel:
             self._num_prediction_layers = max(1, announced or 0)
         self._files = SafetensorsDirectory(self.directory)
         self._name_as_whole_model()
-        self.rules = {
-            rule.megatron.name: rule for rule in model_rules(model or self.model, self.family.names, self.head)
-        }
+        wanted, num_ids = model or self.model, self.model.vocab_size
+        rules = model_rules(wanted, self.family.names, self.head, max(num_ids, wanted.vocab_size))
+        self.rules = {rule.megatron.name: rule for rule in rules}
         self._check_shapes()
         self.ignored = self._find_ignored()
         self.notes = [

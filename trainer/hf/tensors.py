@@ -19,10 +19,16 @@ _Linears = Mapping[str, Linear]
 """Of one layer, by name."""
 
 
-def model_rules(model: ModelConfig, names: TensorNames, head: HeadKind = "vocabulary") -> Iterator[Rule]:
-    """Yield the rules of every tensor of a model with that head, in the order of the model."""
-    vocabulary = (model.vocab_size, model.hidden_size)
-    padded = PaddedRows(model.vocab_size, padded_vocab_size(model))
+def model_rules(
+    model: ModelConfig, names: TensorNames, head: HeadKind = "vocabulary", num_stored_ids: int | None = None
+) -> Iterator[Rule]:
+    """Yield the rules of every tensor of a model with that head, in the order of the model.
+
+    Where the Hugging Face side has more ids than the model, `num_stored_ids`, those beyond are left out.
+    """
+    num_ids = num_stored_ids or model.vocab_size
+    vocabulary = (num_ids, model.hidden_size)
+    padded = PaddedRows(num_ids, padded_vocab_size(model))
     padded_shape = (padded.num_rows, model.hidden_size)
     yield _rule("embedding.word_embeddings.weight", padded_shape, {names.embedding: vocabulary}, padded)
     for layer in range(model.num_layers):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from trainer.model.divergence import Diverge, TopK, diverge_from_logits, diverge_from_top_k, find_top_k
@@ -33,6 +34,8 @@ class Lesson:
     """The parts of a `TopK`, or the teacher's last hidden states `[batch, seq/cp, hidden]` alone."""
     make_logits: MakeLogits | None = None
     """The teacher's output layer, for hidden states: `[seq, batch, hidden]` -> `[seq, batch, vocab/tp]`."""
+    num_ids: int | None = None
+    """How many ids the teacher has, where the student has more, which are not compared; None for as many."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Lesson:
         """Return the same with what the teacher says changed alike."""
@@ -58,13 +61,14 @@ def compute_divergences(
 
     def compare(hidden: torch.Tensor, wanted: torch.Tensor, *said: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits, _ = output_layer(hidden, weight=output_weight)
+        shared = logits if lesson.num_ids is None else _keep_ids(logits, lesson.num_ids, group)
         if lesson.make_logits is None:
             top_k = TopK(*said)
-            found = [diverge_from_top_k(logits, top_k, lesson.temperature, one, group) for one in lesson.diverge]
+            found = [diverge_from_top_k(shared, top_k, lesson.temperature, one, group) for one in lesson.diverge]
         else:
             with torch.no_grad():
                 teacher = lesson.make_logits(said[0].transpose(0, 1))
-            found = [diverge_from_logits(logits, teacher, lesson.temperature, one, group) for one in lesson.diverge]
+            found = [diverge_from_logits(shared, teacher, lesson.temperature, one, group) for one in lesson.diverge]
         if lesson.has_labels:  # last: the loss may write over the logits
             found.append(compute_language_model_loss(wanted, logits).float())
         return tuple(found)
@@ -72,6 +76,13 @@ def compute_divergences(
     weight = output_layer.weight if output_weight is None else output_weight
     targets = (labels, *lesson.said)
     return compute_in_pieces(compare, hidden_states, targets, output_layer, weight, num_logits=_NUM_LOGITS)
+
+
+def _keep_ids(logits: torch.Tensor, num_ids: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return logits `[seq, batch, vocab/tp]` that give ids from `num_ids` on no probability."""
+    width = logits.shape[-1]
+    is_beyond = torch.arange(width, device=logits.device) + group.rank() * width >= num_ids
+    return logits.masked_fill(is_beyond, torch.finfo(logits.dtype).min)
 
 
 def compute_top_k(

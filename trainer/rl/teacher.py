@@ -44,8 +44,9 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A frozen model that reads what the student reads, before it does; hidden states wait on the host."""
 
-    def __init__(self, model: ShardedModel, temperature: float, top_k: int | None) -> None:
-        self.temperature = temperature
+    def __init__(self, model: ShardedModel, temperature: float, top_k: int | None, num_ids: int | None = None) -> None:
+        """`num_ids` is how many ids it has, where the student has more."""
+        self.temperature, self._num_ids = temperature, num_ids
         self._model, self._top_k = model, top_k
         self._make_logits: MakeLogits | None = None
         self._forward: Any = give_last_hidden
@@ -71,7 +72,9 @@ class LiveTeacher:
             names = (HIDDEN,)
             if self._make_logits is None and self._model.mesh.is_last_pp_stage:
                 self._make_logits = self._find_output_layer()
-        return make_lesson(batch, self.temperature, diverge, names, self._make_logits, has_labels=has_labels)
+        return make_lesson(
+            batch, self.temperature, diverge, names, self._make_logits, self._num_ids, has_labels=has_labels
+        )
 
     def _find_output_layer(self) -> MakeLogits:
         """Return what makes the teacher's logits while the student computes; the teacher may then rest on the host."""
@@ -91,9 +94,10 @@ def make_lesson(
     diverge: tuple[Diverge, ...],
     names: Sequence[str],
     make_logits: MakeLogits | None,
+    num_ids: int | None,
     *,
     has_labels: bool,
 ) -> Lesson:
     """Return the comparison with the columns of these names, as far as this rank has them."""
     said = tuple(batch.columns[name] for name in names if name in batch.columns)
-    return Lesson(temperature, diverge, has_labels, said, make_logits)
+    return Lesson(temperature, diverge, has_labels, said, make_logits, num_ids)

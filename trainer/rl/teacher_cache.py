@@ -115,6 +115,7 @@ class CachedTeacher:
         """Open the files; 24 bytes of memory a document. Raises BadInput where they are missing or damaged."""
         self.info = CacheInfo.read(directory)
         self.temperature = self.info.temperature
+        self._num_ids: int | None = None
         self._directory, self._is_needed = directory, is_last_pp_stage
         kind = record_type(self.info.top_k)
         self._parts, tables = [], []
@@ -137,13 +138,15 @@ class CachedTeacher:
         self._table = table[np.argsort(table[:, 0], kind="stable")]  # [documents, 3]: key, first record, part
 
     def check(self, *, vocab_size: int, seq_len: int, temperature: float, tokenizer: str) -> None:
-        """Raise BadInput where the cache is not of this run's tokens."""
+        """Take `vocab_size` for the student's. Raises BadInput where the cache is not of this run's tokens."""
         info, place = self.info, self._directory
-        if info.vocab_size != vocab_size or info.tokenizer != tokenizer:
-            what = f"a vocabulary of {info.vocab_size}" if info.vocab_size != vocab_size else "another tokenizer"
+        self._num_ids = info.vocab_size if info.vocab_size < vocab_size else None
+        if info.tokenizer != tokenizer:
+            raise BadInput(f"{_FIELD}: {place} was written with another tokenizer than data.tokenizer; {_ANEW}")
+        if info.vocab_size > vocab_size and self._largest_id() >= vocab_size:
             raise BadInput(
-                f"{_FIELD}: {place} was written with {what}, not with data.tokenizer and model.vocab_size={vocab_size} "
-                f"of this run; {_ANEW}"
+                f"{_FIELD}: {place} was written with a vocabulary of {info.vocab_size}, and has ids beyond "
+                f"model.vocab_size={vocab_size} of this run; {_ANEW}"
             )
         for field, there, here in (
             ("train.seq_len", info.seq_len, seq_len),
@@ -185,7 +188,12 @@ class CachedTeacher:
 
     def lesson(self, batch: Batch, diverge: tuple[Diverge, ...], *, has_labels: bool) -> Lesson:
         """Return the comparison with the columns of a batch."""
-        return make_lesson(batch, self.temperature, diverge, TOP_K, None, has_labels=has_labels)
+        return make_lesson(batch, self.temperature, diverge, TOP_K, None, self._num_ids, has_labels=has_labels)
+
+    def _largest_id(self) -> int:
+        """Return the largest id of all records, which are read for it."""
+        pieces = (part["ids"][start : start + 2**20] for part in self._parts for start in range(0, len(part), 2**20))
+        return max((int(piece.max()) for piece in pieces), default=0)
 
     def _find(self, key: int) -> tuple[int, int]:
         place = int(np.searchsorted(self._table[:, 0], key))

@@ -31,7 +31,7 @@ from trainer.run.preflight import check_hosts, is_due
 from trainer.run.rejection import sample_answers
 from trainer.run.second_models import FoundModel, find_second_models, load_second_models, plan_models
 from trainer.run.signals import StopSignals
-from trainer.run.start import Start, find_start
+from trainer.run.start import Start, check_places, find_start
 from trainer.run.teacher_cache import write_teacher_cache
 from trainer.run.weights import load_peft_adapter, load_weights
 
@@ -98,6 +98,8 @@ def _prepare_data(config: Config, environment: Environment) -> DataConfig:
         return config.data
     from trainer.data.chat.cache import prepare_conversations
 
+    if environment.local_rank == 0:
+        check_places(config)
     return prepare_conversations(config, is_maker=environment.local_rank == 0)
 
 

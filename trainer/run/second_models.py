@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import BadInput
 from configs.fp8 import uses_te_layers
+from configs.plan.derive import padded_vocab_size
 from configs.roles import POLICY, HeadKind, SecondModel
 from configs.rules.fp8 import check_fp8
 from configs.rules.layout import check_layout
@@ -181,9 +182,15 @@ def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> 
 def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Config:
     """Return the run's config for another model; the padding of its vocabulary is layout, and so the run's.
 
-    Where it has no experts, ranks that the run's experts are spread over are data-parallel ones to it.
+    A teacher's logits are compared id by id: of its ids it is given those that the policy has, and no more. Where the
+    model has no experts, ranks that the run's experts are spread over are data-parallel ones to it.
     """
-    model = model.model_copy(update={"vocab_pad_multiple": config.model.vocab_pad_multiple})
+    ours = config.model
+    vocabulary = {"vocab_pad_multiple": ours.vocab_pad_multiple}
+    if second.head == "vocabulary" and model.vocab_size != ours.vocab_size:
+        num_rows = padded_vocab_size(ours)
+        vocabulary = {"vocab_pad_multiple": num_rows, "vocab_size": min(model.vocab_size, ours.vocab_size)}
+    model = model.model_copy(update=vocabulary)
     experts = {"ep": 1, "etp": None} if model.moe is None else {}
     return config.model_copy(
         update={
@@ -242,19 +249,19 @@ def _has_tokenizer(directory: Path) -> bool:
 def _check_vocabulary(second: SecondModel, found: _Place, config: Config) -> None:
     """Raise BadInput where the tokens of a model are not those that the run makes.
 
-    Where the tokenizers are known to be one, a model without logits may have other rows beyond its tokens: published
-    models of one family are padded to different sizes.
+    Where the tokenizers are known to be one, a model may have other rows beyond its tokens: published models of one
+    family are padded to different sizes.
     """
     place, ours = found.directory, _run_tokenizer(config)
     theirs = None if ours is None or found.tokenizer is None else load_tokenizer(found.tokenizer)
     if theirs is None and ours is not None:
         log.info("%s: which tokenizer it was trained with is not known; it is taken to be data.tokenizer", place)
     size = found.model.vocab_size
-    is_padding = theirs is not None and second.head == "scalar" and size >= theirs.vocab_size
+    is_padding = ours is not None and theirs is not None and size >= theirs.vocab_size
     if size != config.model.vocab_size and not is_padding:
         raise BadInput(
             f"{place} has a vocabulary of {size} and the policy one of {config.model.vocab_size} "
-            "(model.vocab_size); name a model of the same."
+            "(model.vocab_size); name a model of the same, or one that is known to have the tokenizer data.tokenizer."
         )
     if theirs is not None and ours is not None and theirs.vocabulary_hash != ours.vocabulary_hash:
         raise BadInput(

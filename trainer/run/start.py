@@ -36,6 +36,7 @@ from trainer.hf.config_json import check_same_architecture, write_model
 from trainer.hf.directories import find_model_directory
 from trainer.hf.source import HfModel
 from trainer.optim.learning_rate import compute_learning_rate
+from trainer.run.second_models import look_at
 
 log = logging.getLogger(__name__)
 _VISIBLE_SECONDS = 120
@@ -94,6 +95,22 @@ class Start:
                     "all hosts share."
                 )
             time.sleep(0.2)
+
+
+def check_places(config: Config) -> None:
+    """Raise BadInput where a run that begins anew names a place that holds no model: before hours of tokenising.
+
+    What lies there is looked into by `find_start` and `find_second_models`.
+    """
+    settings = config.checkpoint
+    if settings.resume not in ("auto", "never") or latest_checkpoint(str(config.run.dir)) is not None:
+        return
+    if settings.init_from is not None:
+        existing_checkpoint(settings.init_from, "checkpoint.init_from")
+    if settings.init_from_hf is not None:
+        find_model_directory(Path(settings.init_from_hf))
+    for second in config.second_models.values():
+        look_at(second, config)
 
 
 def find_start(config: Config, stage_name: str) -> Start:

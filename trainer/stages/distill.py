@@ -132,7 +132,10 @@ def build_distill_stage(context: StageContext) -> DistillStage:
     teacher: LiveTeacher | CachedTeacher
     finishers = [ConversationObjective(sft).finish]
     if distill.cache is None:
-        teacher = LiveTeacher(context.models[TEACHER], distill.temperature, distill.top_k)
+        model = context.models[TEACHER]
+        num_ids = model.config.model.vocab_size
+        is_less = num_ids < config.model.vocab_size
+        teacher = LiveTeacher(model, distill.temperature, distill.top_k, num_ids if is_less else None)
     else:
         teacher = _open_cache(config, corpus, is_last_pp_stage=mesh.is_last_pp_stage)
         finishers.append(teacher.finish)

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 
 from configs.errors import BadInput
 from configs.load import resolved_dict
+from configs.plan.derive import padded_vocab_size
 from configs.roles import TEACHER, HeadKind, SecondModel
 from configs.sections.optimizer import OptimizerConfig
 from configs.stages import SftConfig
@@ -145,8 +146,8 @@ def test_another_tokenizer_is_refused(tmp_path):
         find_second_models(make_config(tmp_path / "other", data=data), 1, "cpu")
 
 
-def test_without_logits_rows_beyond_the_tokens_are_free(tmp_path, caplog):
-    """Published models of one family are padded to different sizes; a teacher's logits must be as many."""
+def test_rows_beyond_the_tokens_are_free_where_the_tokenizer_is_known(tmp_path):
+    """Published models of one family are padded to different sizes; of a teacher's ids the student's are taken."""
     ours = make_tokenizer(tmp_path / "ours", "abc")
     data = {"tokenizer": str(ours)}
     for size in (3, 4, 320):
@@ -156,11 +157,16 @@ def test_without_logits_rows_beyond_the_tokens_are_free(tmp_path, caplog):
         assert found[TEACHER].config.model.vocab_size == size
     with pytest.raises(BadInput, match="a vocabulary of 3 and"):
         find_second_models(make_config(tmp_path / "3", data=data, wanted="scalar"), 1, "cpu")
-    make_checkpoint(tmp_path / "unknown", head="scalar", vocab_size=320)
-    make_checkpoint(tmp_path / "teacher", tokenizer=ours, vocab_size=320)
-    for name, head in (("unknown", "scalar"), ("teacher", "vocabulary")):
-        with pytest.raises(BadInput, match="a vocabulary of 320 and"):
-            find_second_models(make_config(tmp_path / name, data=data, wanted=head), 1, "cpu")
+    for size, known in ((200, 200), (320, 250)):
+        make_checkpoint(tmp_path / f"teacher{size}", tokenizer=ours, vocab_size=size)
+        found = find_second_models(make_config(tmp_path / f"teacher{size}", data=data), 1, "cpu")[TEACHER]
+        model = found.config.model
+        assert model.vocab_size == known and padded_vocab_size(model) == padded_vocab_size(make_config("x").model)
+        assert found.record["model"]["vocab_size"] == size
+    for head in ("scalar", "vocabulary"):
+        make_checkpoint(tmp_path / f"unknown_{head}", head=head, vocab_size=320)
+        with pytest.raises(BadInput, match="a vocabulary of 320 and .*data.tokenizer"):
+            find_second_models(make_config(tmp_path / f"unknown_{head}", data=data, wanted=head), 1, "cpu")
 
 
 def test_a_reward_model_of_another_template_is_told(tmp_path, caplog):
