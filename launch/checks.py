@@ -80,12 +80,12 @@ def slowness(config: Config, platform_name: PlatformName) -> str | None:
     )
 
 
-def start_problems(config: Config, stage_name: str) -> Iterator[str]:
+def start_problems(config: Config, stage_name: str, *, is_start_to_come: bool = False) -> Iterator[str]:
     """Yield why the run cannot begin with what the config names, as far as that is on this machine.
 
-    That is the checkpoint it would continue, else the weights that it would start with.
+    That is the checkpoint it would continue, else the weights that it would start with, unless these are to come.
     """
-    for check in (_check_continued, _check_weights):
+    for check in (_check_continued,) if is_start_to_come else (_check_continued, _check_weights):
         try:
             check(config, stage_name)
         except BadInput as error:

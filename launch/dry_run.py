@@ -56,12 +56,18 @@ def dry_run(
     return ExitCode.DONE
 
 
-def plan_problems(config: Config, stage_name: str, world_size: int, platform_name: PlatformName) -> list[str]:
-    """Return every reason why no machines of a platform could run this on `world_size` ranks, one sentence each."""
+def plan_problems(
+    config: Config, stage_name: str, world_size: int, platform_name: PlatformName, *, is_start_to_come: bool = False
+) -> list[str]:
+    """Return every reason why no machines of a platform could run this on `world_size` ranks, one sentence each.
+
+    With `is_start_to_come` another run will have left the weights that it starts with when it begins.
+    """
     problems = config_problems(config, world_size, platform_name, has_te=platform_name == CLUSTER_PLATFORM)
     closed = path_problems(config)
     # what may not be looked at is told once, and not looked at
-    return problems + (closed or [*data_problems(config), *start_problems(config, stage_name)])
+    found = start_problems(config, stage_name, is_start_to_come=is_start_to_come)
+    return problems + (closed or [*data_problems(config), *found])
 
 
 def _order_of_data(config: Config) -> list[str]:

@@ -20,7 +20,7 @@ from configs.errors import BadInput, ExitCode
 from configs.load import load_cluster, read_config, resolved_dict
 from configs.rules.cluster import check_cluster, check_nodes
 from configs.sections.cluster import ClusterConfig
-from configs.stages import Config
+from configs.stages import Config, DistillConfig, TeacherCacheConfig
 from launch.batch_script import GOES_ON, RECIPE_NAME, Job, batch_script
 from launch.dry_run import plan_problems
 from launch.other_launchers import pytorchjob, torchrun_script
@@ -98,12 +98,8 @@ def plan_jobs(request: Request, command: str) -> tuple[list[Job], list[Config]]:
 def _plan_stage(
     stage: StageRequest, cluster: ClusterConfig, earlier: Sequence[Config]
 ) -> tuple[Config | None, list[str]]:
-    """Return a stage's config and what is wrong with it; it starts from what an earlier stage will have written.
-
-    That is the one before, or before a reward model, whose scalar head only another reward model can begin with.
-    """
-    overrides, is_reward = list(stage.overrides), stage.stage == "reward"
-    before = next((one for one in reversed(earlier) if is_reward or one.head == "vocabulary"), None)
+    """Return a stage's config and what is wrong with it; it starts from what an earlier stage will have written."""
+    overrides, before = list(stage.overrides), _stage_before(stage, earlier)
     if before is not None:
         overrides += ["checkpoint.init_from_hf=null", f"checkpoint.init_from={_absolute(before)}"]
     config, problems = read_config(stage.recipe, overrides, stage.stage)
@@ -114,12 +110,35 @@ def _plan_stage(
     unit = math.lcm(config.parallel.tp * config.parallel.pp * config.parallel.cp, cluster.num_local_ranks)
     works = ", ".join(str(times * unit // cluster.num_local_ranks) for times in (1, 2, 3))
     ranks = f" (--nodes {stage.num_nodes}, {cluster.num_local_ranks} ranks each; such as --nodes {works})"
-    found = plan_problems(config, stage.stage, world_size, platform_name)
+    found = plan_problems(config, stage.stage, world_size, platform_name, is_start_to_come=before is not None)
     problems += [one + ranks if one.startswith("parallel: world size") else one for one in found]
     problems += check_nodes(config, cluster)
     if before is not None:
         problems += _other_architecture(before, config)
     return config, problems
+
+
+def _stage_before(stage: StageRequest, earlier: Sequence[Config]) -> Config | None:
+    """Return the last of the earlier stages that leaves what this one can begin with; None for where its recipe says.
+
+    A reward model's scalar head only another reward model can begin with, and of some stages data is all that is left.
+    The student of an earlier stage, or of what one wrote of a teacher, is another model than that.
+    """
+    if stage.stage == "distill" and _is_taught(stage, earlier):
+        return None
+    heads = {"vocabulary", "scalar"} if stage.stage == "reward" else {"vocabulary"}
+    return next((one for one in reversed(earlier) if one.is_training and one.head in heads), None)
+
+
+def _is_taught(stage: StageRequest, earlier: Sequence[Config]) -> bool:
+    """Return whether the teacher of a stage is one of the earlier ones, or what one of them writes."""
+    config, _ = read_config(stage.recipe, stage.overrides, stage.stage)
+    if not isinstance(config, DistillConfig):
+        return False
+    named = {config.distill.teacher, config.distill.cache} - {None}
+    left = {_absolute(one) for one in earlier}
+    left |= {Path(str(one.distill.cache)).absolute() for one in earlier if isinstance(one, TeacherCacheConfig)}
+    return bool(left & {Path(str(place)).absolute() for place in named})
 
 
 def _other_architecture(before: Config, config: Config) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import BadInput
 from configs.load import stage_of_recipe
 from configs.sections.cluster import TimeLimit
-from configs.stages import STAGE_CONFIGS, WITHOUT_STEPS
+from configs.stages import STAGE_CONFIGS
 
 USAGE = (
     """\
@@ -28,7 +28,8 @@ usage: slurm.py RECIPE [key=value ...] --cluster FILE --nodes N [options]
     + """; default: the
                      one that the recipe's folder or file is named after
   --stages A,B,...   stages of the recipes; each starts from the weights of the one before, once that has ended well
-                     (after a reward model, which is to be named where it scores, from those of the one before it)
+                     (after a reward model, which is to be named where it scores, from those of the one before it; a
+                     student of one of them from where its recipe says)
   --chain K          K jobs one after the other instead of one that goes back into the queue at its time limit
   --time LIMIT       wall time of each job, such as 4:00:00, in place of the cluster file's
   --format NAME      sbatch (default); torchrun: plain commands for N hosts; pytorchjob: YAML for Kubernetes
@@ -150,9 +151,6 @@ def _stages(options: dict[str, str], recipes: Sequence[str]) -> list[str]:
             raise BadInput(f"{option}: '{stage}' is not one of {known}; a value that would work: {near}")
     if len(stages) != len(recipes):
         raise BadInput(f"--stages: {len(stages)} stages for {len(recipes)} recipes; name a recipe for each stage")
-    for stage in stages[:-1]:
-        if stage in WITHOUT_STEPS:
-            raise BadInput(f"--stages: {stage} trains nothing, so no stage can start from it; let it be the last")
     return stages
 
 

@@ -152,7 +152,7 @@ def test_a_folder_of_the_run_that_may_not_be_entered_is_a_problem_and_no_traceba
 
 
 def test_a_path_that_may_not_be_looked_into_is_one_sentence(monkeypatch, capsys):
-    def refuse(*anything: object) -> None:
+    def refuse(*anything: object, **options: object) -> None:
         raise os_error(errno.EACCES, "runs/a/checkpoints")
 
     monkeypatch.setattr("launch.dry_run.start_problems", refuse)

@@ -151,6 +151,23 @@ def test_what_follows_a_reward_model_begins_with_the_language_model_before_it(si
         assert written.checkpoint.init_from == str(site / "runs" / "sft")
 
 
+def test_the_student_of_a_stage_begins_where_its_recipe_says(site):
+    """It is another model; and a stage that leaves data alone is nothing to begin with."""
+    recipes = [str(ROOT / f"configs/demo/{name}.yaml") for name in ("sft", "teacher_cache", "distill")]
+    words = [word for recipe in recipes for word in (recipe, f"run.name={Path(recipe).stem}")]
+    first = ["train.global_batch_size=32", *words]
+    last = ["--nodes", "1", "--cluster", "cluster.yaml"]
+    cached = ["distill.teacher=null", "distill.cache=data/teacher_cache"]
+    for own in (cached, ["distill.teacher=runs/sft"]):
+        assert slurm.main([*first, *own, *last]) == 0
+        starts = [
+            load_config(str(site / "runs" / stage / "recipe.yaml"), (), stage).checkpoint.init_from
+            for stage in ("teacher_cache", "distill")
+        ]
+        assert starts == [str(site / "runs" / "sft"), None]
+    assert slurm.main([*first, "distill.teacher=elsewhere", *last]) == 2  # half the size
+
+
 def test_a_directory_with_a_live_owner_is_left_alone(site, capsys):
     run_dir = site / "runs" / "demo"
     (site / "queue").write_text(
