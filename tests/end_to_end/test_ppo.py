@@ -119,7 +119,9 @@ def test_a_second_run_goes_on_with_the_critic_of_the_first(ppo, tmp_path):
         assert again.keys() == trained.keys()
         for key, tensor in trained.items():
             torch.testing.assert_close(again[key], tensor, rtol=0, atol=1e-9)
-    assert "trained from the critic in" in (tmp_path / "named" / "logs" / "attempt_1" / "rank_0.log").read_text()
+    told = (tmp_path / "named" / "logs" / "attempt_1" / "rank_0.log").read_text()
+    assert "trained from the critic in" in told
+    assert re.search(r"step 1/2 .* critic loss \d", told) and re.search(r"step 2/2 .*\d  loss -?\d", told)
 
 
 def test_a_critic_that_is_not_finite_is_named(ppo):

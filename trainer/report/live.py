@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 _SCORE = "critic/score/mean"
 """What reinforcement learning is watched by; its loss says little."""
-_UPDATES = {"critic": "timing_s/update_critic", "actor": "timing_s/update_actor"}
+_CRITICS_LOSS = "critic/vf_loss"
 
 
 class LiveLine:
@@ -48,7 +48,7 @@ class LiveLine:
         shown = [f"score {row[_SCORE]:.3f}"] if _SCORE in row else []
         has_room = self._is_wide or not console.is_terminal
         if has_room or not shown:
-            is_critics = _UPDATES["critic"] in row and _UPDATES["actor"] not in row  # steps in which it learns alone
+            is_critics = row.get(_CRITICS_LOSS) == row["loss"]  # in steps in which the critic learns alone
             shown.append(f"{'critic loss' if is_critics else 'loss'} {row['loss']:.4f}")
         if has_room:
             shown += [f"grad norm {row['grad_norm']:.3f}", f"lr {row['lr']:.2e}"]
