@@ -38,7 +38,6 @@ SECTIONS: dict[str, Any] = {
 }
 HEAD = "output_layer.weight"
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2": (2, {"tp": 2}),
     "tp2_sp": (2, {"tp": 2, "sp": True}),
     "pp2_vpp2": (2, {"pp": 2, "vpp": 2}),
     "cp2": (2, {"cp": 2}),
@@ -176,6 +175,16 @@ def draw_head(place: Place, config: Config) -> np.ndarray:
         return engine.chunks[-1].output_layer.weight.detach().numpy()
 
 
+def begin_with_peft(place: Place, config: Config, adapter: str) -> np.ndarray:
+    """Return the values of a new run that begins with a PEFT directory."""
+    from trainer.run.weights import load_peft_adapter, load_weights
+
+    with open_engine(place, config) as engine:
+        load_weights(engine, str(config.checkpoint.init_from_hf))
+        load_peft_adapter(engine, adapter)
+        return values_of(engine)
+
+
 def test_values_and_gradients_are_those_of_transformers(ranks, tmp_path):
     import torch
     import transformers
@@ -192,6 +201,9 @@ def test_values_and_gradients_are_those_of_transformers(ranks, tmp_path):
     head, head_gradient = (tensors["base_model.model.score.weight"] for tensors in scores)
     whole = ranks.run(draw_head, config, world=2)[0]
     np.testing.assert_array_equal(head, whole)
+    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
+    again = ranks.run(begin_with_peft, other, str(tmp_path / "run" / "adapter"), world=2)[0]
+    np.testing.assert_allclose(again, values, rtol=0, atol=1e-6)
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert settings["task_type"] == "SEQ_CLS" and settings["modules_to_save"] == ["score"]
     auto = transformers.AutoModelForSequenceClassification
