@@ -159,8 +159,7 @@ WHOLE = (
     "lora_experts", "lora_latent_tp2_sp", "fp8_tensorwise", "fp8_rowwise_tp2_sp", "fp8_delayed_experts",
 )  # fmt: skip
 REWARDED = (
-    "bf16", "fp16", "experts", "tp2_sp", "pp2_first", "pp2_vpp2_last", "cp2_ring_documents", "fp8_tensorwise",
-    "lora_experts",
+    "bf16", "fp16", "experts", "tp2_sp", "pp2_first", "pp2_vpp2_last", "cp2_ring_documents", "fp8_tensorwise", "lora",
 )  # fmt: skip
 """Of these: steps of distillation, of a reward model and of a critic too."""
 

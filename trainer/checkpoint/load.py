@@ -25,11 +25,11 @@ from trainer.engine.engine import Engine
 from trainer.engine.parts import Checkpointed, SavedState
 from trainer.engine.sharded_model import ShardedModel
 from trainer.engine.sharded_state import (
-    build_adapter_state,
     build_model_state,
+    build_trained_state,
     keep_head,
     key_prefix,
-    load_adapter_state,
+    load_trained_state,
     with_key_prefix,
 )
 from trainer.engine.state import TrainState
@@ -122,7 +122,7 @@ def merge_adapter(model: ShardedModel, checkpoint: Path) -> None:
     stored = open_stored(checkpoint, manifest, model.mesh)
     lora = LoraConfig.model_validate(manifest.config["lora"])
     adapter = build_adapter(model.chunks, lora, model.config.model, model.mesh, seed=0)
-    loaded = stored.load(build_adapter_state(adapter, model.chunks, model.mesh, manifest.head))
-    load_adapter_state(adapter, model.chunks, loaded)
+    loaded = stored.load(build_trained_state(adapter, model.chunks, model.mesh, manifest.head))
+    load_trained_state(adapter, model.chunks, loaded)
     adapter.merge()
     model.weights_loaded()

@@ -25,10 +25,10 @@ from trainer.engine.forward import forward_cached
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
 from trainer.engine.sharded_state import (
-    build_adapter_state,
     build_model_state,
-    load_adapter_state,
+    build_trained_state,
     load_model_state,
+    load_trained_state,
 )
 from trainer.engine.turns import Turns
 from trainer.model.attention.cache import CachedTokens
@@ -228,7 +228,7 @@ class ShardedModel:
         else:
             fp8 = request_history_state(history, self.mesh, saved)
         if self.adapter is not None:
-            return build_adapter_state(self.adapter, self.chunks, self.mesh, self.head) | {"fp8": fp8}
+            return build_trained_state(self.adapter, self.chunks, self.mesh, self.head) | {"fp8": fp8}
         return build_model_state(self.chunks, self.mesh) | {"fp8": fp8}
 
     def load(self, loaded: dict[str, Any]) -> None:
@@ -236,7 +236,7 @@ class ShardedModel:
         if self.adapter is None:
             self.load_weights(loaded)
         else:
-            load_adapter_state(self.adapter, self.chunks, loaded)
+            load_trained_state(self.adapter, self.chunks, loaded)
         load_history(None if self.fp8 is None else self.fp8.history, loaded.get("fp8", {}))
 
     def load_weights(self, loaded: dict[str, Any]) -> None:

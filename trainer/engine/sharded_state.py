@@ -86,26 +86,30 @@ def load_model_state(chunks: list[Any], loaded: dict[str, Any]) -> None:
             raise KeyError(f"chunk {index} of the model lacks {missing} and does not know {unexpected}")
 
 
-def build_adapter_state(adapter: Adapter, chunks: list[Any], mesh: Mesh, head: HeadKind) -> dict[str, Any]:
-    """Return what is trained beside frozen weights, by `model<chunk>` and the parameter's name in the chunk.
+def build_adapter_state(adapter: Adapter, mesh: Mesh) -> dict[str, Any]:
+    """Return the sharded adapters of this rank, by `model<chunk>` and the parameter's name in the chunk.
 
-    These are this rank's sharded adapters, whose keys are `lora.<linear>.a` and `.b`, where experts lie along an axis
-    in front, and a scalar head under the key that it has in a model that is trained whole.
+    Their keys are `lora.<linear>.a` and `.b`, where experts lie along an axis in front.
     """
-    state = {
+    return {
         f"model{index}": {
             name: _shard_adapter(module, matrix, mesh) for name, (module, matrix) in adapter.matrices(index).items()
         }
         for index in range(len(adapter.of_chunks))
     }
+
+
+def build_trained_state(adapter: Adapter, chunks: list[Any], mesh: Mesh, head: HeadKind) -> dict[str, Any]:
+    """Return what is trained beside frozen weights: the adapters and, under its usual key, a scalar head."""
+    state = build_adapter_state(adapter, mesh)
     if head == "scalar":
         for chunk, shards in build_model_state(chunks, mesh).items():
             state[chunk] |= {HEAD: shards[HEAD]} if HEAD in shards else {}
     return state
 
 
-def load_adapter_state(adapter: Adapter, chunks: list[Any], loaded: dict[str, Any]) -> None:
-    """Put in place what `build_adapter_state` asked for."""
+def load_trained_state(adapter: Adapter, chunks: list[Any], loaded: dict[str, Any]) -> None:
+    """Put in place what `build_trained_state` asked for."""
     of_chunks = [loaded[f"model{index}"] for index in range(len(chunks))]
     adapter.load(of_chunks)
     for tensors in of_chunks:
