@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.roles import HeadKind
 from configs.stages import Config, RewardModelConfig
 from tests.parity.conftest import TOLERANCE, assert_equal_runs
 from tests.parity.test_parity_hf import make_hf_model, read_section
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Any] = {
 HEAD = "output_layer.weight"
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, {"tp": 2, "sp": True}),
+    "pp2": (2, {"pp": 2}),
     "pp2_vpp2": (2, {"pp": 2, "vpp": 2}),
     "cp2": (2, {"cp": 2}),
     "dp2": (2, {}),
@@ -103,14 +105,14 @@ def test_adapters_and_head_on_layouts_equal_one_rank(ranks, judge, one, tmp_path
         np.testing.assert_allclose(found[key], tensor, rtol=0, atol=atol, err_msg=key)
 
 
-def load_frozen(place: Place, config: Config, run_dir: str) -> np.ndarray:
+def load_frozen(place: Place, config: Config, run_dir: str, head: HeadKind = "scalar") -> np.ndarray:
     """Return the values of a frozen model with the weights of a run."""
     from trainer.engine.build import ModelPlan, open_models
     from trainer.run.weights import load_weights
 
     whole = config.model_copy(update={"lora": None})
     with open_mesh(place, config) as mesh:
-        plans = {"reward": ModelPlan(whole, is_trained=False, head="scalar")}
+        plans = {"reward": ModelPlan(whole, is_trained=False, head=head)}
         with open_models(plans, mesh) as models:
             load_weights(models["reward"], run_dir)
             return values_of(models["reward"])
@@ -127,6 +129,8 @@ def test_a_run_goes_on_elsewhere_and_frozen_models_take_its_merged_weights_and_h
     split = config_of(judge.seed({}), 2, {"tp": 2})
     values = ranks.run(load_frozen, split, str(run_dir), world=2)[0]
     np.testing.assert_allclose(values, record.logits, rtol=0, atol=1e-5 * np.abs(values).max())
+    with pytest.raises(Exception, match="holds a model with a scalar head"):
+        ranks.run(load_frozen, split, str(run_dir), "vocabulary", world=2)
     (further,) = ranks.run(train, config_of(run_dir, 1, {}), str(tmp_path / "further"))
     assert further.losses[0] < record.losses[-1] < record.losses[0], "it begins with the head that was trained"
     values = ranks.run(load_frozen, split, str(tmp_path / "further"), world=2)[0]
