@@ -18,6 +18,8 @@ TEACHER = "teacher"
 
 HeadKind = Literal["vocabulary", "scalar"]
 """What a model says of a token: logits of the vocabulary, or one value (reward models, critics)."""
+HEAD = "output_layer.weight"
+"""The weight of either head, by its name in the last chunk and in checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
     lora: LoraConfig | None = None
-    """Train low-rank adapters of a frozen model instead of its weights; null for none."""
+    """Train low-rank adapters of a frozen model, and a scalar head, instead of its weights; null for none."""
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig = DataConfig()

@@ -124,7 +124,7 @@ def _check_weights(config: Config, _stage_name: str) -> None:
         found = existing_checkpoint(checkpoint, "checkpoint.init_from")
         manifest = read_manifest(found)
         check_architecture(manifest, resolved_dict(config)["model"], found, is_warm_start=True)
-        check_head(manifest.head, config.head, found, is_trained=True)
+        check_head(manifest.head, config.head, found, may_be_new=True)
 
 
 def find_others(config: Config, world_size: int, platform_name: PlatformName) -> tuple[Others, list[str]]:

@@ -48,6 +48,7 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
     from tools.device_checks.hosts import check_device_facts, check_flight_recorder
     from tools.device_checks.lora import check_lora
     from tools.device_checks.models import check_turns
+    from tools.device_checks.rewards import check_rewards
     from tools.device_checks.speed import check_speed, small_shape
     from tools.device_checks.steps import check_collectives, check_control_group, check_loss_scaler, check_steps
 
@@ -74,6 +75,7 @@ def list_checks(mesh: Mesh, platform: PlatformName, folder: Path, *, quick: bool
     yield from _fp8_checks(mesh)
     compute = "fp16" if mesh.platform.check_precision("bf16") else "bf16"
     yield "LoRA", lambda: check_lora(mesh, compute)
+    yield "rewards with LoRA", lambda: check_rewards(mesh, compute, has_adapters=True)
     yield "models by turns", lambda: check_turns(mesh, compute)
     yield "checkpoint", lambda: check_checkpoint(platform, HOST, folder)
     yield "speed, small", lambda: check_speed(mesh, "small", small_shape(compute), num_steps=5 if quick else 20)

@@ -66,7 +66,8 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "size", f"{_megabytes(num_bytes)} in {len(manifest.files)} files"
     if config.get("lora"):  # checkpoints from before LoRA have none
         lora, base = config["lora"], (manifest.base or {}).get("path", "unknown")
-        yield "holds", f"adapters of rank {lora['rank']} beside {', '.join(lora['target_modules'])} of {base}"
+        head = ", and the head" if manifest.head == "scalar" else ""
+        yield "holds", f"adapters of rank {lora['rank']} beside {', '.join(lora['target_modules'])} of {base}{head}"
     if manifest.head == "scalar":
         yield "head", "scalar: one value a token, as reward models and critics have"
     yield from _describe_model(config["model"], manifest.head)

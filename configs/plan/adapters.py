@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from configs.plan.derive import Layout, chunk_layers, first_layer_with_experts, head_dim, num_query_groups
 from configs.plan.tensors import Linear, distinct_linears, layer_linears
+from configs.roles import HeadKind
 from configs.sections.lora import ALL_LINEAR, LoraConfig
 from configs.sections.model import ModelConfig
 from configs.stages import Config
@@ -96,15 +97,24 @@ def part_parameters(linear: Linear, part: Part, rank: int) -> int:
     return rank * (linear.input.total + part.num_rows) * (linear.num_experts or 1)
 
 
-def count_adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
-    """Return the parameters of all adapters, as PEFT counts them."""
-    return sum(
+def count_adapter_parameters(model: ModelConfig, lora: LoraConfig, head: HeadKind = "vocabulary") -> int:
+    """Return the parameters that are trained, as PEFT counts them: of all adapters, and of a scalar head."""
+    return _head_parameters(model, head) + sum(
         part_parameters(adapted.linear, part, lora.rank)
         for layer in range(model.num_layers)
         for adapted in adapted_linears(model, lora, layer)
         for part in adapted.parts
         if part.is_adapted
     )
+
+
+def trained_parameters_of_stage(config: Config, layout: Layout, pp_rank: int) -> tuple[int, int]:
+    """Return the parameters that one rank of a pipeline stage trains with LoRA, outside and inside the experts.
+
+    These are the adapters, and on the last stage a scalar head.
+    """
+    dense, expert = adapter_parameters_of_stage(config, layout, pp_rank)
+    return dense + _head_parameters(config.model, config.head) * (pp_rank == layout.pp - 1), expert
 
 
 def adapter_parameters_of_stage(config: Config, layout: Layout, pp_rank: int) -> tuple[int, int]:
@@ -123,6 +133,11 @@ def adapter_parameters_of_stage(config: Config, layout: Layout, pp_rank: int) ->
             of_one = _adapter_parameters(model, lora, layout, some[0])
             dense, expert = dense + len(some) * of_one[0], expert + len(some) * of_one[1]
     return dense, expert
+
+
+def _head_parameters(model: ModelConfig, head: HeadKind) -> int:
+    """Return the parameters of a head that is trained beside frozen weights."""
+    return model.hidden_size if head == "scalar" else 0
 
 
 def _adapter_parameters(model: ModelConfig, lora: LoraConfig, layout: Layout, layer: int) -> tuple[int, int]:

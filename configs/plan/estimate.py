@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.plan.activations import Activations, stage_activations
-from configs.plan.adapters import adapter_parameters_of_stage
+from configs.plan.adapters import adapter_parameters_of_stage, trained_parameters_of_stage
 from configs.plan.derive import (
     Layout,
     chunk_layers,
@@ -86,9 +86,9 @@ def count_parameters(model: ModelConfig, head: HeadKind = "vocabulary") -> Param
 
 
 def parameters_per_rank(config: Config, layout: Layout) -> int:
-    """Return the trained parameters of the fullest rank: all, padded vocabulary included, or those of the adapters."""
+    """Return the trained parameters of the fullest rank: all, padded vocabulary included, or those of LoRA."""
     if config.lora is not None:
-        return max(sum(adapter_parameters_of_stage(config, layout, pp_rank)) for pp_rank in range(layout.pp))
+        return max(sum(trained_parameters_of_stage(config, layout, pp_rank)) for pp_rank in range(layout.pp))
     return max(map(sum, parameters_of_stages(config, layout)))
 
 
@@ -106,7 +106,7 @@ def estimate_stages(
 
     Weights in the compute format (and in FP8, unless they are gathered so), gradients in fp32, ZeRO-1
     optimizer state: two fp32 moments, and an fp32 main copy where compute is not fp32, sharded over dp*cp (over edp for
-    experts). With LoRA gradients and optimizer state are those of the adapters. Activations:
+    experts). With LoRA gradients and optimizer state are those of the adapters and of a scalar head. Activations:
     `configs.plan.activations`; logits are those of the last stage. Where nothing is trained there are weights alone.
     `parameters` are those of `parameters_of_stages`, if they are known.
     """
@@ -118,12 +118,12 @@ def estimate_stages(
     estimates = []
     for pp_rank, (dense, expert) in enumerate(parameters or parameters_of_stages(config, layout)):
         if config.lora is not None:
-            trained_dense, trained_expert = adapter_parameters_of_stage(config, layout, pp_rank)
+            trained_dense, trained_expert = trained_parameters_of_stage(config, layout, pp_rank)
         else:
             trained_dense, trained_expert = dense, expert
         if not is_trained:
             trained_dense = trained_expert = 0
-        adapters = 0 if config.lora is None else trained_dense + trained_expert
+        adapters = 0 if config.lora is None else sum(adapter_parameters_of_stage(config, layout, pp_rank))
         estimates.append(
             MemoryEstimate(
                 pp_rank=pp_rank,

@@ -43,7 +43,7 @@ def model_flops(
     `attended_pairs` over the layers and over what attention sees at once (samples, or documents): 2 heads (d_qk + d_v)
     FLOPs a pair, of which half is counted, since the mask is causal: PaLM appendix B counts it whole, Megatron-LM half,
     and so do we. Recomputation is not counted: this is model, not hardware, FLOPs. With LoRA the frozen weights have no
-    gradients, so that theirs are 2 x, and the adapters' come on top.
+    gradients, so that theirs are 2 x, and those of the adapters and of a scalar head come on top.
     """
     multiplied = (1 if head == "scalar" else model.vocab_size) * model.hidden_size
     first_with_experts = first_layer_with_experts(model)
@@ -56,6 +56,7 @@ def model_flops(
     if lora is None:
         return 3.0 * (2 * multiplied * num_tokens + core * num_attended_pairs)
     passed = 2.0 * multiplied + 3.0 * _adapter_parameters(model, lora)
+    passed += model.hidden_size if head == "scalar" else 0
     return 2 * passed * num_tokens + 3.0 * core * num_attended_pairs
 
 

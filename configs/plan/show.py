@@ -161,8 +161,9 @@ def _size_rows(config: Config, layout: Layout, others: Others) -> Iterable[tuple
     if count.active != count.total:
         yield "active parameters", f"{count.active:,} per token"
     if config.lora is not None:
-        trained = count_adapter_parameters(model, config.lora)
-        yield "trained parameters", f"{trained:,} of LoRA, {trained / count.total:.3%} of the model's"
+        trained = count_adapter_parameters(model, config.lora, config.head)
+        what = "LoRA and the head" if config.head == "scalar" else "LoRA"
+        yield "trained parameters", f"{trained:,} of {what}, {trained / count.total:.3%} of the model's"
     name = "parameters per rank" if config.lora is None else "trained per rank"
     yield name, f"{parameters_per_rank(config, layout):,} on the fullest rank"
     fullest = f"on the fullest rank (pipeline stage {memory.pp_rank}), without buffers and fragmentation"

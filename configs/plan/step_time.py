@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from configs.context_parallel import resolve_cp_attention
 from configs.plan import efficiency
-from configs.plan.adapters import adapter_parameters_of_stage
+from configs.plan.adapters import trained_parameters_of_stage
 from configs.plan.compute_time import ComputeTime, LayerSeconds, Seconds, recomputed
 from configs.plan.derive import Layout, chunk_layers, first_layer_with_experts, num_microbatches
 from configs.plan.devices import Device
@@ -119,12 +119,13 @@ class StepModel:
     ) -> None:
         """Work out one layer of each kind; `parameters` are those of `parameters_of_stages`, if they are known.
 
-        With LoRA what is reduced, updated and gathered are the adapters; what they compute is left out.
+        With LoRA what is reduced, updated and gathered are the adapters and a scalar head; what adapters compute is
+        left out.
         """
         self.layout, self.gpus_per_node, self.links = layout, gpus_per_node, _Links(device)
         self.compute = ComputeTime(config, layout, device, has_te=has_te)
         if config.lora is not None:
-            parameters = [adapter_parameters_of_stage(config, layout, pp_rank) for pp_rank in range(layout.pp)]
+            parameters = [trained_parameters_of_stage(config, layout, pp_rank) for pp_rank in range(layout.pp)]
         self.trained = parameters or parameters_of_stages(config, layout)
         first, num_layers = first_layer_with_experts(config.model), config.model.num_layers
         self.layers: dict[bool, tuple[LayerSeconds, LayerTraffic]] = {}

@@ -12,6 +12,4 @@ def check_reward_model(config: Config) -> Iterator[str]:
     """Yield every rule of reward models that the config breaks."""
     if not isinstance(config, RewardModelConfig):
         return
-    if config.lora is not None:
-        yield "lora: a reward model is trained whole, its new head too; a value that would work: null"
     yield from check_unused(config.sample, "sample", ("prompts",), "in a reward model, which writes nothing")

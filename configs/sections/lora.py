@@ -17,7 +17,10 @@ def _as_list(value: Any) -> Any:
 
 
 class LoraConfig(Section):
-    """Low-rank adapters beside frozen linears (arXiv:2106.09685): W x + scaling B A x; only A and B are trained."""
+    """Low-rank adapters beside frozen linears (arXiv:2106.09685): W x + scaling B A x; A and B are trained.
+
+    Beside them a scalar head is, which no language model brings; all else is frozen.
+    """
 
     rank: Count = 16
     """Rows of A and columns of B."""
@@ -31,7 +34,8 @@ class LoraConfig(Section):
     """Linears that get an adapter, by their names in Hugging Face models (q_proj, gate_proj, ...), or all-linear: every
     linear of the layers, routers apart."""
     init_from: PathText | None = None
-    """Directory of a PEFT adapter to begin with; null for a new one, which changes nothing at first."""
+    """Directory of a PEFT adapter to begin with, and of a sequence classifier its head; null for a new one, which
+    changes nothing at first."""
 
     @property
     def scaling(self) -> float:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from configs.plan.adapters import count_adapter_parameters
 from configs.plan.derive import derive_layout
-from configs.plan.estimate import count_parameters, estimate_memory
+from configs.plan.estimate import count_parameters, estimate_memory, estimate_stages, parameters_per_rank
 from configs.plan.flops import flops_per_step
 from configs.rules.check import check_config
 from configs.stages import PreferenceConfig, RewardModelConfig
@@ -38,13 +39,13 @@ def problems_of(config: Any) -> list[str]:
 
 
 def test_a_plain_reward_model_breaks_no_rule():
-    assert problems_of(config_of()) == []
+    assert problems_of(config_of()) == problems_of(config_of(lora={"rank": 8})) == []
 
 
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"lora": {"rank": 8}}, "lora: a reward model is trained whole"),
+        ({"lora": {"target_modules": ["q_proj", "score"]}}, "lora.target_modules: score: no linear of this model's"),
         ({"sample": {"prompts": ["a"]}}, "sample.prompts: has no effect in a reward model"),
         ({"checkpoint": {"init_from": None}}, "checkpoint.init_from: a reward model starts from a trained model"),
         ({"reward": {"train": []}}, "reward.train: 5 steps need at least one source"),
@@ -67,3 +68,22 @@ def test_a_scalar_head_takes_the_place_of_the_output_layer_in_the_plan(is_tied):
     assert memory[0].logits < memory[1].logits / 10
     tokens = 4 * 64
     assert flops_per_step(plain, 4) - flops_per_step(scalar, 4) == 6 * tokens * 32 * (320 - 1)
+
+
+def test_beside_adapters_the_head_is_trained_in_the_plan():
+    """32 weights more than the adapters, on the last stage; PEFT's own count of such a Llama."""
+    sections: dict[str, Any] = {"lora": {"rank": 8}, "parallel": {"pp": 2}}
+    scalar, plain = (config_of(kind, **sections) for kind in (RewardModelConfig, PreferenceConfig))
+    layout = derive_layout(scalar, 2)
+    adapters = count_adapter_parameters(plain.model, plain.lora)
+    assert count_adapter_parameters(scalar.model, scalar.lora, scalar.head) == adapters + 32
+    assert parameters_per_rank(scalar, layout) == parameters_per_rank(plain, layout) + 32
+    for one, other in zip(estimate_stages(scalar, layout), estimate_stages(plain, layout), strict=True):
+        head = 32 * one.pp_rank
+        assert (one.gradients, one.optimizer) == (other.gradients + 4 * head, other.optimizer + 8 * head)
+        assert one.weights == other.weights + 4 * (head - 320 * head)
+    tokens = 4 * 64
+    assert flops_per_step(plain, 4) - flops_per_step(scalar, 4) == 2 * tokens * 32 * (2 * 320 - 3)
+    llama = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 112, "num_query_groups": 2}
+    small = config_of(model=MODEL | llama, lora={"rank": 4})
+    assert count_adapter_parameters(small.model, small.lora, small.head) == 15_680

@@ -10,6 +10,7 @@ import pytest
 
 from tests.end_to_end.test_preference import NO_DATA, folder, pair
 from tests.pool import RankFailed
+from tests.tools.test_score_answers import run_tool
 
 __all__ = ["folder"]  # the fixture
 
@@ -90,6 +91,40 @@ def test_a_killed_run_goes_on_elsewhere_and_its_export_scores_as_it_does(reward,
     code, said, again = reward(2, "again", *there, "optimizer.lr=1e-9", "optimizer.min_lr=1e-9", data=data)
     assert code == 0, said
     assert again[-1]["validation_loss/margins"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_adapters_and_a_head_go_on_elsewhere_and_score_alike_however_they_are_read(reward, ranks, folder, tmp_path):
+    from tools.convert_hf import main
+    from trainer.checkpoint.tensors import CheckpointTensors
+
+    assert main(["export", str(tmp_path / "seed"), str(tmp_path / "base")]) == 0
+    base = (f"checkpoint.init_from_hf={tmp_path / 'base'}", "checkpoint.init_from=null")
+    given = (*base, "lora={rank: 4, alpha: 16}", "train.num_steps=4", "checkpoint.save_every=2")
+    code, said, whole = reward(1, "whole", *given)
+    assert code == 0, said
+    with pytest.raises(RankFailed):
+        reward(2, "parts", *given, "parallel.tp=2", "checkpoint.keep_last=1", fault="killed_rename")
+    code, said, parts = reward(2, "parts", *given, "parallel.pp=2")
+    assert code == 0, said
+    losses = {row["step"]: row["loss"] for row in parts}
+    np.testing.assert_allclose(list(losses.values()), [row["loss"] for row in whole], rtol=1e-5)
+    assert losses[4] < losses[1] - 0.1
+    last = tmp_path / "parts" / "checkpoints" / "step_00000004"
+    keys = CheckpointTensors(last).keys
+    assert "output_layer.weight" in keys and all("lora." in key or "output_layer." in key for key in keys)
+    # merged for transformers, and by our own tool
+    assert main(["export", str(last), str(tmp_path / "hf")]) == 0
+    (cached,) = (tmp_path / "cache").glob("*/pairs.bin")
+    expected = scores_of_transformers(tmp_path / "hf", cached.with_suffix(""))
+    accuracy, most = (expected[:, 0] > expected[:, 1]).mean(), np.abs(expected).max()
+    assert parts[-1]["validation_accuracy/pairs"] == pytest.approx(accuracy)
+    assert parts[-1]["validation_max_reward/pairs"] == pytest.approx(expected.max(), abs=1e-5 * most)
+    argv = [str(tmp_path / "parts"), str(folder / "pairs.jsonl"), "--length", "64", "--out", str(tmp_path / "scored")]
+    ((code, _, told),) = ranks.run(run_tool, argv, 0)
+    assert code == 0, told
+    scored = [json.loads(line) for line in (tmp_path / "scored").read_text().splitlines()]
+    found = np.array([[row["chosen_reward"], row["rejected_reward"]] for row in scored])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * most)
 
 
 BAD_ROWS = {

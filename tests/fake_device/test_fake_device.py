@@ -158,7 +158,9 @@ WHOLE = (
     "cp2_ring_latent_documents", "cp2_ulysses", "cp4_hierarchical", "cp2_tp2_sp", "recompute", "lora",
     "lora_experts", "lora_latent_tp2_sp", "fp8_tensorwise", "fp8_rowwise_tp2_sp", "fp8_delayed_experts",
 )  # fmt: skip
-REWARDED = ("bf16", "fp16", "experts", "tp2_sp", "pp2_first", "pp2_vpp2_last", "cp2_ring_documents", "fp8_tensorwise")
+REWARDED = (
+    "bf16", "fp16", "experts", "tp2_sp", "pp2_first", "pp2_vpp2_last", "cp2_ring_documents", "fp8_tensorwise", "lora",
+)  # fmt: skip
 """Of these: steps of distillation, of a reward model and of a critic too."""
 
 

@@ -28,6 +28,27 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def fill_adapters(engine: Any) -> None:
+    """Give the adapters random matrices, of which neither is zero."""
+    import torch
+
+    for number, module in enumerate(engine.adapter.modules()):
+        generator = torch.Generator().manual_seed(number)
+        linear = module.adapted.linear
+        a = torch.randn(module.adapted.num_adapted * 4, linear.input.total, generator=generator) * 0.1
+        b = torch.randn(linear.output.total, 4, generator=generator) * 0.1
+        module.fill(a, b)
+    engine.weights_loaded()
+
+
+def put_gradients_in_place(engine: Any) -> None:
+    """Make what was trained its last gradients, so that an export holds these."""
+    for chunk in engine.chunks:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(parameter.main_grad)
+
+
 def train_and_export(
     place: Place, config: Config, hf: str, folder: str, tokens: np.ndarray
 ) -> tuple[float, np.ndarray]:
@@ -54,13 +75,7 @@ def train_and_export(
 
     with open_engine(place, config) as engine:
         load_weights(engine, hf)
-        for number, module in enumerate(engine.adapter.modules()):
-            generator = torch.Generator().manual_seed(number)
-            linear = module.adapted.linear
-            a = torch.randn(module.adapted.num_adapted * 4, linear.input.total, generator=generator) * 0.1
-            b = torch.randn(linear.output.total, 4, generator=generator) * 0.1
-            module.fill(a, b)
-        engine.weights_loaded()
+        fill_adapters(engine)
         stage = build_stage(engine)
         export(TrainState(), "adapter")
         logits = engine.compute_logits(torch.from_numpy(tokens)).numpy()
@@ -72,9 +87,7 @@ def train_and_export(
         with engine.merged_adapter():
             merged = engine.compute_logits(torch.from_numpy(tokens))
         assert torch.allclose(merged, engine.compute_logits(torch.from_numpy(tokens)), atol=1e-4)
-        for module in engine.adapter.modules():
-            for parameter in module.parameters():
-                parameter.data.copy_(parameter.main_grad)
+        put_gradients_in_place(engine)
         export(state, "gradients")
         return result.loss, logits
 
@@ -84,6 +97,7 @@ def read_adapter(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     from safetensors.numpy import load_file
 
     tensors = load_file(directory / "adapter_model.safetensors")
+    tensors.pop("base_model.model.score.weight", None)
     modules = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors}
     assert len(tensors) == 2 * len(modules)
     prefix = "base_model.model."

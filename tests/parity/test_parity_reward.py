@@ -143,30 +143,36 @@ def update_alone(place: Place, config: Config, run_dir: str, masks: str) -> Pref
         return make_record(engine, [engine.train_step(batches, WrittenOut(), RATE) for _ in range(2)])
 
 
-def update_in_rows(place: Place, config: Config, run_dir: str, masks: str) -> PreferenceRecord:
-    """Update as the stage does."""
+def build_reward_stage(engine: Any) -> Any:
+    """Return the stage on the pairs, packed; all of them are a batch."""
     from trainer.data.blend import Blend
     from trainer.data.packed_source import ScoredPairSource
     from trainer.data.reader import BatchReader
     from trainer.data.sequences import with_margins
-    from trainer.engine.state import TrainState
     from trainer.evaluate.validation import Evaluator
     from trainer.stages.reward import RewardObjective, RewardStage
 
+    source: Any = ScoredPairSource(RandomPairs(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
+    train, mesh = engine.config.train, engine.mesh
+    assert source.num_samples == train.global_batch_size and source.padding_share > 0.01
+    reader = BatchReader(
+        Blend([source], [1.0]),
+        micro_batch_size=train.micro_batch_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        global_batch_size_at=lambda consumed: train.global_batch_size,
+        vocab_size=VOCAB_SIZE,
+        finish=with_margins,
+    )
+    return RewardStage("reward", engine, reader, RewardObjective(CENTERING, mesh.cp_group), Evaluator({}))
+
+
+def update_in_rows(place: Place, config: Config, run_dir: str, masks: str) -> PreferenceRecord:
+    """Update as the stage does."""
+    from trainer.engine.state import TrainState
+
     with open_scalar(place, config, run_dir) as engine:
-        source: Any = ScoredPairSource(RandomPairs(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
-        train, mesh = engine.config.train, engine.mesh
-        assert source.num_samples == train.global_batch_size and source.padding_share > 0.01
-        reader = BatchReader(
-            Blend([source], [1.0]),
-            micro_batch_size=train.micro_batch_size,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            global_batch_size_at=lambda consumed: train.global_batch_size,
-            vocab_size=VOCAB_SIZE,
-            finish=with_margins,
-        )
-        stage = RewardStage("reward", engine, reader, RewardObjective(CENTERING, mesh.cp_group), Evaluator({}))
+        stage = build_reward_stage(engine)
         _, results = train_steps(stage, TrainState(), 2)
         stage.close()
         return make_record(engine, results)

@@ -1,9 +1,11 @@
-"""Reward models on the device: packed answers score as each alone, and a rule that pairs follow is learnt."""
+"""Reward models on the device: packed answers score as each alone, and pairs' rule is learnt, whole and with LoRA."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from configs.roles import HEAD
 from tools.device_checks.engine import build_config
 from tools.device_checks.outcome import Outcome, judge
 
@@ -17,8 +19,11 @@ LEAST_ACCURACY, LARGEST_SHARE = 0.9, 0.5
 """Of pairs after the steps, and of the first loss."""
 
 
-def check_rewards(mesh: Mesh, compute: str) -> Outcome:
-    """Prefer answers of the lower half of the vocabulary, with a margin, centred, in one repeated batch."""
+def check_rewards(mesh: Mesh, compute: str, *, has_adapters: bool = False) -> Outcome:
+    """Prefer answers of the lower half of the vocabulary, with a margin, centred, in one repeated batch.
+
+    With adapters they and the head are trained, and all else stays.
+    """
     import torch
 
     from trainer.data.sequences import sum_by_sequence
@@ -27,7 +32,8 @@ def check_rewards(mesh: Mesh, compute: str) -> Outcome:
     from trainer.evaluate.rewards import score_rows
     from trainer.stages.reward import RewardObjective
 
-    config = build_config(compute, data={"document_mask": True})
+    sections: dict[str, Any] = {"lora": {"rank": 16}} if has_adapters else {}
+    config = build_config(compute, data={"document_mask": True}, **sections)
     plan = ModelPlan(config, is_trained=True, head="scalar")
     problems: list[str] = []
     with open_models({"reward": plan}, mesh) as models:
@@ -39,14 +45,26 @@ def check_rewards(mesh: Mesh, compute: str) -> Outcome:
         alone = torch.tensor(score_rows(model, answers))
         worst = float((packed - alone).abs().max())
         objective = RewardObjective(0.01, mesh.cp_group)
-        results = [model.train_step([batch], objective, RATE) for _ in range(NUM_STEPS)]
+        before = {name: one.clone() for name, one in _weights(model)} if has_adapters else {}
+        rate = 5 * RATE if has_adapters else RATE
+        results = [model.train_step([batch], objective, rate) for _ in range(NUM_STEPS)]
+        changed = [name for name, one in _weights(model) if name in before and not torch.equal(one, before[name])]
+    if has_adapters and changed != [HEAD]:
+        problems.append(f"beside the adapters {', '.join(changed) or 'nothing'} changed, where {HEAD} alone should")
     first, last, accuracy = results[0].loss, results[-1].loss, results[-1].metrics["accuracy"]
     if not worst <= TOLERANCES[compute]:
         problems.append(f"rewards in packed rows differ by {worst:.1e} (limit {TOLERANCES[compute]:g})")
     if not (last < LARGEST_SHARE * first and accuracy >= LEAST_ACCURACY):
         problems.append(f"the loss went from {first:.4f} to {last:.4f}, and {accuracy:.0%} of the pairs are right")
     found = f"loss {first:.3f} -> {last:.3f}, {accuracy:.0%} of the pairs right, rewards within {worst:.1e}"
-    return judge(f"{compute} rewards", problems, found, {"difference": worst, "last_loss": last, "accuracy": accuracy})
+    name = f"{compute} rewards" + (" with LoRA" if has_adapters else "")
+    return judge(name, problems, found, {"difference": worst, "last_loss": last, "accuracy": accuracy})
+
+
+def _weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the model's own parameters by name, adapters left out."""
+    for chunk in model.chunks:
+        yield from ((name, one) for name, one in chunk.named_parameters() if not name.startswith("lora."))
 
 
 def _make_batch(vocab_size: int, seq_len: int) -> tuple[Any, list[list[int]]]:

@@ -24,7 +24,14 @@ from trainer.checkpoint.stored import open_manifest, open_stored
 from trainer.engine.engine import Engine
 from trainer.engine.parts import Checkpointed, SavedState
 from trainer.engine.sharded_model import ShardedModel
-from trainer.engine.sharded_state import build_adapter_state, build_model_state, keep_head, key_prefix, with_key_prefix
+from trainer.engine.sharded_state import (
+    build_model_state,
+    build_trained_state,
+    keep_head,
+    key_prefix,
+    load_trained_state,
+    with_key_prefix,
+)
 from trainer.engine.state import TrainState
 from trainer.model.lora.attach import build_adapter
 from trainer.stages.base import Stage
@@ -75,11 +82,13 @@ def _validated(config: Config) -> list[dict[str, Any]]:
     return [source.model_dump(exclude={"weight"}) for source in config.sources("validation")]
 
 
-def warm_start(model: ShardedModel, checkpoint: Path, *, is_of_critic: bool = False) -> None:
+def warm_start(
+    model: ShardedModel, checkpoint: Path, *, is_of_critic: bool = False, has_head_elsewhere: bool = False
+) -> None:
     """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does.
 
-    Of a language model's a model with a scalar head takes all but the output layer; its head stays as it was drawn.
-    With `is_of_critic` they are those of the checkpoint's critic.
+    Of a language model's a model with a scalar head that is trained, or found elsewhere, takes all but the output
+    layer; its head stays as it was drawn. With `is_of_critic` they are those of the checkpoint's critic.
     """
     manifest = open_manifest(checkpoint)
     if is_of_critic:
@@ -87,7 +96,7 @@ def warm_start(model: ShardedModel, checkpoint: Path, *, is_of_critic: bool = Fa
         assert critic is not None
         manifest = critic
     check_architecture(manifest, _wanted(model, manifest), checkpoint, is_warm_start=True)
-    check_head(manifest.head, model.head, checkpoint, is_trained=model.is_trained)
+    check_head(manifest.head, model.head, checkpoint, may_be_new=model.is_trained or has_head_elsewhere)
     stored = open_stored(checkpoint, manifest, model.mesh)
     state = build_model_state(model.chunks, model.mesh)
     if manifest.stage["name"] == IMPORT_STAGE:  # Hugging Face models have no state of Transformer Engine
@@ -115,14 +124,14 @@ def _wanted(model: ShardedModel, manifest: Manifest) -> dict[str, Any]:
 def merge_adapter(model: ShardedModel, checkpoint: Path) -> None:
     """Add the adapters of a checkpoint to the weights that they belong to, which the model holds, for good.
 
-    Raises BadInput as `resume` does.
+    A scalar head that was trained beside them takes the place of the model's. Raises BadInput as `resume` does.
     """
     manifest = open_manifest(checkpoint)
     check_architecture(manifest, _wanted(model, manifest), checkpoint, is_warm_start=True)
     stored = open_stored(checkpoint, manifest, model.mesh)
     lora = LoraConfig.model_validate(manifest.config["lora"])
     adapter = build_adapter(model.chunks, lora, model.config.model, model.mesh, seed=0)
-    loaded = stored.load(build_adapter_state(adapter, model.mesh))
-    adapter.load([loaded[f"model{index}"] for index in range(len(model.chunks))])
+    loaded = stored.load(build_trained_state(adapter, model.chunks, model.mesh, manifest.head))
+    load_trained_state(adapter, model.chunks, loaded)
     adapter.merge()
     model.weights_loaded()

@@ -143,17 +143,18 @@ def check_architecture(
         )
 
 
-def check_head(there: HeadKind, here: HeadKind, where: Path, *, is_trained: bool) -> None:
+def check_head(there: HeadKind, here: HeadKind, where: Path, *, may_be_new: bool) -> None:
     """Raise BadInput if a model with the head `here` cannot begin with weights of a model with the head `there`.
 
-    One that is to be trained takes a language model's but for the output layer, and its scalar head as it is drawn.
+    One whose scalar head may be new, since it is trained or found elsewhere, takes a language model's weights but for
+    the output layer.
     """
     if there == "scalar" and here == "vocabulary":
         raise BadInput(
             f"{where}: holds a model with a scalar head (a reward model or a critic), which has no output layer; name "
             "a language model, such as the one that it began with."
         )
-    if there == "vocabulary" and here == "scalar" and not is_trained:
+    if there == "vocabulary" and here == "scalar" and not may_be_new:
         raise BadInput(
             f"{where}: holds a language model, which has no scalar head to score answers with; name a reward model "
             "(launch/reward.py makes one of it)."

@@ -24,7 +24,12 @@ from trainer.data.batch import Batch, share_of
 from trainer.engine.forward import forward_cached
 from trainer.engine.fp8_history import build_history_state, load_history, request_history_state
 from trainer.engine.parts import SavedState
-from trainer.engine.sharded_state import build_adapter_state, build_model_state, load_model_state
+from trainer.engine.sharded_state import (
+    build_model_state,
+    build_trained_state,
+    load_model_state,
+    load_trained_state,
+)
 from trainer.engine.turns import Turns
 from trainer.model.attention.cache import CachedTokens
 from trainer.model.divergence import TopK
@@ -63,7 +68,8 @@ class ShardedModel:
     ) -> None:
         """`modules` are what the schedule runs, one a virtual pipeline stage: bare chunks, or their replicas.
 
-        With an `adapter` the model's own weights are frozen, and what is saved and resumed are the adapters alone.
+        With an `adapter` the model's own weights are frozen, and what is saved and resumed are the adapters alone, and
+        a scalar head.
         """
         self.config = config
         self.mesh = mesh
@@ -212,14 +218,17 @@ class ShardedModel:
         """Wait until every rank holds the same weights, which models that are not trained always do."""
 
     def sharded_state(self, saved: SavedState | None) -> dict[str, Any]:
-        """Return weights (with an adapter, its own) and FP8 history to save, or, given a checkpoint's, to load."""
+        """Return the weights, or what is trained beside frozen ones, and FP8 history to save.
+
+        Given what a checkpoint holds, return what to load of it.
+        """
         history = None if self.fp8 is None else self.fp8.history
         if saved is None:
             fp8 = build_history_state(history, self.mesh)
         else:
             fp8 = request_history_state(history, self.mesh, saved)
         if self.adapter is not None:
-            return build_adapter_state(self.adapter, self.mesh) | {"fp8": fp8}
+            return build_trained_state(self.adapter, self.chunks, self.mesh, self.head) | {"fp8": fp8}
         return build_model_state(self.chunks, self.mesh) | {"fp8": fp8}
 
     def load(self, loaded: dict[str, Any]) -> None:
@@ -227,7 +236,7 @@ class ShardedModel:
         if self.adapter is None:
             self.load_weights(loaded)
         else:
-            self.adapter.load([loaded[f"model{index}"] for index in range(len(self.chunks))])
+            load_trained_state(self.adapter, self.chunks, loaded)
         load_history(None if self.fp8 is None else self.fp8.history, loaded.get("fp8", {}))
 
     def load_weights(self, loaded: dict[str, Any]) -> None:

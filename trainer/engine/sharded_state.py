@@ -16,15 +16,12 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
-from configs.roles import POLICY
+from configs.roles import HEAD, POLICY, HeadKind
 from parallel.mesh import Mesh
 from parallel.seeding import get_rng_state, set_rng_state
 from trainer.engine.parts import SavedState
 from trainer.model.lora.adapter import ADAPTERS, Adapter
 from trainer.model.lora.linear import LoraLinear
-
-HEAD = "output_layer.weight"
-"""The weight of the output layer, by its name in the last chunk and in checkpoints."""
 
 
 def build_model_state(chunks: list[Any], mesh: Mesh) -> dict[str, Any]:
@@ -100,6 +97,31 @@ def build_adapter_state(adapter: Adapter, mesh: Mesh) -> dict[str, Any]:
         }
         for index in range(len(adapter.of_chunks))
     }
+
+
+def build_trained_state(adapter: Adapter, chunks: list[Any], mesh: Mesh, head: HeadKind) -> dict[str, Any]:
+    """Return what is trained beside frozen weights: the adapters and, under its usual key, a scalar head."""
+    state = build_adapter_state(adapter, mesh)
+    if head == "scalar":
+        for chunk, shards in build_model_state(chunks, mesh).items():
+            state[chunk] |= {HEAD: shards[HEAD]} if HEAD in shards else {}
+    return state
+
+
+def load_trained_state(adapter: Adapter, chunks: list[Any], loaded: dict[str, Any]) -> None:
+    """Put in place what `build_trained_state` asked for."""
+    of_chunks = [loaded[f"model{index}"] for index in range(len(chunks))]
+    adapter.load(of_chunks)
+    for tensors in of_chunks:
+        if HEAD in tensors:
+            load_head(chunks, tensors[HEAD])
+
+
+@torch.no_grad()
+def load_head(chunks: list[Any], weight: torch.Tensor) -> None:
+    """Put the weight `[1, hidden]` of a scalar head in place, where this rank has the head."""
+    if chunks[-1].post_process:
+        chunks[-1].output_layer.weight.copy_(weight)
 
 
 def _shard_adapter(module: LoraLinear, matrix: str, mesh: Mesh) -> ShardedTensor:

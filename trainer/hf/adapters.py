@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from configs.plan.adapters import AdaptedLinear, adapted_linears, linear_path
+from configs.roles import HEAD
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.tensors import CheckpointTensors
@@ -66,7 +67,7 @@ class HfTensors:
 
 
 class StoredAdapters:
-    """The adapters in a checkpoint."""
+    """The adapters in a checkpoint, and a scalar head that was trained beside them."""
 
     def __init__(self, stored: CheckpointTensors, model: ModelConfig, lora: LoraConfig) -> None:
         self.path = stored.path
@@ -76,6 +77,11 @@ class StoredAdapters:
     def dtype(self, rule: Rule) -> torch.dtype:
         """Return the number format of the adapters of a rule's weight."""
         return self._stored.dtype(_key(rule, "a"))
+
+    @property
+    def head(self) -> torch.Tensor | None:
+        """The scalar head's weight `[1, hidden]`; None of a language model's adapters."""
+        return self._stored.read(HEAD) if HEAD in self._stored.keys else None
 
     def has(self, weight: str) -> bool:
         """Return whether a weight of the engine's model has adapters."""
@@ -101,26 +107,35 @@ class StoredAdapters:
 
 
 class MergedTensors:
-    """The tensors of a base with adapters added to its weights, in fp32 and rounded once."""
+    """The tensors of a base with adapters added to its weights, in fp32 and rounded once, and their scalar head."""
 
     def __init__(self, base: TensorStore, adapters: StoredAdapters, rules: dict[str, Rule]) -> None:
         self.path = adapters.path
         self._base, self._adapters, self._rules = base, adapters, rules
+        self._head = adapters.head
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a tensor; None if there is none of that name."""
-        return self._base.shape(name)
+        own = self._own(name)
+        return self._base.shape(name) if own is None else tuple(own.shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the base's number format of a tensor."""
-        return self._base.dtype(name)
+        """Return the number format of a tensor: the base's, of a head its own."""
+        own = self._own(name)
+        return self._base.dtype(name) if own is None else own.dtype
 
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor."""
+        own = self._own(name)
+        if own is not None:
+            return own
         tensor = self._base.read(name)
         if not self._adapters.has(name):
             return tensor
         return (tensor.float() + self._adapters.delta(self._rules[name])).to(tensor.dtype)
+
+    def _own(self, name: str) -> torch.Tensor | None:
+        return self._head if name == HEAD else None
 
 
 def adapted_by_weight(model: ModelConfig, lora: LoraConfig) -> dict[str, AdaptedLinear]:

@@ -12,6 +12,7 @@ import torch
 from configs.errors import BadInput
 from configs.fields import value_text
 from configs.plan.adapters import linear_path
+from configs.roles import HEAD, HeadKind
 from configs.sections.lora import LoraConfig
 from configs.sections.model import ModelConfig
 from trainer.checkpoint.tensors import CheckpointTensors
@@ -28,6 +29,9 @@ from trainer.hf.tensors import model_rules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+_CLASSIFIER = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+_HEADS = {"score", "classifier"}
+"""What PEFT names in `modules_to_save` of any sequence classifier; of those here the head is `score`."""
 # What of PEFT's LoRA is done here, and what PEFT takes where the key is missing: others compute something else.
 _ONLY: dict[str, Any] = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
@@ -45,8 +49,8 @@ def export_adapter(source: ExportSource, target: Path, *, dtype: torch.dtype | N
     started = time.perf_counter()
     if source.lora is None:
         raise BadInput(f"{source.checkpoint}: was trained without lora and holds no adapters; leave out --adapter.")
-    config = write_model(source.model, carried_config(source.carried))
-    rules = list(model_rules(source.model, find_family(config, "config.json").names))
+    config = write_model(source.model, carried_config(source.carried), source.head)
+    rules = list(model_rules(source.model, find_family(config, "config.json").names, source.head))
     stored = StoredAdapters(CheckpointTensors(source.checkpoint), source.model, source.lora)
     non_finite: dict[str, int] = {}
     outputs: list[OutputTensor] = []
@@ -56,16 +60,21 @@ def export_adapter(source: ExportSource, target: Path, *, dtype: torch.dtype | N
             outputs = [OutputTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
             non_finite = {name: bad for name, tensor in tensors.items() if (bad := count_non_finite(tensor))}
             write_file(growing / WEIGHTS, outputs, lambda output: tensors[output.name])
-            modules = {name.removeprefix(_PREFIX).split(".lora_")[0] for name in tensors}
+            modules = {name.removeprefix(_PREFIX).split(".lora_")[0] for name in tensors if ".lora_" in name}
             text = json.dumps(_write_config(source, source.lora, modules), indent=2)
             (growing / CONFIG).write_text(text + "\n", encoding="utf-8")
     num_bytes = sum(output.num_bytes for output in outputs)
-    return ConversionReport(len(outputs), num_bytes, time.perf_counter() - started, non_finite, [], [])
+    notes = []
+    if source.head == "scalar":
+        notes = ["PEFT asks the base how many labels there are: beside a language model open it with num_labels=1"]
+    return ConversionReport(len(outputs), num_bytes, time.perf_counter() - started, non_finite, [], notes)
 
 
 def _peft_tensors(stored: StoredAdapters, rules: list[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     tensors = {}
     for rule in rules:
+        if rule.megatron.name == HEAD and stored.head is not None:
+            tensors[_PREFIX + rule.hf[0].name] = stored.head.to(dtype or stored.head.dtype)
         if stored.has(rule.megatron.name):
             for adapter in stored.read(rule):
                 if adapter is not None:
@@ -87,7 +96,7 @@ def _write_config(source: ExportSource, lora: LoraConfig, modules: set[str]) -> 
     is_hf = source.base is not None and not source.base.is_checkpoint
     return {
         **_ONLY,
-        "task_type": "CAUSAL_LM",
+        **({"task_type": "CAUSAL_LM"} if source.head == "vocabulary" else _CLASSIFIER),
         "base_model_name_or_path": source.base.path if source.base is not None and is_hf else None,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -102,17 +111,20 @@ def _write_config(source: ExportSource, lora: LoraConfig, modules: set[str]) -> 
 class PeftAdapter:
     """The directory of a PEFT adapter, checked against the adapters that a run has."""
 
-    def __init__(self, directory: Path, model: ModelConfig, lora: LoraConfig) -> None:
-        """Open and check. Raises BadInput for files that are missing or damaged, and for other adapters."""
+    def __init__(self, directory: Path, model: ModelConfig, lora: LoraConfig, head: HeadKind = "vocabulary") -> None:
+        """Open and check. Raises BadInput for files that are missing or damaged, and for other adapters.
+
+        For a model with a scalar head it may hold one beside the adapters.
+        """
         self._directory = directory
+        names = choose_family(model).names
+        self._score = {_PREFIX + names.score: (1, model.hidden_size)} if head == "scalar" else {}
         self._check_config(_read_config(directory), lora)
         self._file = SafetensorsFile(directory / WEIGHTS)
         self._rank = lora.rank
         self._adapted = adapted_by_weight(model, lora)
         self._rules = {
-            rule.megatron.name: rule
-            for rule in model_rules(model, choose_family(model).names)
-            if rule.megatron.name in self._adapted
+            rule.megatron.name: rule for rule in model_rules(model, names) if rule.megatron.name in self._adapted
         }
         self._check_tensors()
 
@@ -129,8 +141,16 @@ class PeftAdapter:
                 b.append(torch.zeros(hf.shape[0], self._rank))
         return torch.cat(a), rule.conversion.merge([rows.to(b[0].dtype) for rows in b])
 
+    def read_head(self) -> torch.Tensor | None:
+        """Return the scalar head's weight `[1, hidden]`; None where there is none, as beside a language model."""
+        found = [self._file.read(name) for name in self._score if name in self._file.tensors]
+        return found[0] if found else None
+
     def _check_config(self, config: dict[str, Any], lora: LoraConfig) -> None:
         where = self._directory / CONFIG
+        saved = config.get("modules_to_save")
+        if self._score and isinstance(saved, list) and _HEADS.issuperset(saved):
+            config = config | {"modules_to_save": None}
         for key, only in _ONLY.items():
             value = config.get(key, only)
             if value != only and (value or only):
@@ -148,6 +168,7 @@ class PeftAdapter:
                     a, b = _names(hf.name.removesuffix(".weight"))
                     expected |= {a: (self._rank, hf.shape[1]), b: (hf.shape[0], self._rank)}
         found = self._file.tensors
+        expected |= {name: shape for name, shape in self._score.items() if name in found}
         where = self._directory / WEIGHTS
         for name in sorted(expected.keys() - found.keys())[:1]:
             raise BadInput(

@@ -252,9 +252,10 @@ def show_start(config: Config, environment: Mapping[str, Any]) -> None:
 def _trained(config: Config) -> str:
     if config.lora is None:
         return "all weights"
-    number = count_adapter_parameters(config.model, config.lora)
+    number = count_adapter_parameters(config.model, config.lora, config.head)
     modules = ", ".join(adapted_modules(config.model, config.lora))
-    return f"LoRA of rank {config.lora.rank}: {number:,} parameters, beside {modules}"
+    head = ", and the head" if config.head == "scalar" else ""
+    return f"LoRA of rank {config.lora.rank}: {number:,} parameters, beside {modules}{head}"
 
 
 def _write(path: Path, text: str) -> None:

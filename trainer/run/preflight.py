@@ -171,7 +171,7 @@ def _checkpoint_bytes(config: Config) -> int:
     """Return what a checkpoint takes at least; a run that trains nothing writes none."""
     if not config.is_training:
         return 0
-    own = None if config.lora is None else count_adapter_parameters(config.model, config.lora)
+    own = None if config.lora is None else count_adapter_parameters(config.model, config.lora, config.head)
     counts = [count_parameters(config.model, config.head).total if own is None else own]
     for second in config.second_models.values():
         if second.is_trained:

@@ -152,7 +152,7 @@ def _fresh(second: SecondModel, config: Config) -> FoundModel:
     """Return what lies at the place."""
     found = _look_for(second, config)
     place, model = found.directory, found.model
-    check_head(found.head, second.head, place, is_trained=second.is_trained)
+    check_head(found.head, second.head, place, may_be_new=second.is_trained)
     _check_vocabulary(second, found, config)
     if not second.is_trained and second.head == "scalar":
         _compare_templates(second, found, config)

@@ -149,7 +149,7 @@ def _find(config: Config, stage_name: str) -> Start:
     if settings.init_from_hf is not None:
         theirs = check_same_architecture(config.model, Path(settings.init_from_hf), FREE_WARM_START_FIELDS)
         found = HfModel(settings.init_from_hf, config.model)  # refuses missing and damaged files
-        check_head(found.head, config.head, found.directory, is_trained=True)
+        check_head(found.head, config.head, found.directory, may_be_new=True)
         changes = describe_new_use(theirs, theirs.max_position_embeddings, config)
         return Start(init_from_hf=Path(settings.init_from_hf), base=base, changes=changes)
     if settings.init_from is None:
@@ -157,7 +157,7 @@ def _find(config: Config, stage_name: str) -> Start:
     init_from = existing_checkpoint(settings.init_from, "checkpoint.init_from")
     manifest = read_manifest(init_from)
     check_architecture(manifest, resolved_dict(config)["model"], init_from, is_warm_start=True)
-    check_head(manifest.head, config.head, init_from, is_trained=True)
+    check_head(manifest.head, config.head, init_from, may_be_new=True)
     before = ModelConfig.model_validate(manifest.config["model"])
     is_imported = manifest.stage["name"] == IMPORT_STAGE
     trained_len = before.max_position_embeddings if is_imported else manifest.config["train"]["seq_len"]

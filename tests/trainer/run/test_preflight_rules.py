@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 
+from configs.stages import Config, RewardModelConfig
+from trainer.run.preflight import _checkpoint_bytes
 from trainer.run.preflight_rules import Disk, Found, Summed, judge_agreement, judge_clocks, judge_disks, judge_sums
 
 GIB = 2**30
@@ -82,3 +84,11 @@ def test_a_clock_that_is_off_is_a_warning():
     findings = judge_clocks([(WHO[0], 1000.0), (WHO[1], 1000.2), (WHO[2], 1003.0), (WHO[3], 999.9)])
     assert not findings.failures and len(findings.warnings) == 1
     assert findings.warnings[0].startswith(f"the clock of {WHO[2]} is 2.9 s ahead of the others'; ")
+
+
+def test_a_checkpoint_of_adapters_takes_them_and_a_head():
+    """Of a Llama whose parameters PEFT counts as 15,680 in rank 4 and a head of 64: 12 bytes each."""
+    model = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 112, "num_attention_heads": 4, "vocab_size": 251}
+    fields = {"model": model | {"num_query_groups": 2}, "train": {"num_steps": 1}, "lora": {"rank": 4}}
+    sizes = [_checkpoint_bytes(kind.model_validate(fields)) for kind in (Config, RewardModelConfig)]
+    assert sizes == [12 * (15_680 - 64), 12 * 15_680]

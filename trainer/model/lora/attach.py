@@ -1,4 +1,4 @@
-"""Freezes a model and puts adapters beside the linears of its layers: which, and how they begin."""
+"""Freezes a model, a scalar head apart, and puts adapters beside the linears of its layers: which, how they begin."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from configs.sections.model import ModelConfig
 from parallel.mesh import Mesh
 from trainer.model.lora.adapter import Adapter
 from trainer.model.lora.linear import LoraLinear, Site
+from trainer.model.scalar_head import ScalarHead
 
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
@@ -24,7 +25,8 @@ _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 def attach_lora(chunks: list[Any], lora: LoraConfig, model: ModelConfig, mesh: Mesh, seed: int) -> Adapter:
     """Freeze the chunks, add an adapter to each linear that `lora` names, and return them all.
 
-    Each A is drawn from the run's seed and the linear's name, alike on every layout.
+    A scalar head, which no language model brings, stays to be trained. Each A is drawn from the run's seed and the
+    linear's name, alike on every layout.
     """
     adapter = build_adapter(chunks, lora, model, mesh, seed)
     for chunk, found in zip(chunks, adapter.of_chunks, strict=True):
@@ -35,6 +37,8 @@ def attach_lora(chunks: list[Any], lora: LoraConfig, model: ModelConfig, mesh: M
         if chunk.pre_process:  # recomputed layers pass a gradient on only if their input asks for one
             chunk.embedding.register_forward_hook(_ask_for_gradient)
         for part in chunk.modules():
+            if isinstance(part, ScalarHead):
+                part.requires_grad_(True)
             if hasattr(part, "expert_bias"):
                 part.frozen_expert_bias = True  # Megatron-Core's name for a router that learns nothing
     return adapter
