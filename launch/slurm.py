@@ -22,6 +22,7 @@ from configs.rules.cluster import check_cluster, check_nodes
 from configs.sections.cluster import ClusterConfig
 from configs.stages import Config, DistillConfig, TeacherCacheConfig
 from launch.batch_script import GOES_ON, RECIPE_NAME, Job, batch_script
+from launch.checks import find_others
 from launch.dry_run import plan_problems
 from launch.other_launchers import pytorchjob, torchrun_script
 from launch.scheduler import cancel, check_partition, find_owner, has_slurm, list_partitions, submit
@@ -113,6 +114,8 @@ def _plan_stage(
     found = plan_problems(config, stage.stage, world_size, platform_name, is_start_to_come=before is not None)
     problems += [one + ranks if one.startswith("parallel: world size") else one for one in found]
     problems += check_nodes(config, cluster)
+    if not any(_is_left(second.place, earlier) for second in config.second_models.values()):
+        problems += find_others(config, world_size, platform_name)[1]
     if before is not None:
         problems += _other_architecture(before, config)
     return config, problems
@@ -135,10 +138,15 @@ def _is_taught(stage: StageRequest, earlier: Sequence[Config]) -> bool:
     config, _ = read_config(stage.recipe, stage.overrides, stage.stage)
     if not isinstance(config, DistillConfig):
         return False
-    named = {config.distill.teacher, config.distill.cache} - {None}
-    left = {_absolute(one) for one in earlier}
-    left |= {Path(str(one.distill.cache)).absolute() for one in earlier if isinstance(one, TeacherCacheConfig)}
-    return bool(left & {Path(str(place)).absolute() for place in named})
+    named = [place for place in (config.distill.teacher, config.distill.cache) if place is not None]
+    return any(_is_left(place, earlier) for place in named)
+
+
+def _is_left(place: str, earlier: Sequence[Config]) -> bool:
+    """Return whether a place is what an earlier stage leaves: in its run directory, or the cache of a teacher."""
+    left = [str(one.run.dir) for one in earlier]
+    left += [str(one.distill.cache) for one in earlier if isinstance(one, TeacherCacheConfig)]
+    return any(Path(place).resolve().is_relative_to(Path(one).resolve()) for one in left)
 
 
 def _other_architecture(before: Config, config: Config) -> list[str]:

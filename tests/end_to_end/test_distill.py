@@ -112,16 +112,20 @@ def test_a_cache_teaches_as_its_teacher_does(distill, folder, tmp_path):
         code, said, rows = distill(1, "refused", f"distill.cache={cache}", *overrides)
         assert code == 2 and said.startswith(words), said
         assert not rows and not (tmp_path / "refused").exists()
-    for field in ("distill.teacher", "checkpoint.init_from"):  # before anything is tokenised
+    for field in ("distill.teacher", "checkpoint.init_from", "checkpoint.resume"):  # before anything is tokenised
         words = (f"sft.cache={tmp_path / 'unused'}", f"distill.teacher={place}", f"{field}={tmp_path / 'nowhere'}")
         code, said, _ = distill(1, "refused", *words)
         assert code == 2 and said.startswith(f"{field}: ") and not (tmp_path / "unused").exists(), said
+    code, said, _ = distill(1, "again", *writing, stage="teacher_cache")  # as of a job that is queued again
+    assert code == 0 and said == "", said
+    code, said, _ = distill(1, "again", *writing, "distill.top_k=11", stage="teacher_cache")
+    assert code == 2 and said.startswith(f"distill.cache: {cache}: is not empty"), said
     with next(cache.glob("*.records")).open("ab") as records:
         records.write(b" " * (8 * 12 + 4))
     code, said, _ = distill(1, "refused", f"distill.cache={cache}")
     assert code == 2 and said.startswith(f"distill.cache: {cache} is damaged, it has "), said
     code, said, _ = distill(1, "again", *writing, stage="teacher_cache")
-    assert code == 2 and said.startswith(f"distill.cache: {cache}: is not empty"), said
+    assert code == 2 and said.startswith(f"distill.cache: {cache} is damaged, it has "), said
 
 
 def test_a_teacher_of_other_tokens_is_refused(distill, folder, train, tmp_path):

@@ -158,7 +158,7 @@ def test_the_student_of_a_stage_begins_where_its_recipe_says(site):
     first = ["train.global_batch_size=32", *words]
     last = ["--nodes", "1", "--cluster", "cluster.yaml"]
     cached = ["distill.teacher=null", "distill.cache=data/teacher_cache"]
-    for own in (cached, ["distill.teacher=runs/sft"]):
+    for own in (cached, ["distill.teacher=runs/sft"], ["distill.teacher=./runs/../runs/sft/checkpoints/latest"]):
         assert slurm.main([*first, *own, *last]) == 0
         starts = [
             load_config(str(site / "runs" / stage / "recipe.yaml"), (), stage).checkpoint.init_from

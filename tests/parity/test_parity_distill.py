@@ -64,7 +64,7 @@ def open_both(
         plan = ModelPlan(config.model_copy(update={"model": model}), is_trained=False)
         teacher = build_models({"teacher": plan}, engine.mesh)["teacher"]
         warm_start(engine, resolve_checkpoint(run_dir))
-        warm_start(teacher, checkpoint)
+        warm_start(teacher, checkpoint, read_manifest(checkpoint).config["model"]["vocab_size"])
         yield engine, teacher
 
 

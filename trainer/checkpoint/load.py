@@ -18,7 +18,7 @@ from configs.roles import CRITIC
 from configs.sections.lora import LoraConfig
 from configs.stages import Config
 from parallel.mesh import Mesh
-from trainer.checkpoint.manifest import IMPORT_STAGE, Manifest, check_architecture, check_continues, check_head
+from trainer.checkpoint.manifest import IMPORT_STAGE, check_architecture, check_continues, check_head
 from trainer.checkpoint.parts import collect, hand_out
 from trainer.checkpoint.stored import open_manifest, open_stored
 from trainer.engine.engine import Engine
@@ -83,19 +83,25 @@ def _validated(config: Config) -> list[dict[str, Any]]:
 
 
 def warm_start(
-    model: ShardedModel, checkpoint: Path, *, is_of_critic: bool = False, has_head_elsewhere: bool = False
+    model: ShardedModel,
+    checkpoint: Path,
+    num_ids: int | None = None,
+    *,
+    is_of_critic: bool = False,
+    has_head_elsewhere: bool = False,
 ) -> None:
     """Load the weights alone; step, optimizer and data start anew. Raises BadInput as `resume` does.
 
     Of a language model's a model with a scalar head that is trained, or found elsewhere, takes all but the output
-    layer; its head stays as it was drawn. With `is_of_critic` they are those of the checkpoint's critic.
+    layer; its head stays as it was drawn. With `is_of_critic` they are those of the checkpoint's critic. `num_ids`
+    is how many ids the checkpoint has, where that may be more than the model's.
     """
     manifest = open_manifest(checkpoint)
     if is_of_critic:
         critic = manifest.of_critic()
         assert critic is not None
         manifest = critic
-    check_architecture(manifest, _wanted(model, manifest), checkpoint, is_warm_start=True)
+    check_architecture(manifest, _wanted(model, num_ids), checkpoint, is_warm_start=True)
     check_head(manifest.head, model.head, checkpoint, may_be_new=model.is_trained or has_head_elsewhere)
     stored = open_stored(checkpoint, manifest, model.mesh)
     state = build_model_state(model.chunks, model.mesh)
@@ -112,22 +118,19 @@ def warm_start(
     model.weights_loaded()
 
 
-def _wanted(model: ShardedModel, manifest: Manifest) -> dict[str, Any]:
-    """Return the architecture that weights are loaded for; a frozen model may be given the first of their ids alone."""
+def _wanted(model: ShardedModel, num_ids: int | None) -> dict[str, Any]:
+    """Return the architecture that weights are loaded for, of which the model may be given the first ids alone."""
     wanted: dict[str, Any] = resolved_dict(model.config)["model"]
-    num_stored = manifest.config["model"]["vocab_size"]
-    if not model.is_trained and num_stored > wanted["vocab_size"]:
-        wanted["vocab_size"] = num_stored
-    return wanted
+    return wanted | {"vocab_size": num_ids or wanted["vocab_size"]}
 
 
-def merge_adapter(model: ShardedModel, checkpoint: Path) -> None:
+def merge_adapter(model: ShardedModel, checkpoint: Path, num_ids: int | None = None) -> None:
     """Add the adapters of a checkpoint to the weights that they belong to, which the model holds, for good.
 
     A scalar head that was trained beside them takes the place of the model's. Raises BadInput as `resume` does.
     """
     manifest = open_manifest(checkpoint)
-    check_architecture(manifest, _wanted(model, manifest), checkpoint, is_warm_start=True)
+    check_architecture(manifest, _wanted(model, num_ids), checkpoint, is_warm_start=True)
     stored = open_stored(checkpoint, manifest, model.mesh)
     lora = LoraConfig.model_validate(manifest.config["lora"])
     adapter = build_adapter(model.chunks, lora, model.config.model, model.mesh, seed=0)

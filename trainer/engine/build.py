@@ -39,6 +39,8 @@ class ModelPlan:
     (`checkpoint`)."""
     is_start_critic: bool = False
     """Whether it is the critic of that checkpoint that is meant, not the run's own model."""
+    num_start_ids: int | None = None
+    """How many ids there are at the start, where the model may be given the first of them alone."""
 
 
 def build_models(plans: Mapping[str, ModelPlan], mesh: Mesh) -> dict[str, ShardedModel]:

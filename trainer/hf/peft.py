@@ -119,6 +119,7 @@ class PeftAdapter:
         self._directory = directory
         names = choose_family(model).names
         self._score = {_PREFIX + names.score: (1, model.hidden_size)} if head == "scalar" else {}
+        self._has_head = False
         self._check_config(_read_config(directory), lora)
         self._file = SafetensorsFile(directory / WEIGHTS)
         self._rank = lora.rank
@@ -150,7 +151,7 @@ class PeftAdapter:
         where = self._directory / CONFIG
         saved = config.get("modules_to_save")
         if self._score and isinstance(saved, list) and _HEADS.issuperset(saved):
-            config = config | {"modules_to_save": None}
+            config, self._has_head = config | {"modules_to_save": None}, bool(saved)
         for key, only in _ONLY.items():
             value = config.get(key, only)
             if value != only and (value or only):
@@ -168,7 +169,7 @@ class PeftAdapter:
                     a, b = _names(hf.name.removesuffix(".weight"))
                     expected |= {a: (self._rank, hf.shape[1]), b: (hf.shape[0], self._rank)}
         found = self._file.tensors
-        expected |= {name: shape for name, shape in self._score.items() if name in found}
+        expected |= {name: shape for name, shape in self._score.items() if self._has_head or name in found}
         where = self._directory / WEIGHTS
         for name in sorted(expected.keys() - found.keys())[:1]:
             raise BadInput(

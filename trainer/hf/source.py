@@ -25,11 +25,11 @@ _COMPUTED = r"\.rotary_emb\.inv_freq$"  # old files hold what follows from confi
 class HfModel:
     """A model directory whose files, config and shapes agree with each other."""
 
-    def __init__(self, directory: str | Path, model: ModelConfig | None = None) -> None:
+    def __init__(self, directory: str | Path, model: ModelConfig | None = None, num_ids: int | None = None) -> None:
         """Open and check; `model` gives what `config.json` does not say (padding of the vocabulary).
 
-        It may know fewer ids: those beyond are not read. Raises BadInput for anything that is missing, disagrees, or
-        cannot be expressed.
+        With `num_ids` the directory may have as many ids, and those beyond the model's are not read. Raises BadInput
+        for anything that is missing, disagrees, or cannot be expressed.
         """
         self.directory = find_model_directory(Path(directory))
         config = load_config_json(self.directory)
@@ -45,8 +45,7 @@ class HfModel:
             self._num_prediction_layers = max(1, announced or 0)
         self._files = SafetensorsDirectory(self.directory)
         self._name_as_whole_model()
-        wanted, num_ids = model or self.model, self.model.vocab_size
-        rules = model_rules(wanted, self.family.names, self.head, max(num_ids, wanted.vocab_size))
+        rules = model_rules(model or self.model, self.family.names, self.head, num_ids)
         self.rules = {rule.megatron.name: rule for rule in rules}
         self._check_shapes()
         self.ignored = self._find_ignored()

@@ -143,10 +143,10 @@ class CachedTeacher:
         self._num_ids = info.vocab_size if info.vocab_size < vocab_size else None
         if info.tokenizer != tokenizer:
             raise BadInput(f"{_FIELD}: {place} was written with another tokenizer than data.tokenizer; {_ANEW}")
-        if info.vocab_size > vocab_size and self._largest_id() >= vocab_size:
+        if info.vocab_size > vocab_size:  # what is listed is a share of them all
             raise BadInput(
-                f"{_FIELD}: {place} was written with a vocabulary of {info.vocab_size}, and has ids beyond "
-                f"model.vocab_size={vocab_size} of this run; {_ANEW}"
+                f"{_FIELD}: {place} was written with a vocabulary of {info.vocab_size}, more than model.vocab_size="
+                f"{vocab_size} of this run; {_ANEW} of a model of as many, or name the model as distill.teacher"
             )
         for field, there, here in (
             ("train.seq_len", info.seq_len, seq_len),
@@ -189,11 +189,6 @@ class CachedTeacher:
     def lesson(self, batch: Batch, diverge: tuple[Diverge, ...], *, has_labels: bool) -> Lesson:
         """Return the comparison with the columns of a batch."""
         return make_lesson(batch, self.temperature, diverge, TOP_K, None, self._num_ids, has_labels=has_labels)
-
-    def _largest_id(self) -> int:
-        """Return the largest id of all records, which are read for it."""
-        pieces = (part["ids"][start : start + 2**20] for part in self._parts for start in range(0, len(part), 2**20))
-        return max((int(piece.max()) for piece in pieces), default=0)
 
     def _find(self, key: int) -> tuple[int, int]:
         place = int(np.searchsorted(self._table[:, 0], key))

@@ -56,6 +56,8 @@ class _Place:
     head: HeadKind = "vocabulary"
     is_critic: bool = False
     """Whether it is the critic of a checkpoint of PPO, not the policy."""
+    policy: ModelConfig | None = None
+    """Of that checkpoint, beside its critic."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def plan_models(config: Config, found: Mapping[str, FoundModel]) -> dict[str, Mo
     plans = {POLICY: ModelPlan(config, is_trained=True, head=config.head)}
     for role, one in found.items():
         second = one.second
-        plans[role] = ModelPlan(one.config, second.is_trained, second.head, one.start, one.is_start_critic)
+        num_ids = one.record["model"]["vocab_size"]
+        plans[role] = ModelPlan(one.config, second.is_trained, second.head, one.start, one.is_start_critic, num_ids)
     return plans
 
 
@@ -138,7 +141,7 @@ def load_second_models(models: Mapping[str, ShardedModel], plans: Mapping[str, M
 
     for role, plan in plans.items():
         if plan.start is not None:
-            load_weights(models[role], plan.start, is_of_critic=plan.is_start_critic)
+            load_weights(models[role], plan.start, is_of_critic=plan.is_start_critic, num_ids=plan.num_start_ids)
             kind = "trained from" if plan.is_trained else "frozen, of"
             kind += " the critic in" if plan.is_start_critic else ""
             log.info("%s: %d layers of width %d, %s %s", role, *_size(plan.config.model), kind, plan.start)
@@ -182,14 +185,15 @@ def _resumed(second: SecondModel, config: Config, record: Mapping[str, Any]) -> 
 def _own_config(second: SecondModel, config: Config, model: ModelConfig) -> Config:
     """Return the run's config for another model; the padding of its vocabulary is layout, and so the run's.
 
-    A teacher's logits are compared id by id: of its ids it is given those that the policy has, and no more. Where the
-    model has no experts, ranks that the run's experts are spread over are data-parallel ones to it.
+    A teacher's logits are compared id by id: of its ids it is given those that the policy has, and no more. An id that
+    the policy has and the model has not is a row of zeros. Where the model has no experts, ranks that the run's experts
+    are spread over are data-parallel ones to it.
     """
     ours = config.model
     vocabulary = {"vocab_pad_multiple": ours.vocab_pad_multiple}
-    if second.head == "vocabulary" and model.vocab_size != ours.vocab_size:
-        num_rows = padded_vocab_size(ours)
-        vocabulary = {"vocab_pad_multiple": num_rows, "vocab_size": min(model.vocab_size, ours.vocab_size)}
+    if model.vocab_size < ours.vocab_size or (second.head == "vocabulary" and model.vocab_size > ours.vocab_size):
+        num_ids = min(model.vocab_size, ours.vocab_size)
+        vocabulary = {"vocab_pad_multiple": padded_vocab_size(ours), "vocab_size": num_ids}
     model = model.model_copy(update=vocabulary)
     experts = {"ep": 1, "etp": None} if model.moe is None else {}
     return config.model_copy(
@@ -207,7 +211,9 @@ def _look_for(second: SecondModel, config: Config) -> _Place:
     found = _look(second)
     if not second.is_start:
         return found
-    used = {name: getattr(config.model, name) for name in FREE_WARM_START_FIELDS}
+    before = found.policy or found.model
+    ours = {name: getattr(config.model, name) for name in FREE_WARM_START_FIELDS}
+    used = {name: value for name, value in ours.items() if value != getattr(before, name)}
     return replace(found, model=found.model.model_copy(update=used))
 
 
@@ -220,7 +226,8 @@ def _look(second: SecondModel) -> _Place:
         critic = manifest.of_critic() if second.is_trained else None
         chosen, tokenizer = critic or manifest, _saved_tokenizer(manifest, checkpoint)
         model = ModelConfig.model_validate(chosen.config["model"])
-        return _Place(checkpoint, model, tokenizer, manifest.template, chosen.head, critic is not None)
+        policy = None if critic is None else ModelConfig.model_validate(manifest.config["model"])
+        return _Place(checkpoint, model, tokenizer, manifest.template, chosen.head, critic is not None, policy)
     place = Path(text)
     directory = find_model_directory(place) if place.is_dir() else place
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +104,10 @@ def check_places(config: Config) -> None:
     What lies there is looked into by `find_start` and `find_second_models`.
     """
     settings = config.checkpoint
-    if settings.resume not in ("auto", "never") or latest_checkpoint(str(config.run.dir)) is not None:
+    if settings.resume not in ("auto", "never"):
+        existing_checkpoint(settings.resume, "checkpoint.resume")
+        return
+    if latest_checkpoint(str(config.run.dir)) is not None:
         return
     if settings.init_from is not None:
         existing_checkpoint(settings.init_from, "checkpoint.init_from")
@@ -111,6 +115,8 @@ def check_places(config: Config) -> None:
         find_model_directory(Path(settings.init_from_hf))
     for second in config.second_models.values():
         look_at(second, config)
+    if config.lora is not None and config.lora.init_from is not None and not os.path.isdir(config.lora.init_from):
+        raise BadInput(f"lora.init_from: {config.lora.init_from} is no directory; name one that PEFT has saved.")
 
 
 def find_start(config: Config, stage_name: str) -> Start:

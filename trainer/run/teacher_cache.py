@@ -54,8 +54,12 @@ def write_teacher_cache(corpus: Corpus, environment: Environment, mesh: Mesh, lo
     on_all_ranks(partial(start.wait_until_visible, config.parallel.timeout_seconds))
     datasets = [*(source.dataset for source in (corpus.blend.sources if corpus.blend else ()))]
     datasets += corpus.validation.values()
-    on_rank_zero(lambda: _check_room(config, target, datasets))
     base = on_rank_zero(lambda: identify_base(_place(start)))
+    info = _describe(config, corpus, base, datasets, mesh)
+    if on_rank_zero(lambda: _is_written(target, info)):
+        log.info("%s is written already: of this teacher, these data and these settings", target)
+        return ExitCode.DONE
+    on_rank_zero(lambda: _check_room(config, target, datasets))
     # These import Megatron-Core, which must happen after the platform is active.
     from trainer.engine.build import ModelPlan, open_models
 
@@ -66,7 +70,7 @@ def write_teacher_cache(corpus: Corpus, environment: Environment, mesh: Mesh, lo
         watch.start(start_rank_log(run_dir, mesh).parent / WATCH)
         on_rank_zero(lambda: write_run_files(config, details, run_dir, launcher=environment.launcher))
         with growing_directory(target, rank=mesh.rank) as directory:
-            _write(config, model, datasets, directory, _describe(config, corpus, base, datasets, mesh), lock)
+            _write(config, model, datasets, directory, info, lock)
     return ExitCode.DONE
 
 
@@ -126,6 +130,16 @@ def _reader(config: TeacherCacheConfig, dataset: TokenDataset, mesh: Mesh) -> Va
         vocab_size=config.model.vocab_size,
         packing=config.packing,
     )
+
+
+def _is_written(target: Path, info: CacheInfo) -> bool:
+    """Return whether a cache lies there that such a run wrote, on whatever ranks. Raises BadInput for a damaged one."""
+    from trainer.rl.teacher_cache import INFO, CachedTeacher
+
+    if not (target / INFO).is_file():
+        return False
+    found = CachedTeacher(target, is_last_pp_stage=True).info
+    return replace(found, num_parts=info.num_parts, num_records=0, num_documents=0) == info
 
 
 def _check_room(config: TeacherCacheConfig, target: Path, datasets: Sequence[TokenDataset]) -> None:

@@ -12,20 +12,21 @@ if TYPE_CHECKING:
     from trainer.engine.sharded_model import ShardedModel
 
 
-def load_weights(model: ShardedModel, place: str, *, is_of_critic: bool = False) -> None:
+def load_weights(model: ShardedModel, place: str, *, is_of_critic: bool = False, num_ids: int | None = None) -> None:
     """Put in place the weights of a checkpoint, a run directory or a Hugging Face model.
 
     Of a checkpoint of adapters these are its base's, with the adapters merged into them, and the scalar head that was
     trained beside them; `is_of_critic` takes those of the critic of a checkpoint of PPO. A model's own adapters stay as
-    they are. Raises BadInput for what holds no weights, is damaged or is another architecture. Collective: all ranks of
-    the world.
+    they are. With `num_ids` the place may have as many ids, of which the model takes the first; else it must have as
+    many as the model. Raises BadInput for what holds no weights, is damaged or is another architecture. Collective: all
+    ranks of the world.
     """
     with model.on_device():
-        _load_weights(model, place, is_of_critic=is_of_critic)
+        _load_weights(model, place, num_ids or model.config.model.vocab_size, is_of_critic=is_of_critic)
 
 
 def _load_weights(
-    model: ShardedModel, place: str, *, is_of_critic: bool = False, has_head_elsewhere: bool = False
+    model: ShardedModel, place: str, num_ids: int, *, is_of_critic: bool = False, has_head_elsewhere: bool = False
 ) -> None:
     """Load as `load_weights` does; with `has_head_elsewhere` a scalar head that is not in the place is loaded later."""
     from trainer.checkpoint.base_weights import recorded_base
@@ -36,22 +37,22 @@ def _load_weights(
     from trainer.hf.warm_start import load_hf_weights
 
     if on_rank_zero(lambda: resolve_checkpoint(place) is None and (Path(place) / "config.json").is_file()):
-        source = on_all_ranks(partial(HfModel, place, model.config.model))
+        source = on_all_ranks(partial(HfModel, place, model.config.model, num_ids))
         load_hf_weights(model, source, has_head_elsewhere=has_head_elsewhere)
         return
     checkpoint = on_rank_zero(partial(existing_checkpoint, place, "weights"))
     if is_of_critic:
-        warm_start(model, checkpoint, is_of_critic=True)
+        warm_start(model, checkpoint, num_ids, is_of_critic=True)
         return
     manifest = on_rank_zero(partial(read_manifest, checkpoint))
     base = on_rank_zero(partial(recorded_base, manifest.base, checkpoint))
     if base is None:
-        warm_start(model, checkpoint, has_head_elsewhere=has_head_elsewhere)
+        warm_start(model, checkpoint, num_ids, has_head_elsewhere=has_head_elsewhere)
     else:
         check_head(manifest.head, model.head, checkpoint, may_be_new=model.is_trained or has_head_elsewhere)
         has_head_elsewhere |= manifest.head == "scalar"
-        _load_weights(model, base.path, has_head_elsewhere=has_head_elsewhere)
-        merge_adapter(model, checkpoint)
+        _load_weights(model, base.path, num_ids, has_head_elsewhere=has_head_elsewhere)
+        merge_adapter(model, checkpoint, num_ids)
 
 
 def load_peft_adapter(model: ShardedModel, directory: str) -> None:

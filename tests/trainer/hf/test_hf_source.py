@@ -94,11 +94,12 @@ def test_a_base_model_beside_an_output_layer_is_whole(tmp_path):
 def test_a_model_of_fewer_ids_takes_the_first_rows(tmp_path):
     directory = write(tmp_path, LLAMA, {})
     whole = HfModel(directory, HfModel(directory).model.model_copy(update={"vocab_pad_multiple": 1}))
-    fewer = HfModel(directory, whole.model.model_copy(update={"vocab_size": 5, "vocab_pad_multiple": 8}))
+    fewer = HfModel(directory, whole.model.model_copy(update={"vocab_size": 5, "vocab_pad_multiple": 8}), 11)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert torch.equal(fewer.read(name), whole.read(name)[:8])
-    with pytest.raises(BadInput, match=r"has shape \[11, 16\], config.json says"):
-        HfModel(directory, whole.model.model_copy(update={"vocab_size": 12}))
+    for size in (5, 12):
+        with pytest.raises(BadInput, match=r"has shape \[11, 16\], config.json says"):
+            HfModel(directory, whole.model.model_copy(update={"vocab_size": size}))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from configs.errors import BadInput
 from configs.load import resolved_dict
 from configs.plan.derive import padded_vocab_size
-from configs.roles import TEACHER, HeadKind, SecondModel
+from configs.roles import CRITIC, TEACHER, HeadKind, SecondModel
 from configs.sections.optimizer import OptimizerConfig
 from configs.stages import SftConfig
 from tests.small_runs import DENSE_MODEL, small_config
@@ -192,6 +192,22 @@ def test_a_critic_that_begins_as_the_policy_is_used_as_the_policy(tmp_path):
         resumed = make_checkpoint(tmp_path / f"resumed{is_start}", models={TEACHER: dict(found.record)})
         again = find_second_models(make_config("gone", **fields, is_start=True), 1, "cpu", resumed)[TEACHER]
         assert again.config.model == found.config.model
+
+
+def test_a_critic_of_a_run_of_ppo_keeps_its_own_rotation(tmp_path):
+    """But for what this run stretches; and it has rows, of zeros, for ids that the policy has and it has not."""
+    critic = resolved_dict(small_config(model={"rope": {"base": 5e4}, "vocab_size": 100}))["model"]
+    ours = make_tokenizer(tmp_path / "ours", "abc")
+    make_checkpoint(tmp_path / "ppo", models={CRITIC: {"model": critic}}, tokenizer=ours)
+    fields = {"data": {"tokenizer": str(ours)}, "is_trained": True, "wanted": "scalar"}
+    for rope, expected in (({}, 5e4), ({"base": 1e6}, 1e6)):
+        model = resolved_dict(small_config(model={"rope": rope}))["model"]
+        for is_start in (False, True):
+            config = make_config(tmp_path / "ppo", model=model, is_start=is_start, **fields)
+            found = find_second_models(config, 1, "cpu")[TEACHER]
+            assert found.is_start_critic and found.config.model.vocab_size == 100
+            assert found.config.model.rope.base == (expected if is_start else 5e4)
+            assert padded_vocab_size(found.config.model) == padded_vocab_size(config.model)
 
 
 def test_a_frozen_model_must_be_the_same_when_a_run_goes_on(tmp_path):
