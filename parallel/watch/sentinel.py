@@ -346,7 +346,11 @@ def main() -> None:
     """Watch the rank that started this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the rank, which ends this process when it ends
-    Sentinel(Settings(**json.loads(sys.argv[1]))).watch()
+    try:
+        sentinel = Sentinel(Settings(**json.loads(sys.argv[1])))
+    except ProcessLookupError:
+        return  # it ended before it could be watched
+    sentinel.watch()
 
 
 if __name__ == "__main__":

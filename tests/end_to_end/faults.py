@@ -206,6 +206,7 @@ def killed_while_saving(rank: int, phase: str) -> Iterator[None]:
     plain, save, now = getattr(owner, name), CheckpointWriter.save, {"step": 0}
 
     def save_step(self, state, stage):
+        self.finish()  # on a slow disk the save before is still under way, which is not the one to die in
         now["step"] = state.step
         save(self, state, stage)
 

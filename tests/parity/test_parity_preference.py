@@ -194,24 +194,30 @@ class RowsOfPairs:
 
     def batches(self) -> Iterator[Any]:
         """Yield them."""
-        from trainer.data.blend import Blend
         from trainer.data.packed_source import PairedSource
-        from trainer.data.reader import BatchReader
 
-        source: Any = PairedSource(RandomPairs(is_single=self._is_single), SEQ_LEN, seed=1)  # type: ignore[arg-type]
-        train, mesh = self._engine.config.train, self._engine.mesh
-        assert source.num_samples == train.global_batch_size and source.padding_share > 0.01
-        reader = BatchReader(
-            Blend([source], [1.0]),
-            micro_batch_size=train.micro_batch_size,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            global_batch_size_at=lambda consumed: train.global_batch_size,
-            vocab_size=VOCAB_SIZE,
-            finish=self._finish,
-        )
+        source = PairedSource(RandomPairs(is_single=self._is_single), SEQ_LEN, seed=1)  # type: ignore[arg-type]
+        reader = read_pairs(self._engine, source, self._finish)
         yield from reader.read_step()
         reader.close()
+
+
+def read_pairs(engine: Any, source: Any, finish: Any) -> Any:
+    """Return a reader of packed pairs, all of which are one global batch."""
+    from trainer.data.blend import Blend
+    from trainer.data.reader import BatchReader
+
+    train, mesh = engine.config.train, engine.mesh
+    assert source.num_samples == train.global_batch_size and source.padding_share > 0.01
+    return BatchReader(
+        Blend([source], [1.0]),
+        micro_batch_size=train.micro_batch_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        global_batch_size_at=lambda consumed: train.global_batch_size,
+        vocab_size=VOCAB_SIZE,
+        finish=finish,
+    )
 
 
 @contextlib.contextmanager

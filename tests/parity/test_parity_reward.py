@@ -13,10 +13,10 @@ from configs.errors import BadInput
 from configs.stages import Config, RewardModelConfig
 from tests.parity.conftest import TOLERANCE, assert_equal_runs
 from tests.parity.test_parity_packing import RandomDocuments
-from tests.parity.test_parity_preference import PACKED, RATE, PreferenceRecord, open_warm
+from tests.parity.test_parity_preference import PACKED, RATE, PreferenceRecord, open_warm, read_pairs
 from tests.parity.test_parity_transformers import as_llama, build_llama
 from tests.pool import Place
-from tests.small_runs import SEQ_LEN, VOCAB_SIZE, open_engine, save_checkpoint, small_config, train_steps
+from tests.small_runs import SEQ_LEN, open_engine, save_checkpoint, small_config, train_steps
 
 # Tokens of chosen and rejected; the first pair fills a row, and the others lie two in a row or alone.
 PAIRS = [
@@ -145,26 +145,14 @@ def update_alone(place: Place, config: Config, run_dir: str, masks: str) -> Pref
 
 def build_reward_stage(engine: Any) -> Any:
     """Return the stage on the pairs, packed; all of them are a batch."""
-    from trainer.data.blend import Blend
     from trainer.data.packed_source import ScoredPairSource
-    from trainer.data.reader import BatchReader
     from trainer.data.sequences import with_margins
     from trainer.evaluate.validation import Evaluator
     from trainer.stages.reward import RewardObjective, RewardStage
 
-    source: Any = ScoredPairSource(RandomPairs(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
-    train, mesh = engine.config.train, engine.mesh
-    assert source.num_samples == train.global_batch_size and source.padding_share > 0.01
-    reader = BatchReader(
-        Blend([source], [1.0]),
-        micro_batch_size=train.micro_batch_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
-        global_batch_size_at=lambda consumed: train.global_batch_size,
-        vocab_size=VOCAB_SIZE,
-        finish=with_margins,
-    )
-    return RewardStage("reward", engine, reader, RewardObjective(CENTERING, mesh.cp_group), Evaluator({}))
+    source = ScoredPairSource(RandomPairs(), SEQ_LEN, seed=1)  # type: ignore[arg-type]
+    reader = read_pairs(engine, source, with_margins)
+    return RewardStage("reward", engine, reader, RewardObjective(CENTERING, engine.mesh.cp_group), Evaluator({}))
 
 
 def update_in_rows(place: Place, config: Config, run_dir: str, masks: str) -> PreferenceRecord:

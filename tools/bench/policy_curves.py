@@ -21,7 +21,7 @@ if not __package__:  # run as a script: the packages are beside tools/, which Py
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.bench.launching import launch_stage, run_bench
-from tools.bench.preference_curves import write_pairs
+from tools.bench.preference_curves import NOISE, write_pairs
 from tools.bench.report import describe_machine
 from tools.console import Progress, end_process
 from tools.outputs import check_file
@@ -29,9 +29,8 @@ from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "demo"
-_NOISE = "[{function: small_tasks, weight: 0}, {function: tools.bench.noise_reward:toss_coin}]"
 _SEEDS: Mapping[str, Sequence[str]] = {f"dp2, seed {seed}": (f"run.seed={seed}",) for seed in (1, 2, 3)}
-_OF_NOISE = {"dp2, noise for a reward": ("run.seed=1", f"grpo.rewards={_NOISE}")}
+_OF_NOISE = {"dp2, noise for a reward": ("run.seed=1", f"grpo.rewards={NOISE}")}
 RUNS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "grpo": {**_SEEDS, "tp2, seed 1": ("run.seed=1", "parallel.tp=2"), **_OF_NOISE},
     "ppo": {**_SEEDS, **_OF_NOISE},
@@ -118,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     default_out = ROOT / "tools" / "bench" / "results"
     parser.add_argument("--out", type=path_argument, default=default_out, metavar="FOLDER", help="for the results")
     arguments = parser.parse_args(argv)
-    stage, num_steps = arguments.stage, arguments.steps or NUM_STEPS[arguments.stage]
+    stage = arguments.stage
+    num_steps = NUM_STEPS[stage] if arguments.steps is None else arguments.steps
     if num_steps < 6:
         parser.error("--steps must be at least 6, for example --steps 50")
     result, picture = (arguments.out / f"{stage}_curves.{kind}" for kind in ("json", "svg"))

@@ -30,7 +30,8 @@ from tools.paths import path_argument
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "demo"
-_NOISE = "[{function: small_tasks, weight: 0}, {function: tools.bench.noise_reward:toss_coin}]"
+NOISE = "[{function: small_tasks, weight: 0}, {function: tools.bench.noise_reward:toss_coin}]"
+"""Rewards that say nothing of an answer, with the share of right ones beside them."""
 _PAIRS, _SHUFFLED, _OWN, _TOSSED = "pairs", "pairs, shuffled labels", "own answers, 3 rounds", "own answers, noise"
 KINDS = (_PAIRS, _SHUFFLED, _OWN, _TOSSED)
 
@@ -48,7 +49,7 @@ def words_of(kind: str, pairs: Path) -> list[str]:
         return [
             "online_dpo",
             str(CONFIGS / "online_dpo.yaml"),
-            *([f"grpo.rewards={_NOISE}"] if kind == _TOSSED else []),
+            *([f"grpo.rewards={NOISE}"] if kind == _TOSSED else []),
         ]
     train = pairs / ("shuffled" if kind == _SHUFFLED else "told") / "train.jsonl"
     held_out = pairs / "told" / "held_out.jsonl"
